@@ -1,0 +1,67 @@
+# Adds our sources to upstream's targets, without a line in upstream's CMake files. Included after
+# add_subdirectory(llama.cpp). Which target a file goes into follows from its name:
+#
+#   ggml_ext/llama/*.cpp      llama
+#   ggml_ext/**/*-cpu.{c,cpp} every CPU backend: ggml-cpu, or ggml-cpu-<tag> with GGML_CPU_ALL_VARIANTS
+#   ggml_ext/**/*.{c,cpp}     ggml-base
+#   cuda/*.{cu,cpp}           ggml-cuda, where that is built
+
+get_filename_component(GGML_EXT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
+
+set(GGML_EXT_WARNINGS -Wall -Wextra)
+if (GGML_EXT_TESTS)
+    list(APPEND GGML_EXT_WARNINGS -Werror)
+endif()
+
+# Upstream's patched files include our headers by name; PRIVATE, since no installed header does.
+function(ggml_ext_include target)
+    target_include_directories(${target} PRIVATE
+        "${GGML_EXT_ROOT}/ggml_ext" "${GGML_EXT_ROOT}/ggml_ext/include")
+endfunction()
+
+function(ggml_ext_inject target)
+    ggml_ext_include(${target})
+    target_sources(${target} PRIVATE ${ARGN})
+    # Source properties are seen by the directory that compiles the file, which is upstream's.
+    set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS ${GGML_EXT_WARNINGS})
+    set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} PROPERTY SKIP_UNITY_BUILD_INCLUSION ON)
+endfunction()
+
+file(GLOB_RECURSE GGML_EXT_BASE_SOURCES CONFIGURE_DEPENDS
+    "${GGML_EXT_ROOT}/ggml_ext/*.c" "${GGML_EXT_ROOT}/ggml_ext/*.cpp")
+set(GGML_EXT_CPU_SOURCES ${GGML_EXT_BASE_SOURCES})
+set(GGML_EXT_LLAMA_SOURCES ${GGML_EXT_BASE_SOURCES})
+list(FILTER GGML_EXT_LLAMA_SOURCES INCLUDE REGEX "/ggml_ext/llama/[^/]+\\.cpp$")
+list(FILTER GGML_EXT_CPU_SOURCES INCLUDE REGEX "-cpu\\.(c|cpp)$")
+list(REMOVE_ITEM GGML_EXT_BASE_SOURCES ${GGML_EXT_CPU_SOURCES} ${GGML_EXT_LLAMA_SOURCES})
+file(GLOB GGML_EXT_CUDA_SOURCES CONFIGURE_DEPENDS "${GGML_EXT_ROOT}/cuda/*.cu" "${GGML_EXT_ROOT}/cuda/*.cpp")
+
+ggml_ext_inject(ggml-base ${GGML_EXT_BASE_SOURCES})
+ggml_ext_inject(llama ${GGML_EXT_LLAMA_SOURCES})
+
+get_property(GGML_EXT_GGML_TARGETS DIRECTORY "${GGML_EXT_LLAMA_DIR}/ggml/src" PROPERTY BUILDSYSTEM_TARGETS)
+foreach(target IN LISTS GGML_EXT_GGML_TARGETS)
+    if (target MATCHES "^ggml-cpu(-.+)?$" AND NOT target MATCHES "-feats$")
+        ggml_ext_inject(${target} ${GGML_EXT_CPU_SOURCES})
+        set(GGML_EXT_HAS_CPU TRUE)
+    endif()
+endforeach()
+if (NOT GGML_EXT_HAS_CPU)
+    message(FATAL_ERROR "this llama.cpp has no ggml-cpu target in ${GGML_EXT_LLAMA_DIR}/ggml/src; see docs/upstream.md")
+endif()
+
+if (TARGET ggml-cuda AND GGML_EXT_CUDA_SOURCES)
+    ggml_ext_inject(ggml-cuda ${GGML_EXT_CUDA_SOURCES})
+    target_include_directories(ggml-cuda PRIVATE "${GGML_EXT_ROOT}/cuda")
+endif()
+
+# The encoder's results are part of the format's definition: the same bits from every compiler.
+file(GLOB GGML_EXT_TYPE_SOURCES "${GGML_EXT_ROOT}/ggml_ext/types/*.c")
+list(FILTER GGML_EXT_TYPE_SOURCES EXCLUDE REGEX "-cpu\\.c$")
+set_property(SOURCE ${GGML_EXT_TYPE_SOURCES} TARGET_DIRECTORY ggml-base
+    APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
+
+if (TARGET test-backend-ops)
+    ggml_ext_include(test-backend-ops)
+    target_include_directories(test-backend-ops PRIVATE "${GGML_EXT_ROOT}/tests/native")
+endif()

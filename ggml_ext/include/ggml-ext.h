@@ -1,0 +1,82 @@
+// ggml-ext.h: the public C API of ggml-ext.
+//
+// Functions marked "ggml-base" live in libggml-base, those marked "ggml-cpu" in libggml-cpu; both
+// libraries are the patched ones. The part between the two "cffi" marks is plain C without
+// preprocessor lines: python/ggml_ext/native.py reads it as its declarations.
+//
+// Errors are negative return values (GGML_EXT_E_*); no function aborts on bad arguments.
+
+#ifndef GGML_EXT_H
+#define GGML_EXT_H
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Keeps the entry points visible in the libraries, which upstream builds with hidden visibility
+// only on some platforms.
+#define GGML_EXT_API GGML_API
+
+// The newest value of the GGUF key ggml_ext.version that this code understands.
+#define GGML_EXT_FORMAT_VERSION 1
+
+// --- cffi: begin ---
+
+enum ggml_ext_error {
+    GGML_EXT_E_TYPE   = -1,  // no such type, or one that cannot be used this way
+    GGML_EXT_E_SHAPE  = -2,  // row length is no multiple of the type's block, or a negative size
+    GGML_EXT_E_FINITE = -3,  // NaN, Inf, or a value too large for the type among the inputs
+    GGML_EXT_E_MEMORY = -4,  // out of memory
+};
+
+// Version of the GGUF extension that this library reads and writes: the key ggml_ext.version.
+// [ggml-base]
+GGML_EXT_API int32_t ggml_ext_format_version(void);
+
+// Type id for a name as in ggml_type_name ("fq4", "q4_K", ...; case is ignored), or
+// GGML_EXT_E_TYPE. [ggml-base]
+GGML_EXT_API int32_t ggml_ext_type_from_name(const char * name);
+
+// Canonical name of a type, or NULL. [ggml-base]
+GGML_EXT_API const char * ggml_ext_type_name(int32_t type);
+
+// Weights per block, or an error. [ggml-base]
+GGML_EXT_API int64_t ggml_ext_block_size(int32_t type);
+
+// Bytes of one row of n_per_row weights, or an error. [ggml-base]
+GGML_EXT_API int64_t ggml_ext_row_size(int32_t type, int64_t n_per_row);
+
+// 1 if quantising to the type needs an importance matrix, 0 if not, or an error. [ggml-base]
+GGML_EXT_API int32_t ggml_ext_needs_imatrix(int32_t type);
+
+// Quantises nrows x n_per_row contiguous floats into dst (nrows * ggml_ext_row_size bytes).
+// imatrix: n_per_row importances (mean squared input per column), all >= 0, or NULL.
+// Works for every quantised ggml type, f16, bf16 and f32. Thread-safe: callers split rows.
+// Returns the bytes written or an error; the row that holds a NaN or Inf is not looked for.
+// [ggml-base]
+GGML_EXT_API int64_t ggml_ext_quantize(int32_t type, const float * src, void * dst, int64_t nrows, int64_t n_per_row,
+                                       const float * imatrix);
+
+// Dequantises nrows x n_per_row weights to floats. Returns the number of floats or an error.
+// [ggml-base]
+GGML_EXT_API int64_t ggml_ext_dequantize(int32_t type, const void * src, float * dst, int64_t nrows, int64_t n_per_row);
+
+// Names, separated by commas, of the FQ4 dot-product paths that this processor can run, fastest
+// first; the last is always "generic". [ggml-cpu]
+GGML_EXT_API const char * ggml_ext_cpu_paths(void);
+
+// Dot product of one quantised row with n floats as llama.cpp computes it: the floats are rounded
+// to the type's activation type first. path: a name from ggml_ext_cpu_paths(), or NULL for the one
+// in use; only FQ4 has more than one. Returns 0 or an error. [ggml-cpu]
+GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
+                                      float * result);
+
+// --- cffi: end ---
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // GGML_EXT_H
