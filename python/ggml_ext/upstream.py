@@ -1,0 +1,403 @@
+"""The pinned llama.cpp source: fetch, verify, unpack, patch.
+
+The source comes from the llama-cpp-python source distribution, which vendors the llama.cpp that its
+bindings were made for. This module uses the standard library only and also runs as a plain script, so
+that CMake can call it at configure time, before the package is installed. Then -I is needed: without it
+Python would take the modules beside this file (inspect.py) for those of the standard library::
+
+    python -I upstream.py fetch
+    python -I upstream.py prepare --dest DIR [--source TREE_OR_TARBALL] [--stock] [--patches DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import GgmlExtError
+else:
+    try:
+        from .errors import GgmlExtError
+    except ImportError:  # run as a script by CMake
+
+        class GgmlExtError(Exception):
+            """Stands in for ggml_ext.errors.GgmlExtError."""
+
+
+# Releases that the patches are made for: version -> SHA-256 of llama_cpp_python-VERSION.tar.gz.
+PINNED = {
+    "0.3.34": "d849d286d808284f1d3ec1bd6875572430d29d1f9574a010232caa4e9cef0e35",
+    "0.3.35": "1139dbb54509074b70893fab8554e3b079aa9f4d312058ce4018ef0019e3de12",
+    "0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+}
+DEFAULT_VERSION = "0.3.36"
+
+# What the build and the converter need of a llama.cpp tree; the rest (docs, examples, models) is left out.
+KEEP = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "cmake",
+    "common",
+    "conversion",
+    "convert_hf_to_gguf.py",
+    "ggml",
+    "gguf-py",
+    "include",
+    "licenses",
+    "scripts/ui-assets.cmake",
+    "src",
+    "tests",
+    "tools",
+    "vendor",
+)
+DROP = ("tests/snapshots", "tools/ui/src", "tools/ui/static", "tools/ui/tests", "tools/server/tests")
+MARKERS = ("CMakeLists.txt", "include/llama.h", "ggml/CMakeLists.txt")
+STAMP = ".ggml-ext-stamp"
+
+
+class UpstreamError(GgmlExtError):
+    """The llama.cpp source cannot be had, is not what it should be, or a patch does not apply."""
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded sources: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder."""
+    if override := os.environ.get("GGML_EXT_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml-ext"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch(version: str = DEFAULT_VERSION, cache: Path | None = None) -> Path:
+    """Path of the verified llama-cpp-python source distribution, downloaded with pip unless cached.
+
+    Raises UpstreamError for an unknown version, a failed download or a wrong SHA-256; a file with a
+    wrong SHA-256 does not stay in the cache.
+    """
+    if version not in PINNED:
+        raise UpstreamError(f"no pinned source llama-cpp-python {version}; known: {', '.join(PINNED)}")
+    cache = cache or cache_dir()
+    final = cache / f"llama_cpp_python-{version}.tar.gz"
+    if not final.is_file():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
+                _pip_download(version, Path(folder)).replace(final)
+        except OSError as error:
+            raise UpstreamError(f"cannot write {cache}: {error.strerror}; set GGML_EXT_CACHE") from error
+    actual = sha256_of(final)
+    if actual != PINNED[version]:
+        final.unlink()
+        raise UpstreamError(
+            f"{final}: SHA-256 is {actual}, expected {PINNED[version]}; the file was removed: "
+            "try again, and check the package index if it happens twice"
+        )
+    return final
+
+
+def _pip_download(version: str, folder: Path) -> Path:
+    name = f"llama-cpp-python=={version}"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", "llama-cpp-python", "--dest", str(folder), name]
+    # An outer pip (this code runs inside `pip install .`) shares its build tracker through this variable.
+    env = {key: value for key, value in os.environ.items() if key != "PIP_BUILD_TRACKER"}
+    print(f"downloading the source of {name}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    found = sorted(folder.glob("*.tar.gz"))
+    if done.returncode != 0 or not found:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+        raise UpstreamError(
+            f"pip cannot download {name}: {errors[-1]}; check the network and pip, or put "
+            f"llama_cpp_python-{version}.tar.gz into {cache_dir()}"
+        )
+    return found[0]
+
+
+def _wanted(path: str) -> bool:
+    """Whether a path, relative to the llama.cpp root, is part of what is kept."""
+    return _under(path, KEEP) and not _under(path, DROP)
+
+
+def _under(path: str, roots: tuple[str, ...]) -> bool:
+    return any(path == root or path.startswith(root + "/") for root in roots)
+
+
+def _safe_name(name: str, archive: Path) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UpstreamError(f"{archive}: unsafe member {name!r}; do not use this file")
+    return path
+
+
+def _link_target(member: tarfile.TarInfo, archive: Path) -> str:
+    """Name of the member that a link points to; UpstreamError when that is outside the top folder."""
+    name = PurePosixPath(member.name)
+    base = name.parent if member.issym() else PurePosixPath()
+    parts: list[str] = []
+    for part in (base / member.linkname).parts:
+        if part == "..":
+            parts = parts[:-1] if parts else [".."]
+        else:
+            parts.append(part)
+    if PurePosixPath(member.linkname).is_absolute() or len(parts) < 2 or parts[0] != name.parts[0]:
+        link = f"{member.name!r} links to {member.linkname!r}"
+        raise UpstreamError(f"{archive}: {link}; do not use this file")
+    return "/".join(parts)
+
+
+def unpack(archive: Path, dest: Path) -> None:
+    """Unpacks the needed part of the llama.cpp in a tar archive into dest.
+
+    The archive holds llama.cpp in its top folder or in vendor/llama.cpp below it. Every member is checked,
+    wanted or not: absolute names, "..", devices and links that leave the top folder are refused. Links are
+    never created: one to a file becomes a copy of it. Raises UpstreamError.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            members = {str(_safe_name(member.name, archive)): member for member in tar.getmembers()}
+            root = _archive_root(list(members), archive)
+            for name, member in members.items():
+                if not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+                    raise UpstreamError(f"{archive}: {name!r} is a device or pipe; do not use this file")
+                source: tarfile.TarInfo | None = member
+                if member.issym() or member.islnk():
+                    source = members.get(_link_target(member, archive))
+                relative = name[len(root) :]
+                if not name.startswith(root) or not _wanted(relative) or member.isdir():
+                    continue
+                if source is None or not source.isfile():
+                    raise UpstreamError(f"{archive}: {name!r} links to no file; use a plain source tree")
+                content = tar.extractfile(source)
+                assert content is not None  # isfile() holds
+                target = dest / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, target.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+                target.chmod(0o755 if source.mode & 0o100 else 0o644)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UpstreamError(f"{archive}: cannot unpack: {reason}; get the file again") from error
+
+
+def _archive_root(names: list[str], archive: Path) -> str:
+    known = set(names)
+    for name in names:
+        top = name.split("/", 1)[0]
+        for root in (f"{top}/vendor/llama.cpp/", f"{top}/"):
+            if all(root + marker in known for marker in MARKERS):
+                return root
+    raise UpstreamError(f"{archive}: holds no llama.cpp source ({', '.join(MARKERS)})")
+
+
+def _tree_root(source: Path) -> Path:
+    for root in (source / "vendor" / "llama.cpp", source):
+        if all((root / marker).is_file() for marker in MARKERS):
+            return root
+    raise UpstreamError(f"{source}: no llama.cpp source tree ({', '.join(MARKERS)})")
+
+
+def _tree_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """Wanted files of a tree as (path relative to root, path), sorted."""
+    for keep in KEEP:
+        start = root / keep
+        for path in [start] if start.is_file() else sorted(start.rglob("*")):
+            relative = path.relative_to(root).as_posix()
+            if path.is_file() and not _under(relative, DROP):
+                yield relative, path
+
+
+def _identity(source: Path | None, version: str) -> str:
+    if source is None:
+        return f"llama-cpp-python {version} {PINNED.get(version)}"
+    if source.is_file():
+        return f"archive {sha256_of(source)}"
+    digest = hashlib.sha256()
+    for relative, path in _tree_files(_tree_root(source)):
+        digest.update(f"{relative}\0{sha256_of(path)}\n".encode())
+    return f"tree {digest.hexdigest()}"
+
+
+def patch_files(patches: Path) -> list[Path]:
+    """Patches named in the folder's series file (one name a line, # starts a comment), in order."""
+    series = patches / "series"
+    try:
+        lines = series.read_text().splitlines()
+    except OSError as error:
+        raise UpstreamError(f"{series}: {error.strerror}; check the patch folder") from error
+    names = [name for line in lines if (name := line.split("#", 1)[0].strip())]
+    if missing := [name for name in names if not (patches / name).is_file()]:
+        raise UpstreamError(f"{series}: no such patch: {missing[0]}")
+    return [patches / name for name in names]
+
+
+def patched_names(patch: Path) -> list[str]:
+    """Files that a patch changes, relative to the llama.cpp root."""
+    return re.findall(r"^\+\+\+ b/([^\t\n]+)", patch.read_text(), flags=re.MULTILINE)
+
+
+def apply_patch(tree: Path, patch: Path) -> None:
+    """Applies one patch to an unpacked tree; UpstreamError when a hunk does not fit or has no effect."""
+    names = patched_names(patch)
+    before = {name: _bytes_of(tree / name) for name in names}
+    # Inside another repository `git apply` takes paths as relative to that repository's root and skips what
+    # lies elsewhere without an error, so it must not find one. The user's settings must not matter either.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    env |= {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "GIT_CONFIG_NOSYSTEM": "1"}
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "LC_ALL": "C"}
+    command = ["git", "apply", "-p1", "--whitespace=nowarn", str(patch.resolve())]
+    try:
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UpstreamError("git is not on the PATH; install git") from error
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["git apply failed"])[0]
+        raise UpstreamError(f"{patch.name}: does not apply: {reason}; see docs/upstream.md")
+    for name in names:
+        if _bytes_of(tree / name) == before[name]:
+            raise UpstreamError(f"{patch.name}: had no effect on {name}; see docs/upstream.md")
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _sync(staging: Path, dest: Path) -> None:
+    """Makes dest equal to staging; equal files keep their time, so that nothing is rebuilt for them."""
+    wanted = set()
+    for path in staging.rglob("*"):
+        if not path.is_file():
+            continue
+        relative = path.relative_to(staging)
+        wanted.add(relative)
+        target = dest / relative
+        if _bytes_of(target) != path.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    for path in list(dest.rglob("*")):
+        if path.is_file() and path.relative_to(dest) not in wanted and "__pycache__" not in path.parts:
+            path.unlink()
+
+
+def default_patches() -> Path:
+    """Patch folder of the repository, or the one in the installed package's sdk."""
+    here = Path(__file__).resolve()
+    packaged = here.parent / "sdk" / "ggml_ext" / "patches"
+    return packaged if packaged.is_dir() else here.parents[2] / "ggml_ext" / "patches"
+
+
+def prepare(
+    dest: Path,
+    *,
+    source: Path | None = None,
+    patches: Path | None = None,
+    version: str = DEFAULT_VERSION,
+    cache: Path | None = None,
+) -> bool:
+    """Makes dest the (patched) llama.cpp tree; returns whether anything had to be done.
+
+    source: a llama.cpp or llama-cpp-python tree or tar archive, read only; None takes the pinned release.
+    patches: folder with a series file; None leaves the source as it is.
+    A stamp in dest holds the hashes of source and patches; while they match, no file is touched.
+    Raises UpstreamError; dest is then made anew next time.
+    """
+    if source is not None and not source.exists():
+        raise UpstreamError(f"{source}: no such file or folder; give a llama.cpp source tree or archive")
+    _check_dest(dest, source)
+    series = patch_files(patches) if patches else []
+    lines = [_identity(source, version), hashlib.sha256(repr((KEEP, DROP)).encode()).hexdigest()]
+    lines += [f"{patch.name} {sha256_of(patch)}" for patch in series]
+    state = "\n".join(lines) + "\n"
+    stamp = dest / STAMP
+    if _bytes_of(stamp) == state.encode():
+        return False
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        stamp.write_text("incomplete\n")
+        with tempfile.TemporaryDirectory(prefix=".llama.cpp-", dir=dest.parent) as folder:
+            staging = Path(folder) / "llama.cpp"
+            staging.mkdir()
+            if source is not None and source.is_dir():
+                for relative, path in _tree_files(_tree_root(source)):
+                    target = staging / relative
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
+                    shutil.copymode(path, target)
+            else:
+                unpack(source or fetch(version, cache), staging)
+            for patch in series:
+                apply_patch(staging, patch)
+            _sync(staging, dest)
+        stamp.write_text(state)
+    except OSError as error:
+        raise UpstreamError(
+            f"{error.filename or dest}: {error.strerror}; check free space and permissions"
+        ) from error
+    return True
+
+
+def _check_dest(dest: Path, source: Path | None) -> None:
+    """Refuses a folder whose files would be lost or mixed with the source."""
+    if dest.is_dir() and any(dest.iterdir()) and not (dest / STAMP).is_file():
+        raise UpstreamError(f"{dest}: holds other files; choose an empty folder")
+    if source is not None and source.is_dir():
+        root, target = _tree_root(source).resolve(), dest.resolve()
+        inside = target.is_relative_to(root) and _wanted(target.relative_to(root).as_posix())
+        if inside or root.is_relative_to(target):
+            raise UpstreamError(f"{dest}: overlaps the source tree {source}; choose another folder")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; errors are one line on stderr and exit status 1."""
+    parser = argparse.ArgumentParser(prog="upstream.py", description="The pinned llama.cpp source.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("fetch", help="download and verify the source; prints its path")
+    command.add_argument("--version", default=DEFAULT_VERSION)
+    command = commands.add_parser("prepare", help="unpack and patch the source")
+    command.add_argument("--dest", type=Path, required=True)
+    command.add_argument("--source", type=Path)
+    command.add_argument("--stock", action="store_true", help="apply no patches")
+    command.add_argument("--patches", type=Path, default=default_patches())
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "fetch":
+            print(fetch(args.version))
+        else:
+            done = prepare(args.dest, source=args.source, patches=None if args.stock else args.patches)
+            print(f"llama.cpp source in {args.dest}: {'updated' if done else 'up to date'}")
+    except UpstreamError as error:
+        print(f"ggml-ext: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ggml-ext: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
