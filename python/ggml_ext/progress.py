@@ -1,0 +1,67 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL = 10.0  # seconds between two plain lines
+
+Advance = Callable[[float], None]
+
+
+@contextmanager
+def track(total: float, description: str, unit: str) -> Iterator[Advance]:
+    """Yields ``advance(n)``, to be called when n more units are done. ``total`` is in units."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console, total, description, unit) as advance:
+            yield advance
+    else:
+        yield _plain(total, description, unit)
+
+
+@contextmanager
+def _bar(console: Console, total: float, description: str, unit: str) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(description, total=total, rate="")
+
+        def advance(n: float) -> None:
+            speed = progress.tasks[0].speed
+            progress.update(task, advance=n, rate=f"{speed:,.4g} {unit}/s" if speed else "")
+
+        yield advance
+
+
+def _plain(total: float, description: str, unit: str) -> Advance:
+    start = last = time.monotonic()
+    done = 0.0
+
+    def advance(n: float) -> None:
+        nonlocal last, done
+        done += n
+        now = time.monotonic()
+        if now - last < PLAIN_INTERVAL or done >= total:
+            return
+        last = now
+        rate = done / (now - start)
+        left = (total - done) / rate if rate > 0 else float("inf")
+        print(
+            f"{description}: {100 * done / total:.0f} %, {rate:,.4g} {unit}/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return advance
