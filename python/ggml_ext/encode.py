@@ -1,0 +1,177 @@
+"""Writes the converted model: every tensor in its chosen type, a slab of rows at a time.
+
+Memory is bounded by the slab (_SLAB_WEIGHTS), whatever the size of the model or of its largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_ext import native
+from ggml_ext.atomic import atomic_path
+from ggml_ext.calibrate import Calibration
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.imatrix import Imatrix
+from ggml_ext.progress import Advance, track
+from ggml_ext.rules import FLOAT_TYPES, Choice
+from ggml_ext.source import Source, Tensor, read_bytes, read_floats, reading
+from ggml_ext.writer import OutTensor, padding, string_key, uint32_key, write_header
+
+_SLAB_WEIGHTS = 4 * 1024 * 1024
+_FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
+_FILE_TYPE_FQ4 = 200  # the patched llama.cpp's name for "mostly FQ4"
+
+Importances = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor's work. ``importance``: float32 [experts, row length]."""
+
+    tensor: Tensor
+    target: str
+    out: OutTensor
+    importance: Importances | None
+
+
+def write(
+    source: Source,
+    out: Path,
+    choices: Sequence[Choice],
+    matrix: Imatrix | None,
+    calibration: Calibration | None,
+    *,
+    threads: int = 0,
+) -> None:
+    """Writes ``out`` with the types of ``choices`` (one per tensor of the source, in order).
+
+    Raises GgmlExtError for NaN or Inf among the weights or in what a type can hold, a missing importance
+    matrix for a type that cannot do without, a source that ends early, and a full or read-only disk.
+    """
+    jobs = [_job(tensor, choice, matrix) for tensor, choice in zip(source.tensors, choices, strict=True)]
+    keys = _keys(source, jobs, matrix, calibration)
+    total = sum(tensor.n_weights for tensor in source.tensors)
+    progress = track(total, out.name, "weights")
+    with atomic_path(out) as temporary, temporary.open("wb") as file, progress as advance:
+        write_header(file, keys, [job.out for job in jobs], source.alignment)
+        for job in jobs:
+            for data in _encoded(job, threads, advance):
+                file.write(data.data)
+            file.write(padding(job.out.n_bytes, source.alignment))
+
+
+def _job(tensor: Tensor, choice: Choice, matrix: Imatrix | None) -> _Job:
+    importance = None
+    if matrix is not None and choice.target not in FLOAT_TYPES and choice.target != tensor.type_name:
+        importance = matrix.rows(tensor)
+    if importance is None and choice.target != tensor.type_name and native.needs_imatrix(choice.target):
+        raise GgmlExtError(
+            f"{tensor.name}: type {choice.target} needs an importance matrix; "
+            "add --calibration TEXT or --imatrix FILE that covers this tensor"
+        )
+    n_bytes = tensor.n_bytes
+    if choice.target != tensor.type_name:
+        n_bytes = tensor.n_rows * native.row_size(choice.target, tensor.row_length)
+    out = OutTensor(tensor.name, tensor.dims, native.type_id(choice.target), n_bytes)
+    return _Job(tensor, choice.target, out, importance)
+
+
+def _encoded(job: _Job, threads: int, advance: Advance) -> Iterator[NDArray[np.uint8]]:
+    """The tensor's bytes in its new type, slab by slab."""
+    with reading(job.tensor) as file:
+        for first, count in _slabs(job.tensor):
+            if job.target == job.tensor.type_name:
+                yield _copied(file, job.tensor, first, count)
+                advance(count * job.tensor.row_length)
+            else:
+                yield _quantized(job, file, first, count, threads, advance)
+
+
+def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows); no slab crosses from one expert to the next, whose importances differ."""
+    per_expert = tensor.dims[1] if len(tensor.dims) > 1 else 1
+    step = max(1, _SLAB_WEIGHTS // max(tensor.row_length, 1))
+    for expert in range(0, tensor.n_rows, max(per_expert, 1)):
+        for first in range(expert, expert + per_expert, step):
+            yield first, min(step, expert + per_expert - first)
+
+
+def _copied(file: BufferedReader, tensor: Tensor, first: int, count: int) -> NDArray[np.uint8]:
+    if tensor.type_name in FLOAT_TYPES:
+        read_floats(file, tensor, first, count)  # NaN and Inf are refused in copies too
+    return read_bytes(file, tensor, first, count)
+
+
+def _quantized(
+    job: _Job, file: BufferedReader, first: int, count: int, threads: int, advance: Advance
+) -> NDArray[np.uint8]:
+    tensor = job.tensor
+    rows = read_floats(file, tensor, first, count)
+    importance = None if job.importance is None else job.importance[first // tensor.dims[1]]
+    try:
+        return native.quantize(
+            job.target, rows, importance, threads=threads, progress=lambda n: advance(n * tensor.row_length)
+        )
+    except GgmlExtError as exc:
+        raise GgmlExtError(
+            f"{tensor.path}: tensor {tensor.name} does not fit type {job.target} ({exc}); "
+            f"keep it as it is with --keep '^{tensor.name}$'"
+        ) from exc
+
+
+def _keys(
+    source: Source, jobs: Sequence[_Job], matrix: Imatrix | None, calibration: Calibration | None
+) -> dict[str, bytes]:
+    """The source's entries, less those of an earlier conversion, plus this one's."""
+    dropped = ("split.", "quantize.imatrix.", "ggml_ext.")
+    keys = {name: entry for name, entry in source.keys.items() if not name.startswith(dropped)}
+
+    def put_uint32(name: str, value: int) -> None:
+        keys[name] = uint32_key(name, value)
+
+    def put_string(name: str, value: str) -> None:
+        keys[name] = string_key(name, value)
+
+    file_type = _file_type(jobs)
+    keys.pop("general.file_type", None)
+    if file_type is not None:
+        put_uint32("general.file_type", file_type)
+    put_uint32("general.quantization_version", gguf.GGML_QUANT_VERSION)
+    used = matrix if any(job.importance is not None for job in jobs) else None
+    if used is not None:
+        put_string("quantize.imatrix.file", used.path.name)
+        put_string("quantize.imatrix.dataset", used.dataset)
+        put_uint32("quantize.imatrix.entries_count", len(used.entries))
+        put_uint32("quantize.imatrix.chunks_count", used.chunks)
+    if any(job.out.type_id >= _FIRST_EXTENDED_ID for job in jobs):
+        put_uint32("ggml_ext.version", native.format_version())
+        put_string("ggml_ext.rounding", "rtn" if used is None else "imatrix")
+        put_string("ggml_ext.transform.name", "none")
+        if used is not None and calibration is not None:
+            put_string("ggml_ext.calibration.hash", calibration.sha256)
+            put_uint32("ggml_ext.calibration.samples", calibration.samples)
+            put_uint32("ggml_ext.calibration.length", calibration.length)
+            put_uint32("ggml_ext.calibration.seed", calibration.seed)
+    return keys
+
+
+def _file_type(jobs: Sequence[_Job]) -> int | None:
+    """llama.cpp's number for the type that most weights have, None if it has none for it."""
+    weights: Counter[str] = Counter()
+    for job in jobs:
+        weights[job.target] += job.tensor.n_weights
+    target = weights.most_common(1)[0][0]
+    if target == "fq4":
+        return _FILE_TYPE_FQ4
+    for name in ("ALL_F32" if target == "f32" else f"MOSTLY_{target.upper()}", f"MOSTLY_{target.upper()}_S"):
+        if name in gguf.LlamaFileType.__members__:
+            return int(gguf.LlamaFileType[name])
+    return None

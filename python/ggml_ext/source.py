@@ -1,0 +1,179 @@
+"""Reads the model to convert: a GGUF file (or its shards), tensor by tensor and a few rows at a time.
+
+The weights are read with plain file reads, not through a memory map: mapped pages count as the process's
+memory until the kernel takes them back, rows read into one buffer do not add up.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_ext import native
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.header import Described, Header, read_header, value
+from ggml_ext.rules import FLOAT_TYPES, Shape
+
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a GGUF file.
+
+    ``dims``: GGUF order, dims[0] is the row length in weights. ``type_name``: lower case, as in
+    ggml_type_name. ``offset``, ``n_bytes``: where its data lies in ``path``.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    type_name: str
+    path: Path
+    offset: int
+    n_bytes: int
+
+    @property
+    def row_length(self) -> int:
+        return self.dims[0]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.dims[1:])
+
+    @property
+    def n_weights(self) -> int:
+        return self.row_length * self.n_rows
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_bytes // max(self.n_rows, 1)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.name, self.dims, self.type_name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's header. ``keys``: name -> the whole key-value entry as it stands in the file."""
+
+    path: Path
+    arch: str
+    alignment: int
+    keys: dict[str, bytes]
+    tensors: tuple[Tensor, ...]
+
+
+def open_gguf(path: Path) -> Source:
+    """Reads the header of a GGUF file, or of all its shards if ``path`` is the first of several.
+
+    Raises GgmlExtError for a file that is missing, unreadable, truncated, malformed or big-endian.
+    """
+    source = _open_one(path)
+    match = _SHARD.match(path.name)
+    if match is None or "split.count" not in source.keys or int(match["count"]) < 2:
+        return source
+    if int(match["number"]) != 1:
+        raise GgmlExtError(f"{path}: not the first part of a split model; give the one with -00001-of-")
+    tensors = list(source.tensors)
+    for number in range(2, int(match["count"]) + 1):
+        tensors += _open_one(path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")).tensors
+    return Source(path, source.arch, source.alignment, source.keys, tuple(tensors))
+
+
+def _open_one(path: Path) -> Source:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise GgmlExtError(
+                    f"{path}: not a GGUF file; give one, or a Hugging Face model directory (with config.json)"
+                )
+        header = read_header(path)
+        arch = value(header.keys["general.architecture"])
+    except OSError as exc:
+        raise GgmlExtError(f"{path}: {exc.strerror}; check the path and its permissions") from exc
+    except KeyError as exc:
+        raise GgmlExtError(f"{path}: no key {exc.args[0]}; this is no model, or a damaged one") from exc
+    except ValueError as exc:
+        raise GgmlExtError(f"{path}: damaged GGUF file, {exc}; download or convert it again") from exc
+    tensors = tuple(_tensor(path, header, described) for described in header.tensors)
+    if not tensors:
+        raise GgmlExtError(f"{path}: holds no tensors; this is no model, or a vocabulary only")
+    if any(tensor.offset + tensor.n_bytes > size for tensor in tensors):
+        raise GgmlExtError(f"{path}: truncated GGUF file; download or convert it again")
+    return Source(path, str(arch), header.alignment, header.keys, tensors)
+
+
+def _tensor(path: Path, header: Header, described: Described) -> Tensor:
+    try:
+        name = native.type_name(described.type_id)
+        row_bytes = native.row_size(name, described.dims[0])
+    except GgmlExtError as exc:
+        raise GgmlExtError(
+            f"{path}: tensor {described.name} has type {described.type_id} and rows of {described.dims[0]} "
+            f"weights ({exc}); made by a newer version, or damaged"
+        ) from exc
+    n_bytes = row_bytes * math.prod(described.dims[1:])
+    return Tensor(described.name, described.dims, name.lower(), path, header.data + described.offset, n_bytes)
+
+
+@contextmanager
+def reading(tensor: Tensor) -> Iterator[BufferedReader]:
+    """The file that holds the tensor, opened for read_bytes and read_floats. Raises GgmlExtError."""
+    try:
+        with tensor.path.open("rb") as file:
+            yield file
+    except EOFError as exc:
+        raise GgmlExtError(f"{tensor.path}: changed while it was read; convert it again") from exc
+    except OSError as exc:
+        raise GgmlExtError(f"{tensor.path}: {exc.strerror}; check the disk it lies on") from exc
+
+
+def read_bytes(file: BufferedReader, tensor: Tensor, first: int, count: int) -> NDArray[np.uint8]:
+    """Rows first .. first + count - 1 as they are stored: uint8 [count, row_bytes]."""
+    data = np.empty((count, tensor.row_bytes), np.uint8)
+    file.seek(tensor.offset + first * tensor.row_bytes)
+    if file.readinto(data.data) != data.nbytes:
+        raise EOFError
+    return data
+
+
+def read_floats(file: BufferedReader, tensor: Tensor, first: int, count: int) -> NDArray[np.float32]:
+    """The same rows as float32 [count, row_length]. The tensor is f32, f16 or bf16.
+
+    Raises GgmlExtError if a value is NaN or infinite.
+    """
+    assert tensor.type_name in FLOAT_TYPES
+    rows = to_float32(read_bytes(file, tensor, first, count), tensor.type_name)
+    finite = np.isfinite(rows)
+    if not finite.all():
+        row = first + int(np.argmin(finite.all(axis=1)))
+        raise GgmlExtError(
+            f"{tensor.path}: tensor {tensor.name} holds NaN or Inf (row {row}); "
+            "the model is damaged, download or train it again"
+        )
+    return rows
+
+
+def to_float32(data: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
+    """uint8 [rows, bytes] of type f32, f16 or bf16 -> float32 [rows, weights]; bf16 is f32's upper half."""
+    rows: NDArray[Any]
+    if type_name == "f32":
+        rows = data.view("<f4")
+    elif type_name == "f16":
+        rows = data.view("<f2").astype(np.float32)
+    else:
+        bits = data.view("<u2").astype(np.uint32)
+        bits <<= 16
+        rows = bits.view(np.float32)
+    return rows

@@ -1,0 +1,72 @@
+"""llama-quantize's own mixes (Q4_K_M, IQ4_XS, Q4_0, ...), made by llama-quantize itself.
+
+So a stock file that ggml-ext makes holds, tensor for tensor, the bytes of the one that llama.cpp makes.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+from ggml_ext import process, rules, tools
+from ggml_ext.atomic import atomic_path
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.imatrix import Imatrix
+from ggml_ext.progress import track
+from ggml_ext.source import Source
+
+_FALLBACK = re.compile(r"warning: (\S+) .*?required for type\s+(\w+)\).*?-> falling back to\s+(\w+)")
+
+
+def quantize(
+    source: Source, out: Path, request: rules.Rules, matrix: Imatrix | None, *, work: Path, threads: int = 0
+) -> dict[str, tuple[str, str]]:
+    """Runs llama-quantize and returns its fallbacks: tensor -> (wanted type, used type).
+
+    ``work``: a folder for temporary files. Raises GgmlExtError with llama-quantize's reason.
+    """
+    if any(type_name == "fq4" for _, type_name in request.type_for):
+        raise GgmlExtError(
+            f"--type {request.base}: llama-quantize makes this mix and fq4 is none of its types; "
+            "use --type fq4 and name the exceptions with --type-for"
+        )
+    if matrix is not None:
+        for tensor in source.tensors:
+            matrix.rows(tensor)  # a matrix of another model is an error here, a remark there
+    command: list[str | Path] = [tools.find("llama-quantize")]
+    overrides = rules.overrides([tensor.shape for tensor in source.tensors], source.arch, request)
+    if overrides:
+        listing = work / "tensor-types.txt"
+        listing.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in overrides.items()))
+        command += ["--tensor-type-file", listing.resolve()]
+    if matrix is not None:
+        command += ["--imatrix", matrix.path.name]  # by name: the path lands in the file's metadata
+    total = len(source.tensors)
+    fallbacks: dict[str, tuple[str, str]] = {}
+    with atomic_path(out) as temporary, track(total, out.name, "tensors") as advance:
+        done = process.up_to(advance)
+
+        def watch(output: str) -> None:
+            fallbacks.update({name: (wanted, used) for name, wanted, used in _FALLBACK.findall(output)})
+            done(max(map(int, re.findall(rf"\[\s*(\d+)/\s*{total}\]", output)), default=0))
+
+        command += [source.path.resolve(), temporary.resolve(), request.base.upper()]
+        command += [str(threads)] if threads > 0 else []
+        folder = matrix.path.resolve().parent if matrix is not None else None
+        finished = process.run(command, watch=watch, cwd=folder, env=tools.environment())
+        if finished.status != 0:
+            raise GgmlExtError(_reason(source, out, request, finished))
+    return fallbacks
+
+
+def _reason(source: Source, out: Path, request: rules.Rules, finished: process.Finished) -> str:
+    failed = re.findall(r"failed to quantize: (.*)", finished.output)
+    last = failed[-1].strip() if failed else process.last_words(finished)
+    if "iostream error" in last or finished.status == -signal.SIGXFSZ:
+        return f"cannot write: {out}; free some space or choose another folder"
+    if "requantizing" in last:
+        return f"{source.path}: {last}; convert from an f16, bf16 or f32 model"
+    if "imatrix" in last or "importance matrix" in last:
+        return f"--type {request.base}: {last}; add --calibration TEXT or --imatrix FILE"
+    return f"{source.path}: llama-quantize failed ({last}); check the model with ggml-ext inspect"

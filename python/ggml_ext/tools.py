@@ -1,0 +1,32 @@
+"""llama.cpp's command-line tools of the patched build: where they are and how they are started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ggml_ext import paths
+from ggml_ext.errors import GgmlExtError
+
+
+def available() -> list[str]:
+    """Names of the tools that are installed, sorted."""
+    folder = paths.bin_dir()
+    if not folder.is_dir():
+        return []
+    programs = (path for path in folder.iterdir() if path.is_file() and os.access(path, os.X_OK))
+    return sorted(path.name for path in programs if ".so" not in path.suffixes)
+
+
+def find(name: str) -> Path:
+    """Path of the tool ``name`` ("llama-bench"). Raises GgmlExtError, naming those that exist."""
+    if name in (names := available()):
+        return paths.bin_dir() / name
+    known = f"there are {', '.join(names)}" if names else "the folder has no tools: reinstall ggml-ext"
+    raise GgmlExtError(f"{name}: no such tool in {paths.bin_dir()}; {known}")
+
+
+def environment() -> dict[str, str]:
+    """Environment in which a tool finds the patched libraries before any others."""
+    libraries = [str(paths.lib_dir()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}

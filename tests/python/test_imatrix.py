@@ -1,0 +1,177 @@
+"""Importance matrices: reading llama-imatrix's files, and computing them from a text."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import models
+from ggml_ext import calibrate as calibration
+from ggml_ext import imatrix, process
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.source import Tensor, open_gguf
+
+CTX = 64
+
+
+def write_imatrix(path: Path, entries: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> Path:
+    """entries: tensor -> (sums [experts, k], counts [experts])."""
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["some.txt"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, (sums, counts) in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32))
+        writer.add_tensor(f"{name}.counts", counts.astype(np.float32).reshape(-1, 1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensor(name: str, *dims: int) -> Tensor:
+    return Tensor(name, dims, "f16", Path("model.gguf"), 0, 0)
+
+
+def test_importances_are_sums_over_counts(tmp_path: Path) -> None:
+    sums = np.arange(512, dtype=np.float32).reshape(2, 256)
+    path = write_imatrix(
+        tmp_path / "m.gguf", {"a.weight": (sums[:1], np.array([4])), "b.weight": (sums, np.array([2, 0]))}
+    )
+    matrix = imatrix.load(path)
+    assert (matrix.dataset, matrix.chunks, matrix.chunk_length) == ("some.txt", 7, 512)
+    dense = matrix.rows(tensor("a.weight", 256, 8))
+    assert dense is not None
+    np.testing.assert_array_equal(dense, sums[:1] / 4)
+    experts = matrix.rows(tensor("b.weight", 256, 8, 2))
+    assert experts is not None
+    np.testing.assert_array_equal(experts[0], sums[0] / 2)
+    np.testing.assert_array_equal(experts[1], np.ones(256))
+    assert matrix.rows(tensor("c.weight", 256, 8)) is None
+
+
+def test_one_count_can_serve_several_matrices(tmp_path: Path) -> None:
+    sums = np.arange(512, dtype=np.float32).reshape(1, 512)
+    matrix = imatrix.load(write_imatrix(tmp_path / "m.gguf", {"a.weight": (sums, np.array([2]))}))
+    rows = matrix.rows(tensor("a.weight", 256, 8, 2))
+    assert rows is not None
+    np.testing.assert_array_equal(rows, sums.reshape(2, 256) / 2)
+
+
+def test_the_older_layout_is_read(tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.float32)
+    name, dataset = b"blk.0.attn_q.weight", b"some.txt"
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii", 3, 256) + values.tobytes()
+    path = tmp_path / "m.dat"
+    path.write_bytes(struct.pack("<i", 1) + entry + struct.pack("<ii", 3, len(dataset)) + dataset)
+    matrix = imatrix.load(path)
+    assert (matrix.dataset, matrix.chunks) == ("some.txt", 3)
+    np.testing.assert_array_equal(matrix.entries["blk.0.attn_q.weight"], values / np.float32(3))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(GgmlExtError, match=r"m\.dat: not an importance matrix"):
+        imatrix.load(path)
+
+
+def test_a_matrix_of_another_model_is_an_error(tmp_path: Path) -> None:
+    path = write_imatrix(tmp_path / "m.gguf", {"a.weight": (np.ones((1, 256)), np.array([4]))})
+    with pytest.raises(GgmlExtError, match=r"256 importances for a\.weight, which needs 512"):
+        imatrix.load(path).rows(tensor("a.weight", 512, 8))
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_impossible_importances_are_an_error(tmp_path: Path, bad: float) -> None:
+    sums = np.ones((1, 256))
+    sums[0, 3] = bad
+    path = write_imatrix(tmp_path / "m.gguf", {"a.weight": (sums, np.array([1]))})
+    with pytest.raises(GgmlExtError, match=r"importances of a\.weight are negative, NaN or Inf"):
+        imatrix.load(path)
+
+
+def test_missing_truncated_and_other_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(GgmlExtError, match="No such file"):
+        imatrix.load(tmp_path / "missing.gguf")
+    path = write_imatrix(tmp_path / "m.gguf", {"a.weight": (np.ones((1, 256)), np.array([4]))})
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(GgmlExtError, match=r"m\.gguf: not an importance matrix"):
+        imatrix.load(path)
+    model = models.write_gguf(tmp_path / "model.gguf", {"a.weight": np.ones((2, 256), np.float32)})
+    with pytest.raises(GgmlExtError, match="holds no importances"):
+        imatrix.load(model)
+
+
+@pytest.fixture
+def llama(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return models.llama_gguf(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "a text.txt"
+    path.write_text(models.TEXT * 4)
+    return path
+
+
+def work(tmp_path: Path, name: str) -> Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    return folder
+
+
+def test_a_text_gives_importances_of_every_matrix(llama: Path, text: Path, tmp_path: Path) -> None:
+    matrix, about = calibration.calibrate(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
+    matrices = [t for t in open_gguf(llama).tensors if t.name.startswith("blk.") and len(t.dims) == 2]
+    assert len(matrices) == 7 * models.LAYERS
+    assert all(matrix.rows(t) is not None for t in matrices)
+    assert matrix.chunks == about.samples > 1
+    assert (about.length, about.seed) == (CTX, 0)
+    assert about.sha256 == calibration.text_sha256(text)
+    assert matrix.dataset == f"a_text-{about.sha256[:12]}.txt"
+
+
+def test_the_same_text_gives_the_same_file(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    second, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    assert first.path != second.path
+    assert first.path.read_bytes() == second.path.read_bytes()
+
+
+def test_a_finished_computation_is_not_repeated(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+
+    def never(*_arguments: object, **_options: object) -> process.Finished:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(process, "run", never)
+    again, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    assert again.path == first.path
+    with pytest.raises(AssertionError, match="computed again"):
+        calibration.calibrate(llama, [llama], text, work(tmp_path, "w3"), ctx=CTX // 2, threads=1)
+
+
+def test_a_text_shorter_than_two_contexts_is_an_error(llama: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(GgmlExtError, match=r"short\.txt: only \d+ tokens, and contexts of 512 need 1024"):
+        calibration.calibrate(llama, [llama], short, work(tmp_path, "w"), ctx=512)
+
+
+def test_missing_and_empty_texts_are_errors(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(GgmlExtError, match=r"none\.txt: No such file"):
+        calibration.calibrate(llama, [llama], tmp_path / "none.txt", tmp_path, ctx=CTX, threads=1)
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(GgmlExtError, match=r"empty\.txt: empty"):
+        calibration.calibrate(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)
