@@ -1,0 +1,316 @@
+"""The command line: parses, calls, prints. Every command's work is in the module it imports.
+
+Errors are one line on standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.table import Table
+
+from ggml_ext import __version__
+from ggml_ext.errors import GgmlExtError
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn errors that are not bugs into one line and an exit status."""
+    try:
+        yield
+    except GgmlExtError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("ggml-ext: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads our output any more; keeps Python from complaining at exit
+        raise typer.Exit(1) from None
+    except MemoryError:
+        _fail("out of memory; close other programs, or use a smaller --ctx or fewer --threads")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the file and the disk it is on")
+
+
+def _fail(message: str) -> None:
+    print(f"ggml-ext: error: {message}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; typer itself reports wrong usage and exits with status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="ggml-ext",
+    cls=_Commands,
+    help="New GGML ops and quant types for llama.cpp: convert models, measure them, run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.")]
+ModelsArgument = Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Model files.")]
+TextOption = Annotated[
+    Path, typer.Option("-f", "--file", metavar="TEXT", help="Text to evaluate on (UTF-8).")
+]
+CtxOption = Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ggml-ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _rule(value: str) -> tuple[str, str]:
+    """Splits the REGEX=TYPE of --type-for at its last equals sign; a type name has none."""
+    pattern, separator, type_name = value.rpartition("=")
+    if not separator or not pattern or not type_name:
+        raise typer.BadParameter(f"{value!r} is not REGEX=TYPE, for example 'ffn_down=q6_k'")
+    return pattern, type_name
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f16/bf16/f32 GGUF.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to write.")],
+    type_name: Annotated[
+        str, typer.Option("--type", help="Type (fq4, q4_k, ...) or llama-quantize mix (q4_k_m, ...).")
+    ] = "fq4",
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix of llama-imatrix.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Text to compute an importance matrix from.")
+    ] = None,
+    type_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=TYPE", help="Type of the tensors whose names match; repeatable."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Tensors that are not quantised; repeatable.")
+    ] = None,
+    ctx: Annotated[
+        int, typer.Option("--ctx", min=16, help="Tokens per context of the calibration text.")
+    ] = 512,
+    threads: Annotated[int, typer.Option("-t", "--threads", min=0, help="Threads; 0 for all.")] = 0,
+) -> None:
+    """Convert a model to a GGUF file of the wanted types."""
+    rules = [_rule(value) for value in type_for or []]
+    from ggml_ext.convert import convert as run_convert
+
+    result = run_convert(
+        source,
+        out,
+        type_name=type_name,
+        imatrix=imatrix,
+        calibration=calibration,
+        type_for=rules,
+        keep=keep or [],
+        ctx=ctx,
+        threads=threads,
+    )
+    print(result.summary())
+
+
+@app.command()
+def perplexity(
+    model: ModelArgument,
+    text: TextOption,
+    ctx: CtxOption = 512,
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Perplexity of a model on a text, equal to llama-perplexity's."""
+    from ggml_ext.evaluate import perplexity as run_perplexity
+    from ggml_ext.outputs import check_outputs, write_json
+
+    check_outputs(json_out)
+    result = run_perplexity(model, text, ctx=ctx, threads=threads)
+    if json_out is not None:
+        write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
+    print(
+        f"{model}: perplexity {result.ppl:.4f} ± {result.ppl_se:.4f} "
+        f"({result.windows} windows of {ctx} tokens, {result.count} scored)"
+    )
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="Reference, usually f16 or bf16.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Models to compare with it.")],
+    text: TextOption,
+    ctx: CtxOption = 512,
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of speed measurements; 0 for none.")] = 5,
+    json_out: JsonOption = None,
+    report_out: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.md", help="Write a report.")
+    ] = None,
+    plot_out: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Draw KL divergence over bits per weight."),
+    ] = None,
+) -> None:
+    """Size, perplexity, KL divergence, top-1 agreement and speed of models against a base."""
+    from ggml_ext import report
+    from ggml_ext.compare import compare as run_compare
+
+    rows = run_compare(
+        base,
+        models,
+        text,
+        ctx=ctx,
+        threads=threads,
+        rounds=rounds,
+        json_out=json_out,
+        report_out=report_out,
+        plot_out=plot_out,
+    )
+    _print_table(report.table(rows))
+    written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
+    print(f"compared {len(models)} models with {base}" + (f"; wrote {', '.join(written)}" if written else ""))
+
+
+@app.command()
+def bench(
+    models: ModelsArgument,
+    prompt: Annotated[int, typer.Option("-p", "--prompt", min=1, help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option("-n", "--generate", min=1, help="Tokens to generate.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the models take turns.")] = 5,
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Prompt and generation speed of models, measured with llama-bench in turns."""
+    from ggml_ext import bench as benchmark
+    from ggml_ext import report
+    from ggml_ext.outputs import check_outputs, write_json
+
+    check_outputs(json_out)
+    speeds = benchmark.bench(models, prompt=prompt, generate=generate, rounds=rounds, threads=threads)
+    rows = benchmark.as_rows(speeds)
+    if json_out is not None:
+        write_json(json_out, rows)
+    _print_table(report.speed_table(rows))
+    print(f"measured {len(models)} models in {rounds} rounds" + (f"; wrote {json_out}" if json_out else ""))
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_out: JsonOption = None,
+) -> None:
+    """What a GGUF file consists of: types, sizes, how it was made."""
+    from ggml_ext import inspect as inspection
+    from ggml_ext.outputs import check_outputs, write_json
+
+    check_outputs(json_out)
+    result = inspection.inspect(model)
+    if json_out is not None:
+        write_json(json_out, result.as_json())
+    inspection.print_result(result, tensors=tensors)
+
+
+@app.command()
+def build(
+    dest: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to install to.")] = Path(
+        "ggml-ext-build"
+    ),
+    source: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="llama.cpp tree or archive instead of the pinned release."),
+    ] = None,
+    cuda: Annotated[bool, typer.Option("--cuda", help="With the CUDA backend.")] = False,
+    rpc: Annotated[bool, typer.Option("--rpc", help="With the RPC backend and server.")] = False,
+) -> None:
+    """Build the patched llama.cpp elsewhere, with other backends or from another source."""
+    from ggml_ext.build import build as run_build
+
+    made = run_build(dest, source=source, cuda=cuda, rpc=rpc)
+    print(f"{made}: patched llama.cpp; use it with GGML_EXT_LIB_DIR={made}/lib GGML_EXT_BIN_DIR={made}/bin")
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def run(
+    context: typer.Context,
+    tool: Annotated[str, typer.Argument(metavar="TOOL", help="llama-cli, llama-server, llama-quantize, ...")],
+) -> None:
+    """Run a tool of the patched llama.cpp; everything behind its name goes to the tool."""
+    from ggml_ext.build import run_tool
+
+    run_tool(tool, context.args)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What is installed and what works here; exit status 1 if something needed is broken."""
+    from ggml_ext.doctor import checks
+
+    found = checks()
+    if as_json:
+        print(json.dumps([vars(check) for check in found], indent=2))
+    else:
+        table = Table("", "what", "found", "remedy")
+        for check in found:
+            table.add_row(check.state, check.name, check.found, check.remedy)
+        _print_table(table)
+    if any(check.state == "broken" for check in found):
+        raise typer.Exit(1)
+
+
+def _print_table(table: Table) -> None:
+    """Print ``table`` in full width where the output is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; exits with its status."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""One table for a base model and others: size, perplexity, KL divergence, top-1 agreement, speed.
+
+These are the figures that llama.cpp asks for with a new quant type. A row is a plain dict, the JSON output is
+the list of rows, the base first; docs/compare.md describes every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggml_ext import bench, report
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.evaluate import Evaluation, Result
+from ggml_ext.header import read_header, value
+from ggml_ext.inspect import inspect
+from ggml_ext.outputs import check_outputs, write_json
+
+Row = dict[str, Any]
+
+DIVERGENCE_KEYS = (
+    "kld", "kld_se", "kld_max", "kld_percentiles", "top1", "top1_se", "ln_ppl_ratio", "ln_ppl_ratio_se",
+    "p_diff_mean", "p_diff_mean_se", "p_diff_rms", "p_diff_rms_se",
+)  # fmt: skip
+SPEED_KEYS = (
+    "pp_tps", "tg_tps", "pp_spread", "tg_spread", "pp_ratio", "tg_ratio", "pp_samples", "tg_samples",
+)  # fmt: skip
+
+ORIGIN_KEYS = ("ggml_ext.", "quantize.")
+"""Beginnings of the metadata keys that tell how a file was made."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a GGUF file says about itself.
+
+    bits_per_weight: over all tensors; bits_per_layer_weight: over the matrices of the layers alone, without
+    embeddings, output head and vectors; types: weights per tensor type; origin: metadata on how it was made.
+    """
+
+    bytes: int
+    bits_per_weight: float
+    bits_per_layer_weight: float | None
+    types: dict[str, int]
+    origin: dict[str, Any]
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Read the header of ``path``. Raises GgmlExtError if it is no sound GGUF file with tensors."""
+    about = inspect(path)
+    if about.parameters == 0:
+        raise GgmlExtError(f"{path}: has no tensors; name a GGUF file with a model")
+    layers = [tensor for tensor in about.tensors if tensor.name.startswith("blk.") and len(tensor.dims) > 1]
+    weights = sum(tensor.weights for tensor in layers)
+    keys = read_header(path).keys
+    return FileFacts(
+        bytes=about.bytes,
+        bits_per_weight=about.bits_per_weight,
+        bits_per_layer_weight=8 * sum(tensor.bytes for tensor in layers) / weights if weights else None,
+        types={kind.type: kind.weights for kind in sorted(about.types, key=lambda kind: -kind.weights)},
+        origin={name: value(entry) for name, entry in keys.items() if name.startswith(ORIGIN_KEYS)},
+    )
+
+
+def make_row(evaluation: Evaluation, result: Result, facts: FileFacts, text: Path, speed: Row | None) -> Row:
+    """The JSON row of one model; every key is present, null where nothing was measured."""
+    divergence = result.divergence.as_dict() if result.divergence is not None else {}
+    return {
+        "model": str(result.model),
+        "bytes": facts.bytes,
+        "bits_per_weight": facts.bits_per_weight,
+        "bits_per_layer_weight": facts.bits_per_layer_weight,
+        "types": facts.types,
+        "origin": facts.origin,
+        "ppl": result.perplexity.ppl,
+        "ppl_se": result.perplexity.ppl_se,
+        **{key: divergence.get(key) for key in DIVERGENCE_KEYS},
+        **{key: (speed or {}).get(key) for key in SPEED_KEYS},
+        "text": str(text),
+        "text_sha256": evaluation.text_sha256,
+        "ctx": evaluation.ctx,
+        "windows": evaluation.n_windows,
+        "tokens_scored": result.perplexity.count,
+    }
+
+
+def compare(
+    base: Path,
+    models: Sequence[Path],
+    text: Path,
+    *,
+    ctx: int = 512,
+    threads: int | None = None,
+    rounds: int = bench.ROUNDS,
+    json_out: Path | None = None,
+    report_out: Path | None = None,
+    plot_out: Path | None = None,
+) -> list[Row]:
+    """Measure ``base`` and ``models`` on ``text`` and write the files that are asked for.
+
+    ``rounds``: rounds of speed measurements, 0 for none. Returns the rows, the base first.
+    Raises GgmlExtError before any long work if an input cannot be read or an output cannot be written.
+    """
+    check_outputs(json_out, report_out, plot_out)
+    if plot_out is not None:
+        report.require_matplotlib()
+    with Evaluation(base, models, text, ctx=ctx, threads=threads) as evaluation:
+        paths = [base, *models]
+        facts = [file_facts(path) for path in paths]
+        results = evaluation.run()
+        speeds: Sequence[Row | None] = [None] * len(paths)
+        if rounds:
+            speeds = bench.as_rows(bench.bench(paths, rounds=rounds, threads=threads))
+        rows = [
+            make_row(evaluation, result, fact, text, speed)
+            for result, fact, speed in zip(results, facts, speeds, strict=True)
+        ]
+        if json_out is not None:
+            write_json(json_out, rows)
+        if report_out is not None:
+            report.write_report(report_out, rows, threads=threads, rounds=rounds)
+        if plot_out is not None:
+            report.write_plot(plot_out, rows)
+        evaluation.finish()
+    return rows

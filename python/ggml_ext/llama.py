@@ -1,0 +1,269 @@
+"""A thin layer over the low-level API of llama-cpp-python: load, tokenize, decode, read logits.
+
+Arrays cross the border without copies: the addresses that the bindings hand out are turned into numpy
+views through cffi. llama.cpp's log is kept in memory, so that errors can repeat llama.cpp's own reason.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cffi
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ggml_ext.errors import GgmlExtError
+
+_ffi = cffi.FFI()
+
+LOG_WARN, LOG_ERROR, LOG_CONT = 3, 4, 5
+"""Values of enum ggml_log_level."""
+
+_log: deque[tuple[int, str]] = deque(maxlen=400)
+"""Level and text of llama.cpp's latest log lines."""
+
+_interrupted = threading.Event()
+
+
+@cache
+def bindings() -> Any:
+    """The module ``llama_cpp.llama_cpp``, with llama.cpp's log redirected to us and its backends started.
+
+    Raises GgmlExtError if the bindings are missing or do not fit the libraries.
+    """
+    try:
+        import llama_cpp.llama_cpp as api
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise GgmlExtError(
+            f"llama-cpp-python: {error}; install the release that ggml-ext doctor names"
+        ) from error
+    api.llama_log_set(_log_callback(api), None)
+    api.llama_backend_init()
+    return api
+
+
+@cache
+def _log_callback(api: Any) -> Any:
+    """The C callback that keeps llama.cpp's log; cached because C holds on to it for ever."""
+
+    def keep(level: int, text: bytes, _user_data: object) -> None:
+        line = text.decode("utf-8", "replace").rstrip("\n")
+        if level == LOG_CONT and _log:
+            _log[-1] = (_log[-1][0], _log[-1][1] + line)
+            return
+        _log.append((level, line))
+        if level in (LOG_WARN, LOG_ERROR) and line.startswith(("ggml_ext", "ggml-ext")):
+            print(line, file=sys.stderr)
+
+    return api.llama_log_callback(keep)
+
+
+def _reason(default: str) -> str:
+    """The first error line in llama.cpp's log without the name of the C function before it."""
+    for level, line in _log:
+        if level == LOG_ERROR and line.strip():
+            head, sep, tail = line.strip().partition(": ")
+            return (tail if sep and head.isidentifier() else line.strip()).removeprefix(
+                "error loading model: "
+            )
+    return default
+
+
+@cache
+def _abort_callback(api: Any) -> Any:
+    return api.ggml_abort_callback(lambda _data: _interrupted.is_set())
+
+
+@cache
+def _load_callback(api: Any) -> Any:
+    return api.llama_progress_callback(lambda _progress, _data: not _interrupted.is_set())
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a long call into llama.cpp: the callbacks above see it and the call returns early.
+
+    Python runs its own handler only after a C call has returned, which takes minutes for a long batch.
+    Raises KeyboardInterrupt at the end of the block if Ctrl-C came during it.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _interrupted.clear()
+    previous = signal.signal(signal.SIGINT, lambda _number, _frame: _interrupted.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if _interrupted.is_set():
+            _interrupted.clear()
+            raise KeyboardInterrupt
+
+
+def view(pointer: Any, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+    """numpy array over the memory that ``pointer`` (a pointer object of the bindings) points to, no copy.
+
+    The memory stays llama.cpp's: the array is valid as long as the memory is.
+    """
+    kind = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    address = _ffi.cast("char *", _ffi.from_buffer(pointer.contents))
+    memory: Any = _ffi.buffer(address, count * kind.itemsize)
+    return np.frombuffer(memory, dtype=kind).reshape(shape)
+
+
+def physical_cores() -> int:
+    """Number of processor cores that this process may use, hyper-threads counted once (as llama.cpp does)."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            return len(usable)
+    return len(cores)
+
+
+class Model:
+    """A GGUF model loaded by llama.cpp, with one context for decoding. Close it, or use it in ``with``."""
+
+    def __init__(self, path: Path, *, threads: int | None = None, weights: bool = True) -> None:
+        """Load ``path``; decode with ``threads`` threads (None: one per physical core).
+
+        Without ``weights`` only the header is read and checked: enough to tokenize. Raises GgmlExtError with
+        llama.cpp's own reason if the file cannot be loaded.
+        """
+        self.path = path
+        self.threads = threads or physical_cores()
+        self._api = bindings()
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise GgmlExtError(f"{path}: {error.strerror}; name a GGUF file that can be read") from error
+        params = self._api.llama_model_default_params()
+        params.progress_callback = _load_callback(self._api)
+        if not weights:
+            params.no_alloc, params.load_mode = True, self._api.LLAMA_LOAD_MODE_NONE  # with mmap it asserts
+        _log.clear()
+        with interruptible():
+            self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise GgmlExtError(
+                f"{path}: llama.cpp cannot load it: {_reason('no reason given')}; make the file anew"
+            )
+        self.vocab = self._api.llama_model_get_vocab(self._model)
+        self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx_train: int = self._api.llama_model_n_ctx_train(self._model)
+        self.bos: int | None = (
+            self._api.llama_vocab_bos(self.vocab) if self._api.llama_vocab_get_add_bos(self.vocab) else None
+        )
+        """Token that stands before every text, None if the model has none."""
+        self.adds_eos: bool = self._api.llama_vocab_get_add_eos(self.vocab)
+
+    def tokenize(self, text: bytes) -> NDArray[np.int32]:
+        """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it; all of it is plain text."""
+        capacity = len(text) + 2
+        for _ in range(2):
+            buffer = (self._api.llama_token * capacity)()
+            count = self._api.llama_tokenize(self.vocab, text, len(text), buffer, capacity, True, False)
+            if count >= 0:
+                return np.frombuffer(buffer, dtype=np.int32, count=count).copy()
+            capacity = -count
+        raise GgmlExtError(
+            f"{self.path}: its vocabulary cannot tokenize this text; check the model's tokenizer"
+        )
+
+    def start(self, *, n_ctx: int, n_seq: int, n_batch: int) -> None:
+        """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode."""
+        params = self._api.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq
+        params.n_seq_max = n_seq
+        params.n_batch = n_batch
+        params.n_ubatch = min(n_batch, params.n_ubatch)
+        params.n_threads = params.n_threads_batch = self.threads
+        params.abort_callback = _abort_callback(self._api)
+        params.no_perf = True
+        _log.clear()
+        self._context = self._api.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise GgmlExtError(
+                f"{self.path}: llama.cpp cannot make a context of {n_seq} x {n_ctx} tokens: "
+                f"{_reason('no reason given')}; try a smaller --ctx"
+            )
+        self._batch = self._api.llama_batch_init(n_batch, 0, 1)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        memory = self._api.llama_get_memory(self._context)
+        if memory:
+            self._api.llama_memory_clear(memory, True)
+
+    def decode(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Decode one batch; all arguments have shape [n], n <= n_batch.
+
+        Returns logits [outputs.sum(), n_vocab] in the order of the batch: a view that the next decode
+        overwrites. Raises GgmlExtError if llama.cpp fails, KeyboardInterrupt on Ctrl-C.
+        """
+        n = len(tokens)
+        batch = self._batch
+        batch.n_tokens = n
+        view(batch.token, np.int32, n)[:] = tokens
+        view(batch.pos, np.int32, n)[:] = positions
+        view(batch.n_seq_id, np.int32, n)[:] = 1
+        view(batch.logits, np.int8, n)[:] = outputs
+        for i, sequence in enumerate(sequences.tolist()):
+            batch.seq_id[i][0] = sequence
+        _log.clear()
+        with interruptible():
+            status = self._api.llama_decode(self._context, batch)
+            self._api.llama_synchronize(self._context)
+        if status != 0:
+            raise GgmlExtError(
+                f"{self.path}: llama.cpp cannot decode ({status}): {_reason('no reason given')}"
+            )
+        rows = int(np.count_nonzero(outputs))
+        if rows == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        pointer = self._api.llama_get_logits(self._context)
+        if not pointer:
+            raise GgmlExtError(f"{self.path}: gives no logits; only text-generating models can be evaluated")
+        return view(pointer, np.float32, rows, self.n_vocab)
+
+    def close(self) -> None:
+        """Free everything; logits handed out before become invalid."""
+        if self._batch is not None:
+            self._api.llama_batch_free(self._batch)
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
