@@ -1,0 +1,83 @@
+"""Program: the logits of a model under the llama.cpp of a folder, as raw float32.
+
+    python logits.py LIB_DIR MODEL.gguf OUT.npy [--flash] [--rpc HOST:PORT]
+
+Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
+process of its own, since a process holds one llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import cffi
+import numpy as np
+from numpy.typing import NDArray
+
+PROMPT, SINGLE = 40, 8
+
+
+def use_rpc_server(lib_dir: str, endpoint: str) -> None:
+    """Registers the server's devices: models loaded later put all layers there."""
+    ffi = cffi.FFI()
+    ffi.cdef(
+        "void * ggml_backend_rpc_add_server(const char * endpoint); void ggml_backend_register(void * reg);"
+        "size_t ggml_backend_dev_count(void);"
+    )
+    before = ffi.dlopen(f"{lib_dir}/libggml.so")
+    rpc = ffi.dlopen(f"{lib_dir}/libggml-rpc.so")
+    count = before.ggml_backend_dev_count()
+    before.ggml_backend_register(rpc.ggml_backend_rpc_add_server(endpoint.encode()))
+    if before.ggml_backend_dev_count() == count:
+        sys.exit(f"logits.py: {endpoint}: no device there")
+
+
+def compute(model_path: str, flash: bool) -> NDArray[np.float32]:
+    import llama_cpp.llama_cpp as api
+
+    api.llama_backend_init()
+    model_params = api.llama_model_default_params()
+    model_params.n_gpu_layers = 99
+    model = api.llama_model_load_from_file(model_path.encode(), model_params)
+    if not model:
+        sys.exit(1)
+    params = api.llama_context_default_params()
+    params.n_ctx = 64
+    params.n_threads = params.n_threads_batch = 2
+    params.flash_attn_type = 1 if flash else 0
+    context = api.llama_init_from_model(model, params)
+    n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    batch = api.llama_batch_init(PROMPT, 0, 1)
+    rows = []
+    for start, count in [(0, PROMPT), *((PROMPT + i, 1) for i in range(SINGLE))]:
+        batch.n_tokens = count
+        for i in range(count):
+            batch.token[i] = (start + i) * 7 % n_vocab
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = True
+        if api.llama_decode(context, batch) != 0:
+            sys.exit("logits.py: llama_decode failed")
+        rows.append(np.ctypeslib.as_array(api.llama_get_logits(context), (count, n_vocab)).copy())
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("lib_dir")
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--flash", action="store_true")
+    parser.add_argument("--rpc")
+    options = parser.parse_args()
+    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = options.lib_dir
+    if options.rpc:
+        use_rpc_server(options.lib_dir, options.rpc)
+    np.save(options.out, compute(options.model, options.flash))
+
+
+if __name__ == "__main__":
+    main()
