@@ -16,6 +16,7 @@ import typer
 import typer.core
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ggml_ext import __version__
 from ggml_ext.errors import GgmlExtError
@@ -293,7 +294,8 @@ def doctor(
     else:
         table = Table("", "what", "found", "remedy")
         for check in found:
-            table.add_row(check.state, check.name, check.found, check.remedy)
+            # Text, since plain strings would lose "[convert]" as markup.
+            table.add_row(*map(Text, (check.state, check.name, check.found, check.remedy)))
         _print_table(table)
     if any(check.state == "broken" for check in found):
         raise typer.Exit(1)

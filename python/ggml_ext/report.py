@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ggml_ext import __version__, bench
 from ggml_ext.atomic import atomic_path
@@ -84,11 +85,13 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 def table(rows: Sequence[Row]) -> Table:
     """The comparison as a terminal table."""
     first = rows[0]
-    result = Table(caption=f"{first['tokens_scored']} tokens of {first['text']}, windows of {first['ctx']}")
+    # File names may hold square brackets, which rich takes for markup in plain strings.
+    caption = f"{first['tokens_scored']} tokens of {first['text']}, windows of {first['ctx']}"
+    result = Table(caption=Text(caption))
     for i, column in enumerate(COLUMNS):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in cells(rows):
-        result.add_row(*row)
+        result.add_row(*map(Text, row))
     return result
 
 
@@ -100,7 +103,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
     for column in ("model", "prompt t/s", "generate t/s"):
         result.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row in zip(short_names(rows), rows, strict=True):
-        result.add_row(name, _speed(row, "pp"), _speed(row, "tg"))
+        result.add_row(Text(name), _speed(row, "pp"), _speed(row, "tg"))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as Type
+from rich.console import Console
 
 from eval_models import make_model, text_of
 from ggml_ext import bench, report
@@ -288,6 +290,14 @@ def test_bench_alternates_and_pairs(monkeypatch: pytest.MonkeyPatch, folder: Pat
     assert (first["pp_tps"], second["pp_tps"], second["tg_tps"]) == (100.0, 200.0, 30.0)
     assert (second["pp_ratio"], second["tg_ratio"]) == (2.0, 3.0)
     assert first["pp_spread"] == pytest.approx((150.0 - 75.0) / 2)
+
+
+def test_brackets_in_names_are_printed() -> None:
+    """rich takes "[q4]" in a plain string for markup and drops it."""
+    speeds = dict.fromkeys(("pp_tps", "tg_tps", "pp_spread", "tg_spread", "pp_ratio", "tg_ratio"), 1.0)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.speed_table([{"model": "model[q4].gguf", **speeds}]))
+    assert "[q4]" in console.export_text()
 
 
 def test_bench_reports_what_llama_bench_says(tmp_path: Path) -> None:
