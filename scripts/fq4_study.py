@@ -29,27 +29,17 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_ext import fq4
+
 F32 = NDArray[np.float32]
 
 SUPER = 256
 CHUNK = 32  # super-blocks per step: the [weights, rows] error array then stays in the L2 cache
 LONE_FACTOR = 1.05  # f where there is one candidate only
 
-# Eight shapes; the table has their mirror images too. The frozen format's (see fq4_table.py), and those
-# that the study began with.
-SHAPES = np.array(
-    [
-        [-44, -35, -28, -21, -16, -10, -6, -1, 3, 8, 13, 19, 25, 32, 41, 53],
-        [-68, -49, -38, -29, -21, -14, -8, -1, 5, 11, 17, 23, 31, 39, 48, 60],
-        [-65, -53, -43, -33, -25, -17, -10, -2, 5, 12, 19, 27, 35, 45, 56, 72],
-        [-81, -58, -47, -37, -27, -18, -10, -2, 6, 14, 22, 31, 41, 51, 62, 77],
-        [-94, -66, -51, -39, -29, -19, -11, -2, 6, 14, 23, 32, 42, 53, 68, 85],
-        [-90, -72, -57, -44, -33, -23, -13, -3, 6, 15, 25, 35, 47, 60, 79, 99],
-        [-107, -73, -57, -44, -32, -21, -12, -2, 8, 18, 28, 39, 51, 66, 85, 111],
-        [-127, -81, -60, -44, -32, -20, -11, -2, 7, 16, 27, 38, 52, 70, 101, 127],
-    ],
-    dtype=np.float32,
-)
+# Eight shapes; the table has their mirror images too. The frozen format's, and those that the study began
+# with.
+SHAPES = fq4.TABLE[:8].astype(np.float32)
 FIRST_SHAPES = np.array(
     [
         [-46, -34, -27, -22, -16, -12, -7, -2, 4, 8, 14, 18, 24, 30, 38, 47],
