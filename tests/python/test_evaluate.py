@@ -43,11 +43,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def llama_perplexity(model: Path, *arguments: str) -> str:
-    """Output of llama-perplexity."""
+    """Output of llama-perplexity.
+
+    It logs from a thread of its own and sometimes exits before that thread has written the summary; such a
+    run says nothing and is made again.
+    """
     call = [str(tools.find("llama-perplexity")), "-m", str(model), *arguments]
-    done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    for _ in range(10):
+        done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
+        assert done.returncode == 0, done.stderr
+        output = done.stdout + done.stderr
+        if re.search(r"Final estimate: PPL|Same top p: ", output):
+            return output
+    raise AssertionError(f"no summary in ten runs: {output}")
 
 
 def figure(output: str, label: str) -> tuple[float, float]:
