@@ -1,0 +1,192 @@
+"""The vocabulary of calibration: sites, their statistics, and what a transform does to them.
+
+A site is one activation that weight matrices of a transformer block read. A block has four: ``attn_in``
+(read by q, k, v), ``attn_out`` (the attention output's projection), ``ffn_in`` (gate, up) and ``ffn_mid``
+(down). Activations are row vectors x of n channels; a linear layer computes y = x W^T with W [n_out, n].
+
+A transform replaces x by x' = x T and W by W' = W T^-T, so that x' W'^T = x W^T, with
+
+    T = diag(1 / diag) (I (x) head) (left (x) right)
+
+The first two factors are folded into the tensors before the site (``Fold``), the Kronecker product runs
+online: with x reshaped to X [n1, n2] (row-major), x' is left^T X right. docs/flatquant.md has the
+mathematics, docs/gguf.md the layout in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SiteKind = Literal["attn_in", "attn_out", "ffn_in", "ffn_mid"]
+SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix that reads a site. ``tensor``: its GGUF name. ``weight``: float32 [n_out, n], or [experts,
+    n_out, n], rows in the order of the Hugging Face module. ``gguf_rows`` int64 [n_out]: row i in the
+    GGUF file is row gguf_rows[i] here (converters permute q and k of some architectures)."""
+
+    tensor: str
+    weight: Tensor
+    gguf_rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where the offline part of a site's transform goes: the channels of the site are elements (``rows`` =
+    False: a norm's gain, GGUF vector [n]) or output rows first .. first + n - 1 of a matrix (``rows`` =
+    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector that is added to
+    the same channels, or "". For attn_out the n_kv * head_dim rows of v each feed several channels."""
+
+    tensor: str
+    rows: bool
+    first: int = 0
+    n: int = 0
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """``anchor``: GGUF name, without ".weight", of the first matrix that reads the site; transform tensors are
+    named after it. ``n``: channels. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0 elsewhere.
+    ``fold`` is None where nothing can be folded. ``also``: GGUF matrices that read the site in float and
+    untransformed by the online part (the router of a mixture of experts): only the folded part concerns
+    them."""
+
+    kind: SiteKind
+    anchor: str
+    n: int
+    linears: tuple[Linear, ...]
+    fold: Fold | None
+    also: tuple[str, ...] = ()
+    n_head: int = 0
+    n_head_kv: int = 0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """What calibration saw at a site, all float32. ``hessian`` [n, n]: mean of x^T x over tokens. ``absmax``
+    [n]: largest |x| per channel. ``sample`` [m, n]: some tokens' activations, drawn evenly.
+    ``expert_hessian``: [experts, n, n], mean over the tokens routed to each expert, or None for dense
+    sites (and where it would be too large); ``expert_tokens`` int64 [experts]."""
+
+    hessian: Tensor
+    absmax: Tensor
+    sample: Tensor
+    n_tokens: int
+    expert_hessian: Tensor | None = None
+    expert_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How activations are rounded at run time. ``bits``: 8 or 4. ``group``: values that share a scale, 0 for
+    the whole token (llama.cpp's own Q8_K: 8 bits, 256)."""
+
+    bits: int = 8
+    group: int = 256
+
+
+@dataclass(frozen=True)
+class SiteTransform:
+    """A solved transform T, float64 throughout. ``diag`` [n]. ``head`` [head_dim, head_dim]: attn_out only, the
+    same for all heads, or None. ``left`` [n1, n1] and ``right`` [n2, n2]: None for the identity.
+    ``hadamard``: order (a power of two) of a normalised Walsh-Hadamard matrix that takes right's place,
+    0 for none. ``clip``: factor on the token's largest |x'| at which x' is cut off, 1 for none."""
+
+    diag: Tensor
+    head: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    hadamard: int = 0
+    clip: float = 1.0
+    notes: dict[str, float] = field(default_factory=dict)  # figures for the report: condition numbers, losses
+
+    @property
+    def n(self) -> int:
+        return int(self.diag.numel())
+
+    @property
+    def online(self) -> bool:
+        """Whether anything is left to do at run time besides the clip."""
+        return self.left is not None or self.right is not None or self.hadamard > 1
+
+    def kron(self) -> tuple[Tensor, Tensor]:
+        """left [n1, n1] and right [n2, n2] with identities and Hadamard matrices written out, float64."""
+        right = hadamard(self.hadamard) if self.hadamard > 1 else self.right
+        if right is None:
+            n1 = self.left.shape[0] if self.left is not None else 1
+            right = torch.eye(self.n // n1, dtype=torch.float64)
+        left = (
+            self.left if self.left is not None else torch.eye(self.n // right.shape[0], dtype=torch.float64)
+        )
+        return left, right
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x T for x [..., n], in x's dtype."""
+        left, right = (m.to(x.dtype) for m in self.kron())
+        x = x / self.diag.to(x.dtype)
+        if self.head is not None:
+            head = self.head.to(x.dtype)
+            x = (x.unflatten(-1, (-1, head.shape[0])) @ head).flatten(-2)
+        return (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
+
+    def invert(self, x: Tensor) -> Tensor:
+        """x' T^-1 for x' [..., n]."""
+        left, right = (torch.linalg.inv(m).to(x.dtype) for m in self.kron())
+        x = (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
+        if self.head is not None:
+            head = torch.linalg.inv(self.head).to(x.dtype)
+            x = (x.unflatten(-1, (-1, head.shape[0])) @ head).flatten(-2)
+        return x * self.diag.to(x.dtype)
+
+    def dual(self) -> SiteTransform:
+        """The transform T^-T, which acts on the rows of weights: weight(W) = dual().apply(W)."""
+
+        def dual(matrix: Tensor | None) -> Tensor | None:
+            return None if matrix is None else torch.linalg.inv(matrix).T.contiguous()
+
+        return replace(
+            self,
+            diag=1 / self.diag,
+            head=dual(self.head),
+            left=dual(self.left),
+            right=dual(self.right),
+            clip=1.0,
+        )
+
+    def weight(self, w: Tensor) -> Tensor:
+        """W T^-T for W [..., n]: the weights that read x'. Computed in float64, returned in W's dtype."""
+        return self.dual().apply(w.double()).to(w.dtype)
+
+    def effective_weight(self, w: Tensor) -> Tensor:
+        """W' T^T: what weights W' that read x' do to the untransformed x."""
+        return self.dual().invert(w.double()).to(w.dtype)
+
+    def hessian(self, h: Tensor) -> Tensor:
+        """T^T H T for H [..., n, n]: the mean of x'^T x'. float64."""
+        once = self.apply(h.double())
+        return self.apply(once.transpose(-1, -2)).transpose(-1, -2)
+
+
+def identity(n: int) -> SiteTransform:
+    """The transform that changes nothing."""
+    return SiteTransform(torch.ones(n, dtype=torch.float64))
+
+
+def hadamard(order: int) -> Tensor:
+    """The normalised Walsh-Hadamard matrix (Sylvester's), [order, order] float64, symmetric and orthogonal:
+    element (i, j) is (-1)^popcount(i & j) / sqrt(order). ``order`` is a power of two."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < order:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    if h.shape[0] != order:
+        raise ValueError(f"Walsh-Hadamard matrices have orders that are powers of two, not {order}")
+    return h / order**0.5
