@@ -3,9 +3,11 @@
 #include "ggml-ext.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -121,20 +123,26 @@ void check_value(const gguf_context * metadata, const char * key, std::initializ
 }
 
 void check_errors(const gguf_context * metadata) {
-    const int64_t tensors = gguf_find_key(metadata, "ggml_ext.error.tensors");
-    const int64_t values  = gguf_find_key(metadata, "ggml_ext.error.values");
-    const size_t  n       = tensors < 0 ? 0 : gguf_get_arr_n(metadata, tensors);
-    const size_t  m       = values < 0 ? 0 : gguf_get_arr_n(metadata, values);
-    if (n != m) {
-        refuse("ggml_ext.error.values", "has " + std::to_string(m) + " elements, ggml_ext.error.tensors has " +
-                                            std::to_string(n));
+    const char * const keys[] = { "ggml_ext.error.tensors", "ggml_ext.error.values", "ggml_ext.error.kind" };
+    int64_t            ids[3];
+    std::transform(std::begin(keys), std::end(keys), ids,
+                   [metadata](const char * key) { return gguf_find_key(metadata, key); });
+    const int64_t present = *std::max_element(std::begin(ids), std::end(ids));
+    if (present < 0) {
+        return;
     }
-    const int64_t kind = gguf_find_key(metadata, "ggml_ext.error.kind");
-    if (kind >= 0) {
-        const std::string name = gguf_get_val_str(metadata, kind);
-        if (name != "output" && name != "weight") {
-            refuse("ggml_ext.error.kind", "is '" + name + "', not 'output' or 'weight'");
+    for (int i = 0; i < 3; i++) {
+        if (ids[i] < 0) {
+            refuse(keys[i], std::string("is missing beside '") + gguf_get_key(metadata, present) + "'");
         }
+    }
+    if (gguf_get_arr_n(metadata, ids[0]) != gguf_get_arr_n(metadata, ids[1])) {
+        refuse(keys[1], "has " + std::to_string(gguf_get_arr_n(metadata, ids[1])) + " elements, '" + keys[0] +
+                            "' has " + std::to_string(gguf_get_arr_n(metadata, ids[0])));
+    }
+    const std::string kind = gguf_get_val_str(metadata, ids[2]);
+    if (kind != "output" && kind != "weight") {
+        refuse(keys[2], "is '" + kind + "', not 'output' or 'weight'");
     }
 }
 
