@@ -1,12 +1,12 @@
-"""Learned rounding: sign descent on the block's output error, after AutoRound (arXiv 2309.05516, algorithm 1).
+"""Learned rounding: sign descent on the block's output error, after AutoRound (arXiv 2309.05516).
 
 Scales stay as the encoder or GPTQ left them. Each weight has a position between the levels of its grid; its
 level is the nearest one. Positions move by the sign of the straight-through gradient of
 
     |block(hidden; rounded weights and activations) - block(hidden)|^2
 
-with a step that falls linearly to zero. The first level of every weight is the one it came with, and the
-result is the best state seen on a fixed part of the calibration data: never worse than the start.
+with a step that falls linearly to zero. The first level of every weight is the one it came with. The result
+is the best state seen on batches that are kept out of the training: never worse than the start on those.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from ggml_ext.rounding import grid as grids
 from ggml_ext.rounding.grid import Bytes
 from ggml_ext.sites import SiteKind
 
-_MAX_OFFSET = 0.45  # of a gap: how far a start may lie from its level, so that it is still the nearest
-_CHECKS = 8  # evaluations on the fixed part, spread over the steps
-_CHECK_BATCHES = 4
+_MAX_OFFSET = 0.2  # of a gap: how far a start may lie from its level towards the weight; docs/rounding.md
+_TRAVEL = 0.4  # of a gap: how far a position gets if all its gradients have the same sign
+_CHECKS = 8  # evaluations on the batches kept out, spread over the steps
+_KEPT_OUT = 8  # one batch in so many, 4 at most
 
 Inputs = Mapping[SiteKind, Callable[[Tensor], Tensor]]
 
@@ -53,8 +54,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Learned:
-    """``data``: tensor -> encoding. ``before``, ``after``: mean squared error of the block's output on the fixed
-    part of the data, relative to the output's mean square."""
+    """``data``: tensor -> encoding. ``before``, ``after``: mean squared error of the block's output, relative
+    to the output's mean square, on the batches kept out."""
 
     data: dict[str, Bytes] = field(repr=False)
     before: float
@@ -100,7 +101,7 @@ class _Positions:
         return levels
 
     def rounded(self) -> Tensor:
-        """The rounded weights in the block's own basis, with the positions' gradient passed straight through."""
+        """The rounded weights in the block's own basis, gradients passed straight through."""
         position = self._start + self.at * self._gap
         value = position + (self._value(self.levels()) - position).detach()
         return self.matrix.original(value.reshape(self._shape))
@@ -123,13 +124,14 @@ def refine_block(
 ) -> Learned:
     """Learns the levels of ``matrices`` together.
 
-    batches, targets: hidden states [batch, tokens, hidden] and the float block's outputs for them; one pair per
-    step, drawn at random with ``seed``. inputs: what rounding does to the activations of each site, in the
-    block's own basis. progress gets the relative error of each step's batch. Deterministic with one thread.
+    batches, targets: hidden states [batch, tokens, hidden] and the float block's outputs for them; one pair
+    per step, drawn at random with ``seed``; every eighth is kept out (a single one is used for both). inputs:
+    what rounding does to the activations of each site, in the block's own basis. progress gets the relative error of each step's batch. Deterministic with one thread.
     """
     device = batches[0].device
     trained = [_Positions(matrix, device) for matrix in matrices]
-    checked = np.linspace(0, len(batches) - 1, min(_CHECK_BATCHES, len(batches))).astype(int)
+    checked = list(range(0, len(batches), _KEPT_OUT))[:4]
+    used = [i for i in range(len(batches)) if i not in checked] or checked
 
     def error(pairs: Sequence[int]) -> Tensor:
         weights = {positions.matrix.tensor: positions.rounded() for positions in trained}
@@ -147,10 +149,10 @@ def refine_block(
     data = {matrix.tensor: matrix.data for matrix in matrices}
     order = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        i = int(torch.randint(len(batches), (), generator=order))
+        i = used[int(torch.randint(len(used), (), generator=order))]
         loss = error([i])
         gradients = torch.autograd.grad(loss, [positions.at for positions in trained])
-        rate = 1 / steps * (1 - step / steps) * 2
+        rate = 2 * _TRAVEL / steps * (1 - step / steps)
         with torch.no_grad():
             for positions, gradient in zip(trained, gradients, strict=True):
                 positions.at -= rate * gradient.sign()
