@@ -126,7 +126,8 @@ def refine_block(
 
     batches, targets: hidden states [batch, tokens, hidden] and the float block's outputs for them; one pair
     per step, drawn at random with ``seed``; every eighth is kept out (a single one is used for both). inputs:
-    what rounding does to the activations of each site, in the block's own basis. progress gets the relative error of each step's batch. Deterministic with one thread.
+    what rounding does to the activations of each site, in the block's own basis. progress gets the relative
+    error of each step's batch. Deterministic with one thread.
     """
     device = batches[0].device
     trained = [_Positions(matrix, device) for matrix in matrices]
