@@ -22,12 +22,12 @@ _KEPT_WEIGHTS = 6  # copies of all matrices: transformed, rounded, what their gr
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes unless named otherwise. ``collect``: peak memory of the pass that gathers statistics. ``solve``: of
+    """Bytes, except for counts. ``collect``: peak memory of the pass that gathers statistics. ``solve``: of
     the rounding that follows (a second moment and its inverse in float64). ``train``: of training steps.
-    ``peak``: the largest of those that the run needs. ``disk_activations``: two buffers of hidden states for all
-    tokens. ``disk_checkpoints``: the rounded blocks. ``forward_macs``: multiply-adds of one forward pass of
-    all tokens through all blocks. ``statistics_macs``: of the second moments. ``n_weights``: in all blocks'
-    matrices."""
+    ``peak``: the largest of those that the run needs. ``disk_activations``: two buffers of hidden states for
+    all tokens. ``disk_checkpoints``: the rounded blocks. ``forward_macs``: multiply-adds of one forward pass
+    of all tokens through all blocks. ``statistics_macs``: of the second moments. ``n_weights``: in all
+    blocks' matrices."""
 
     n_blocks: int
     n_tokens: int
