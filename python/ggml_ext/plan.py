@@ -2,7 +2,7 @@
 
 Memory is that of one block on the device that computes. The factors for training count the tensors that
 autograd keeps for a block whose four inputs and all matrices pass through a transform and a straight-through
-quantiser; they and the rest are held against a measured run in docs/calibration.md."""
+quantiser; they and the rest are held against a measured run in docs/families.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ggml_ext.moments import MAX_EXPERT_BYTES
+from ggml_ext.moments import MAX_EXPERT_BYTES, PANEL
 from ggml_ext.skeleton import Skeleton, open_skeleton
 
 _WORKSPACE = 2**29  # Python, torch and its kernels' buffers
@@ -100,7 +100,7 @@ def plan(
         disk_activations=2 * n_tokens * shape.hidden * size,
         disk_checkpoints=int(blocks * shape.weights * bits / 8),
         forward_macs=blocks * n_tokens * (shape.active + attention),
-        statistics_macs=blocks * n_tokens * sum(n * n for n, _ in shape.sites),
+        statistics_macs=blocks * n_tokens * sum(n * (n + min(n, PANEL)) // 2 for n, _ in shape.sites),
     )
 
 

@@ -352,16 +352,26 @@ def test_sample_is_evenly_spread(sizes: list[int], limit: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 2**31))
-def test_moments_against_numpy(sizes: list[int], n: int, seed: int) -> None:
-    """Fails if the batching changes a mean, or tokens reach another expert."""
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    n=st.integers(1, 9),
+    panel=st.integers(1, 10),
+    seed=st.integers(0, 2**31),
+)
+def test_moments_against_numpy(sizes: list[int], n: int, panel: int, seed: int) -> None:
+    """Fails if batches or panels change a mean, or tokens reach another expert."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ggml_ext.moments.PANEL", panel)
+        check_moments(sizes, n, seed)
+
+
+def check_moments(sizes: list[int], n: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     x = random.standard_normal((sum(sizes), n), np.float32)
     expert = random.integers(0, 3, len(x))
     moments = Moments(n, 100, torch.device("cpu"), experts=3)
-    for part, choice in zip(
-        torch.split(torch.from_numpy(x), sizes), np.split(expert, np.cumsum(sizes)[:-1]), strict=True
-    ):
+    choices = np.split(expert, np.cumsum(sizes)[:-1])
+    for part, choice in zip(torch.from_numpy(x).split(sizes), choices, strict=True):
         moments.add(part)
         for i in range(3):
             moments.add_routed(part[torch.from_numpy(choice == i)], i)
