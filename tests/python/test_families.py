@@ -48,12 +48,13 @@ def block_model(base: Path, family: str, **more: Any) -> BlockModel:
     return BlockModel(tiny.family_dir(base, family), gguf=open_gguf(tiny.family_gguf(base, family)), **more)
 
 
-def hf_model(base: Path, family: str) -> Any:
-    """transformers' model with the attention that blocks use."""
+def hf_decoder(base: Path, family: str) -> Any:
+    """transformers' text decoder with the attention that blocks use."""
     implementation = "eager" if family == "gemma2" else "sdpa"
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         tiny.family_dir(base, family), dtype=torch.float32, attn_implementation=implementation
     )
+    return getattr(model.model, "language_model", model.model)
 
 
 def prompts() -> Tensor:
@@ -82,7 +83,7 @@ def test_logits_of_transformers_and_llama_cpp_agree(base: Path, family: str) -> 
 def test_blocks_in_sequence_are_the_model(base: Path, family: str) -> None:
     """Fails if embeddings, masks, rotary embeddings or a block's weights are not what transformers uses."""
     expected: list[Tensor] = []
-    reference = hf_model(base, family).model
+    reference = hf_decoder(base, family)
     reference.norm.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
     with torch.no_grad():
         expected[:0] = reference(prompts(), output_hidden_states=True).hidden_states[:-1]
@@ -162,8 +163,8 @@ def routed_intermediates(layer: Any, tokens: Tensor) -> tuple[list[Tensor], list
 def test_statistics_are_those_of_the_activations(base: Path, family: str) -> None:
     """Against transformers' own forward pass. Fails if a site's statistics are of another activation, miss
     tokens, or mix up experts."""
-    reference = hf_model(base, family)
-    layer = reference.model.layers[0]
+    reference = hf_decoder(base, family)
+    layer = reference.layers[0]
     points: dict[SiteKind, str] = {
         "attn_out": "self_attn.o_proj",
         "ffn_in": "mlp",
@@ -288,7 +289,7 @@ def test_folds_change_no_logit(base: Path, family: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_kv_moments_are_those_of_the_cache(base: Path, family: str) -> None:
     """Against transformers' KV cache. Fails if k is taken before RoPE or QK-norm, or has another order."""
-    cache = hf_model(base, family).model(prompts(), use_cache=True).past_key_values
+    cache = hf_decoder(base, family)(prompts(), use_cache=True).past_key_values
     model = block_model(base, family)
     block, hidden = block_input(model)
     moments = block.kv_moments(hidden.split(1))
@@ -536,6 +537,14 @@ def test_checkpoints_are_refused(base: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(GgmlExtError, match="pickled weights"):
         BlockModel(folder)
+
+
+def test_code_in_the_folder_is_not_run(base: Path, tmp_path: Path) -> None:
+    """Phi-3 folders bring code; fails if it would run, or stop the folder from being used."""
+    code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoModel": "mine.Model"}
+    folder = copy_of(base, "phi3", tmp_path / "m", auto_map=code)
+    (folder / "mine.py").write_text("raise SystemExit('it ran')")
+    assert BlockModel(folder).load(0).index == 0
 
 
 def test_only_matrices_of_the_block_can_be_replaced(base: Path) -> None:
