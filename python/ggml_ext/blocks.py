@@ -75,7 +75,9 @@ class BlockModel:
     def tokenize(self, text: str) -> list[int]:
         """Token ids by the folder's own tokenizer, with the special tokens that it puts around a text."""
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError) as exc:
             raise GgmlExtError(f"{self.folder}: its tokenizer cannot be loaded ({exc}); check it") from exc
         return list(tokenizer.encode(text))

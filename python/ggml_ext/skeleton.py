@@ -46,7 +46,9 @@ def open_skeleton(folder: Path) -> Skeleton:
     path = folder / "config.json"
     family = family_of(_architectures(path), path)
     try:
-        whole = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        whole = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         config = whole.get_text_config()
         build: Any = transformers.AutoModel.from_config
         with torch.device("meta"):
