@@ -5,7 +5,7 @@ the rounding chooses each weight's code, the type says what codes there are. Tod
 none; the rounding is rtn, or imatrix where importances are given.
 
 An interrupted conversion leaves nothing behind and starts again; the one step that can take hours, the
-importance matrix, is kept in a cache once it is complete (calibrate.py).
+importance matrix, is kept in a cache once it is complete (importance.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext import encode, hf, native, rules, stock
-from ggml_ext.calibrate import Calibration, calibrate
+from ggml_ext import importance
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
@@ -195,7 +195,7 @@ def _importance(
     if calibration is None:
         return None, None
     files = sorted(source.iterdir()) if source.is_dir() else sorted({t.path for t in opened.tensors})
-    return calibrate(opened.path, files, calibration, work, ctx=ctx, threads=threads)
+    return importance.collect(opened.path, files, calibration, work, ctx=ctx, threads=threads)
 
 
 def _result(

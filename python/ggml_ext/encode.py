@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ggml_ext import native
 from ggml_ext.atomic import atomic_path
-from ggml_ext.calibrate import Calibration
+from ggml_ext.importance import Calibration
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix
 from ggml_ext.progress import Advance, track

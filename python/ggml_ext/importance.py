@@ -43,7 +43,7 @@ class Calibration:
     seed: int = 0
 
 
-def calibrate(
+def collect(
     model: Path, files: Sequence[Path], text: Path, work: Path, *, ctx: int, threads: int = 0
 ) -> tuple[Imatrix, Calibration]:
     """Importances of the GGUF file ``model`` on the text, from the cache if they are there.
