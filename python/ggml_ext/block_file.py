@@ -25,14 +25,12 @@ _ENTRY = "ggml_ext.block"
 @dataclass(frozen=True)
 class Findings:
     """What calibration found out about a block. ``hadamard``, ``clip``: one per site, in the order of
-    SITE_KINDS. ``errors``: GGUF name -> relative squared error of the rounding; ``error_kind``: "output"
-    where it is that of the matrix's output on the calibration text, "weight" where of the weights.
-    ``notes``: site -> figures of its transform."""
+    SITE_KINDS. ``errors``: GGUF name -> relative squared error of the matrix's output on the calibration
+    text. ``notes``: site -> figures of its transform."""
 
     hadamard: tuple[int, ...] = (0,) * len(SITE_KINDS)
     clip: tuple[float, ...] = (1.0,) * len(SITE_KINDS)
     errors: dict[str, float] = field(default_factory=dict)
-    error_kind: str = "output"
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -93,9 +91,7 @@ def load(path: Path) -> tuple[dict[str, Stored], Findings]:
             name: Stored(path, name, described["type"], tuple(described["dims"]))
             for name, described in entry.pop("tensors").items()
         }
-        return tensors, Findings(
-            tuple(entry.pop("hadamard")), tuple(entry.pop("clip")), **entry
-        )
+        return tensors, Findings(tuple(entry.pop("hadamard")), tuple(entry.pop("clip")), **entry)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exc:
         raise _damaged(path, exc) from exc
 

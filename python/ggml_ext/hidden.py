@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,13 +35,15 @@ class Hidden:
         """Whether the file is there; it is complete then."""
         return self.path.is_file()
 
-    def write(self, batches: Iterable[Tensor]) -> None:
-        """Writes all samples, given in order as [b, ctx, hidden], atomically.
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[Tensor], None]]:
+        """Yields ``put``, which takes all samples in order as [b, ctx, hidden]; the file appears at the end.
 
         Raises GgmlExtError for a full disk, and for NaN or Inf: the model is damaged, or its dtype too small.
         """
         with atomic_path(self.path) as temporary, temporary.open("wb") as file:
-            for batch in batches:
+
+            def put(batch: Tensor) -> None:
                 if not bool(torch.isfinite(batch).all()):
                     raise GgmlExtError(
                         f"{self.path.stem}: hidden states hold NaN or Inf; the model is damaged, "
@@ -48,6 +51,8 @@ class Hidden:
                     )
                 flat = batch.detach().to("cpu", self._dtype).contiguous().view(torch.uint8)
                 file.write(flat.numpy().data)
+
+            yield put
             if file.tell() != self.n_bytes:
                 raise ValueError(f"{file.tell()} bytes of hidden states instead of {self.n_bytes}")
 

@@ -186,7 +186,9 @@ def _check_types(method: Method, others: Sequence[str]) -> None:
 
 
 def _check_blockwise(method: Method, *, folder: bool, text: bool, imatrix: bool) -> None:
-    asked = f"--transform {method.transform}" if method.transform != "none" else f"--rounding {method.rounding}"
+    asked = f"--rounding {method.rounding}"
+    if method.transform != "none":
+        asked = f"--transform {method.transform}"
     if not folder:
         raise GgmlExtError(
             f"{asked}: needs to run the model's blocks one by one, which a GGUF file does not allow; "
