@@ -4,7 +4,7 @@ The hidden states that enter a block lie on disk. Every block is run once on the
 statistics and the next block's hidden states; its transforms are solved, folded, and its matrices rounded.
 What comes of it is one file per block. Memory holds one block, disk two sets of hidden states.
 
-The folder: plan.json (plan.py), source.gguf (the float model, which convert reads too), hidden-NNN.bin
+The folder: plan.json (calibration_plan.py), source.gguf (the float model, which convert reads too), hidden-NNN.bin
 (hidden.py), block-NNN.safetensors (block_file.py), lock.
 """
 
@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from ggml_ext import __version__, hf, native, paths, recipes, rules, transforms
-from ggml_ext import plan as plans
+from ggml_ext import calibration_plan as plans
 from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
@@ -36,7 +36,7 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
 from ggml_ext.llama import Model
-from ggml_ext.plan import Plan
+from ggml_ext.calibration_plan import Plan
 from ggml_ext.progress import track
 from ggml_ext.recipes import Method
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform, identity

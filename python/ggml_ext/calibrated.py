@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import plan as plans
+from ggml_ext import calibration_plan as plans
 from ggml_ext.block_file import Stored, block_path, load
 from ggml_ext.encode import Prepared
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.plan import Plan, model_files
+from ggml_ext.calibration_plan import Plan, model_files
 from ggml_ext.rules import STOCK_MIXES
 from ggml_ext.source import Source, open_gguf
 

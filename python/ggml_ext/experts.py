@@ -7,6 +7,7 @@ here is that of its MixtralExperts.forward and Qwen3MoeExperts.forward, which ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ggml_ext.errors import GgmlExtError
 class ExpertMatrix(nn.Module):
     """``weight`` [experts, n_out, n]."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, device="meta"))
 
@@ -28,20 +29,24 @@ class RoutedExperts(nn.Module):
     assigned. ``on_input`` replaces the tokens [tokens, n] before the experts read them, ``on_middle`` an
     expert's intermediate [routed tokens, ff], given the expert's index."""
 
-    def __init__(self, fused: nn.Module, where: str) -> None:
+    def __init__(self, fused: Any, where: str) -> None:
         """fused: transformers' module. Raises GgmlExtError if its parameters are not the ones known."""
         super().__init__()
-        names = {name for name, _ in fused.named_parameters()}
-        if names != {"gate_up_proj", "down_proj"}:
+        names = sorted(name for name, _ in fused.named_parameters())
+        if names != ["down_proj", "gate_up_proj"]:
             raise GgmlExtError(
-                f"{where}: its experts hold {', '.join(sorted(names))}, which calibration does not understand; "
+                f"{where}: its experts hold {', '.join(names)}, which calibration does not understand; "
                 "use transform none with rounding rtn or imatrix"
             )
-        experts, twice, n = fused.gate_up_proj.shape
-        self.gate_proj = ExpertMatrix((experts, twice // 2, n))
-        self.up_proj = ExpertMatrix((experts, twice // 2, n))
-        self.down_proj = ExpertMatrix((experts, n, twice // 2))
-        self.act_fn = fused.act_fn
+        self.n_experts, n, ff = fused.down_proj.shape
+        self.gate_proj = ExpertMatrix(self.n_experts, ff, n)
+        self.up_proj = ExpertMatrix(self.n_experts, ff, n)
+        self.down_proj = ExpertMatrix(self.n_experts, n, ff)
+        self.act_fn: Callable[[Tensor], Tensor] = fused.act_fn
+        self.release()
+
+    def release(self) -> None:
+        """Nothing replaces the activations any more."""
         self.on_input: Callable[[Tensor], Tensor] | None = None
         self.on_middle: Callable[[Tensor, int], Tensor] | None = None
 
@@ -50,7 +55,7 @@ class RoutedExperts(nn.Module):
         result = torch.zeros_like(hidden)
         if self.on_input is not None:
             hidden = self.on_input(hidden)
-        for expert in range(self.gate_proj.weight.shape[0]):
+        for expert in range(self.n_experts):
             token, choice = torch.where(top_k_index == expert)
             if not len(token):
                 continue
