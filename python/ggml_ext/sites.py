@@ -131,20 +131,17 @@ class SiteTransform:
 
     def apply(self, x: Tensor) -> Tensor:
         """x T for x [..., n], in x's dtype."""
+        left, right = (m.to(x.dtype) for m in self.kron())
         x = x / self.diag.to(x.dtype)
         if self.head is not None:
             head = self.head.to(x.dtype)
             x = (x.unflatten(-1, (-1, head.shape[0])) @ head).flatten(-2)
-        if not self.online:
-            return x
-        left, right = (m.to(x.dtype) for m in self.kron())
         return (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
 
     def invert(self, x: Tensor) -> Tensor:
         """x' T^-1 for x' [..., n]."""
-        if self.online:
-            left, right = (torch.linalg.inv(m).to(x.dtype) for m in self.kron())
-            x = (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
+        left, right = (torch.linalg.inv(m).to(x.dtype) for m in self.kron())
+        x = (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
         if self.head is not None:
             head = torch.linalg.inv(self.head).to(x.dtype)
             x = (x.unflatten(-1, (-1, head.shape[0])) @ head).flatten(-2)
