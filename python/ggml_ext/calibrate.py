@@ -32,11 +32,11 @@ from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
+from ggml_ext.calibration_plan import Plan
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
 from ggml_ext.llama import Model
-from ggml_ext.calibration_plan import Plan
 from ggml_ext.progress import track
 from ggml_ext.recipes import Method
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform, identity

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ggml_ext import calibration_plan as plans
 from ggml_ext.block_file import Stored, block_path, load
+from ggml_ext.calibration_plan import Plan, model_files
 from ggml_ext.encode import Prepared
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.calibration_plan import Plan, model_files
 from ggml_ext.rules import STOCK_MIXES
 from ggml_ext.source import Source, open_gguf
 
@@ -38,7 +38,9 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
             "go on with the ggml-ext calibrate that began it"
         )
     if not model.is_dir() or model_files(model) != plan.source:
-        raise GgmlExtError(f"{folder}: a calibration of another model than {model}; give the one it was made of")
+        raise GgmlExtError(
+            f"{folder}: a calibration of another model than {model}; give the one it was made of"
+        )
     tensors: dict[str, Stored] = {}
     hadamard: list[int] = []
     clip: list[float] = []
