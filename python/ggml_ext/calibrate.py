@@ -4,8 +4,8 @@ The hidden states that enter a block lie on disk. Every block is run once on the
 statistics and the next block's hidden states; its transforms are solved, folded, and its matrices rounded.
 What comes of it is one file per block. Memory holds one block, disk two sets of hidden states.
 
-The folder: plan.json (calibration_plan.py), source.gguf (the float model, which convert reads too), hidden-NNN.bin
-(hidden.py), block-NNN.safetensors (block_file.py), lock.
+The folder: plan.json (calibration_plan.py), source.gguf (the float model, which convert reads too),
+hidden-NNN.bin (hidden.py), block-NNN.safetensors (block_file.py), lock.
 """
 
 from __future__ import annotations
