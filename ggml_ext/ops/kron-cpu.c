@@ -10,6 +10,7 @@
 #include "ggml-impl.h"
 #include "kron.h"
 #include "simd-mappings.h"
+#include "x86.h"
 
 #include <math.h>
 #include <string.h>
@@ -73,20 +74,25 @@ static void kron_clamp_ref(int64_t n, float limit, float * x) {
     }
 }
 
-const struct ggml_ext_kron_path ggml_ext_kron_paths[] = {
-    { "generic", kron_always, kron_product_ref, kron_hadamard_ref, kron_abs_max_ref, kron_clamp_ref },
+const struct ggml_ext_kron_path ggml_ext_kron_generic = {
+    "generic", kron_always, kron_product_ref, kron_hadamard_ref, kron_abs_max_ref, kron_clamp_ref,
+};
+
+const struct ggml_ext_kron_path * const ggml_ext_kron_paths[] = {
+#ifdef GGML_EXT_X86
+    &ggml_ext_kron_avx512,
+    &ggml_ext_kron_avx2,
+#endif
+    &ggml_ext_kron_generic,
 };
 const int ggml_ext_kron_n_paths = (int) (sizeof(ggml_ext_kron_paths) / sizeof(ggml_ext_kron_paths[0]));
 
 static const struct ggml_ext_kron_path * kron_path(bool use_ref) {
-    const struct ggml_ext_kron_path * path = ggml_ext_kron_paths;
-    if (use_ref) {
-        return path + ggml_ext_kron_n_paths - 1;
-    }
-    while (!path->available()) {
+    const struct ggml_ext_kron_path * const * path = ggml_ext_kron_paths;
+    while (!use_ref && !(*path)->available()) {
         path++;
     }
-    return path;
+    return use_ref ? &ggml_ext_kron_generic : *path;
 }
 
 // The op as the threads see it: tokens rows of X[n1][n2].

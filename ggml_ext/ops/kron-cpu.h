@@ -39,9 +39,14 @@ struct ggml_ext_kron_path {
     void (*clamp)(int64_t n, float limit, float * x);  // to +-limit, NaN stays
 };
 
-// Fastest first; the last entry is the generic path, plain C, the reference of the others.
-GGML_API const struct ggml_ext_kron_path ggml_ext_kron_paths[];
-GGML_API const int                       ggml_ext_kron_n_paths;
+// Plain C, always available: the reference of the others. The x86 paths are in kron-x86-cpu.c.
+extern const struct ggml_ext_kron_path ggml_ext_kron_generic;
+extern const struct ggml_ext_kron_path ggml_ext_kron_avx512;
+extern const struct ggml_ext_kron_path ggml_ext_kron_avx2;
+
+// Fastest first; the last entry is the generic path.
+GGML_API const struct ggml_ext_kron_path * const ggml_ext_kron_paths[];
+GGML_API const int                               ggml_ext_kron_n_paths;
 
 #ifdef __cplusplus
 }
