@@ -82,8 +82,8 @@ class BlockModel:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """What block 0 gets for token ids int64 [batch, tokens]: [batch, tokens, hidden]. Only the rows of the
-        embedding matrix that occur are read."""
+        """What block 0 gets for token ids int64 [batch, tokens]: [batch, tokens, hidden]. Reads only the rows
+        of the embedding matrix that occur."""
         ids, places = cast(Any, torch.unique)(tokens.cpu(), return_inverse=True)
         rows = self._checkpoint.read_rows("model.embed_tokens.weight", ids)
         return embed(self._skeleton, rows.to(self.device, self.dtype), places.to(self.device))
@@ -139,7 +139,7 @@ class BlockModel:
         return self._matcher.match(tensor, weight, order, f"model.layers.{index}.{module}")
 
     def _check_checkpoint(self) -> None:
-        """Raises GgmlExtError if the blocks' tensors in the checkpoint are not exactly those that are read."""
+        """Raises GgmlExtError if the blocks' tensors in the checkpoint are not exactly those to be read."""
         wanted = {
             name
             for index, parameters in enumerate(self._skeleton.parameters)
@@ -267,7 +267,7 @@ class Block:
         heads = heads - heads.min(axis=1, keepdims=True)
         if (heads != heads[0]).any():
             raise GgmlExtError(
-                f"{self._model.folder}: the rows of {key.tensor} are reordered across heads in the GGUF file; "
+                f"{self._model.folder}: the GGUF file has the rows of {key.tensor} reordered across heads; "
                 "convert the folder again and use the result"
             )
         order: NDArray[np.int64] = heads[0]

@@ -1,4 +1,4 @@
-"""The model families that calibration understands: what a decoder block of each holds, and where it is in GGUF.
+"""The model families that calibration understands: what their decoder blocks hold, and where it is in GGUF.
 
 A family is a table over the modules of its Hugging Face decoder block: which matrices read each of the four
 sites (sites.py), what they are called in GGUF (llama.cpp's converter, conversion/*.py and gguf-py's
@@ -37,10 +37,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Family:
-    """``architecture``: its name in config.json. ``sites``: per site the modules that read it, HF module within
-    the block -> GGUF tensor after ``blk.N.``, the anchor first. ``norms``: the same for vectors. ``folds``:
-    the HF module that the offline part of a site goes into. ``router``: HF module of the mixture's gate.
-    ``renamed``: HF module -> name in the checkpoint, where that differs; ``{}`` stands for the expert.
+    """``architecture``: its name in config.json. ``sites``: per site the modules that read it, HF module
+    within the block -> GGUF tensor after ``blk.N.``, the anchor first. ``norms``: the same for vectors.
+    ``folds``: the HF module that the offline part of a site goes into. ``router``: HF module of the mixture's
+    gate. ``renamed``: HF module -> name in the checkpoint, where that differs; ``{}`` stands for the expert.
     ``permuted``: the converter reorders the rows of q and k (LlamaModel.permute in conversion/llama.py).
     ``softcap``: the attention scores are capped, which torch's fused attention cannot do."""
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 
+import models
 from ggml_ext import paths
 from ggml_ext.llama import bindings, view
 
@@ -67,8 +67,8 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 
 def family_dir(base: Path, family: str) -> Path:
     """The model in Hugging Face layout, made once per ``base``."""
-    # llama.cpp expects the token <|endoftext|> of a model with "phi3" in its name, and the converter names the
-    # model after its folder.
+    # llama.cpp expects the token <|endoftext|> of a model with "phi3" in its name, and the converter names
+    # the model after its folder.
     folder = base / "families" / family.replace("phi3", "phi")
     if not (folder / "tokenizer.model").is_file():
         config_class, more = CONFIGS[family]
@@ -164,7 +164,7 @@ def hf_logits(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def llama_logits(gguf: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """llama.cpp's logits, float32 [n, vocabulary], CPU, with a float32 KV cache and without flash attention."""
+    """llama.cpp's logits, float32 [n, vocabulary]: float32 KV cache, no flash attention."""
     api = bindings()
     model = api.llama_model_load_from_file(os.fsencode(gguf), api.llama_model_default_params())
     assert model, f"{gguf} does not load"
