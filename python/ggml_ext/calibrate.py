@@ -11,61 +11,40 @@ hidden-NNN.bin (hidden.py), block-NNN.safetensors (block_file.py), lock.
 from __future__ import annotations
 
 import fcntl
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import metadata
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ggml_ext import __version__, hf, native, paths, recipes, rules, transforms
 from ggml_ext import calibration_plan as plans
+from ggml_ext import hf, recipes, transforms
 from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
-from ggml_ext.calibration_plan import Plan
+from ggml_ext.calibration_plan import Plan, Request
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
-from ggml_ext.llama import Model
 from ggml_ext.progress import track
-from ggml_ext.recipes import Method
-from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform, identity
+from ggml_ext.rounding.learned import Learned, Matrix, refine_block
+from ggml_ext.samples import windows
+from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
 from ggml_ext.source import Source, open_gguf
-from ggml_ext.transforms import TransformRequest
+from ggml_ext.transforms import TransformRequest, fake_quant_activation
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 _BATCH_TOKENS = 4096  # hidden states that go through a block at a time
 
 Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
-    ``dtype``: one of DTYPES, what the model computes in. ``threads``: 0 for all; the result does not depend
-    on it where sums do not."""
-
-    source: Path
-    text: Path
-    method: Method
-    type_for: Sequence[tuple[str, str]] = ()
-    keep: Sequence[str] = ()
-    ctx: int = 512
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "f32"
-    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,17 +79,26 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
     """
     started = time.monotonic()
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
-    files = plans.model_files(request.source)
+    hf.check(request.source)
     sha256 = text_sha256(request.text)
     torch.manual_seed(request.seed)
     with _locked(folder):
         source = _float_model(request.source, folder)
-        tokens = windows(source.path, request.text, request, warn)
+        tokens = windows(
+            source.path,
+            request.text,
+            ctx=request.ctx,
+            samples=request.method.samples,
+            seed=request.seed,
+            warn=warn,
+        )
         with _named_as(source.path, request.source):
             model = BlockModel(
                 request.source, gguf=source, device=request.device, dtype=DTYPES[request.dtype]
             )
-        plan = _plan(request, files, sha256, len(tokens), source, model)
+        plan = plans.make(
+            request, sha256, len(tokens), source, blocks=model.n_blocks, hidden=model.hidden_size
+        )
         found = plans.load(folder)
         if found is None:
             plan.save(folder)
@@ -161,80 +149,6 @@ def _float_model(origin: Path, folder: Path) -> Source:
         return open_gguf(path)
 
 
-def windows(model: Path, text: Path, request: Request, warn: Warn) -> NDArray[np.int64]:
-    """Token windows int64 [n, ctx] of the text, n at most ``samples``, spread evenly over it.
-
-    The text's tokens are cut into n equal parts and a window is drawn within each, so windows do not overlap.
-    BOS stands at the start of each where the model wants one, as in llama-perplexity and in chat. Raises
-    GgmlExtError for a text shorter than one window.
-    """
-    with Model(model, weights=False) as loaded:
-        tokens = loaded.tokenize(text.read_bytes())
-        bos = loaded.bos
-    ctx, samples = request.ctx, request.method.samples
-    n = min(samples, len(tokens) // ctx)
-    if n == 0:
-        raise GgmlExtError(
-            f"{text}: only {len(tokens)} tokens, and a window needs {ctx}; "
-            "give a longer text or a smaller --ctx"
-        )
-    if n < samples:
-        warn(f"{text}: {len(tokens)} tokens give {n} windows of {ctx} tokens, not {samples}")
-    random = np.random.default_rng(request.seed)
-    edges = np.linspace(0, len(tokens), n + 1).astype(np.int64)
-    starts = [int(random.integers(low, high - ctx + 1)) for low, high in pairwise(edges)]
-    cut = np.stack([tokens[start : start + ctx] for start in starts]).astype(np.int64)
-    if bos is not None:
-        cut[:, 0] = bos
-    return cut
-
-
-def _plan(
-    request: Request,
-    files: list[list[Any]],
-    sha256: str,
-    n_windows: int,
-    source: Source,
-    model: BlockModel,
-) -> Plan:
-    method = request.method
-    asked = rules.compile_rules(method.type_name, request.type_for, request.keep)
-    shapes = [tensor.shape for tensor in source.tensors]
-    choices = rules.choose(shapes, source.arch, asked, native.block_size)
-    activation = recipes.ACTIVATIONS[method.activation]
-    return Plan(
-        source=files,
-        text=sha256,
-        samples=method.samples,
-        windows=n_windows,
-        ctx=request.ctx,
-        seed=request.seed,
-        base=method.type_name,
-        types={choice.name: choice.target for choice in choices},
-        fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
-        without_effect=rules.without_effect(shapes, source.arch, asked),
-        transform=method.transform,
-        transform_bits=method.transform_bits,
-        rounding=method.rounding,
-        activation=None if activation is None else list(activation),
-        blocks=model.n_blocks,
-        hidden=model.hidden_size,
-        device=request.device,
-        dtype=request.dtype,
-        versions=_versions(),
-    )
-
-
-def _versions() -> dict[str, str]:
-    library = paths.library("ggml-base").resolve().stat()
-    return {
-        "ggml-ext": __version__,
-        "library": f"{library.st_size} bytes of {library.st_mtime_ns}",
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("numpy", "torch", "transformers")},
-    }
-
-
 def _run(
     request: Request,
     folder: Path,
@@ -254,7 +168,7 @@ def _run(
     try:
         if missing[0] == 0 and not states[0].exists():
             with states[0].writing() as put:
-                for batch in torch.from_numpy(tokens).split(_batch_size(plan.ctx)):
+                for batch in torch.split(torch.from_numpy(tokens), _batch_size(plan.ctx)):
                     put(model.embed(batch))
         with track(len(missing), "calibration", "blocks") as advance:
             for index in missing:
@@ -288,10 +202,22 @@ def _block(
     torch.manual_seed(plan.seed)
     with after.writing() as put:
         stats = block.collect(before.batches(size), put)
-    solved = _solve(request, plan, block, stats, before, after)
-    packed, findings = encode_block(
-        block.sites, stats, solved, source, Job(plan.types, plan.rounding, request.threads)
-    )
+    solved = _solve(plan, block, stats)
+    device = torch.device(plan.device)
+
+    def refine(matrices: Sequence[Matrix]) -> Learned:
+        return refine_block(
+            block,
+            matrices,
+            before.on(device, 1),
+            after.on(device, 1),
+            {kind: _rounding_of_inputs(transform, _activation(plan)) for kind, transform in solved.items()},
+            seed=plan.seed,
+        )
+
+    learned = refine if plan.rounding == "learned" else None
+    job = Job(plan.types, plan.rounding, request.threads, learned)
+    packed, findings = encode_block(block.sites, stats, solved, source, job)
     save(block_path(folder, block.index), packed, findings)
     before.remove()
     if block.index == plan.blocks - 1:
@@ -299,22 +225,29 @@ def _block(
     return findings.errors
 
 
-def _solve(
-    request: Request,
-    plan: Plan,
-    block: Block,
-    stats: dict[SiteKind, SiteStats],
-    before: Hidden,
-    after: Hidden,
-) -> dict[SiteKind, SiteTransform]:
-    if plan.transform == "none":
-        return {kind: identity(site.n) for kind, site in block.sites.items()}
+def _activation(plan: Plan) -> ActivationSpec:
+    return ActivationSpec() if plan.activation is None else ActivationSpec(*plan.activation)
+
+
+def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[SiteKind, SiteTransform]:
     wanted = TransformRequest(
         name=plan.transform,
         types=plan.types,
-        activation=ActivationSpec(*(plan.activation or ())),
-        budget_bits=plan.transform_bits,
+        activation=_activation(plan),
+        rounding=plan.rounding,
         seed=plan.seed,
     )
-    solved = {kind: transforms.solve(site, stats[kind], wanted) for kind, site in block.sites.items()}
-    return solved
+    budgets = transforms.split_budget(block.sites, plan.transform_bits)
+    return {
+        kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
+        for kind, site in block.sites.items()
+    }
+
+
+def _rounding_of_inputs(transform: SiteTransform, activation: ActivationSpec) -> Callable[[Tensor], Tensor]:
+    """What rounding activations in the transformed basis does to them in their own."""
+
+    def apply(x: Tensor) -> Tensor:
+        return transform.invert(fake_quant_activation(transform.apply(x), activation, transform.clip))
+
+    return apply

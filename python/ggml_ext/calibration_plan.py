@@ -6,18 +6,41 @@ A folder goes on with the plan it has or not at all: block files of two plans ar
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import hf
+from ggml_ext import __version__, hf, native, paths, recipes, rules
 from ggml_ext.atomic import write_text
 from ggml_ext.block_file import block_path
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.recipes import Method
+from ggml_ext.rounding import grid
+from ggml_ext.source import Source
 
 FILE = "plan.json"
 SOURCE = "source.gguf"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
+    ``dtype``: "f32" or "bf16", what the model computes in. ``threads``: 0 for all; the result does not depend
+    on it where sums do not."""
+
+    source: Path
+    text: Path
+    method: Method
+    type_for: Sequence[tuple[str, str]] = ()
+    keep: Sequence[str] = ()
+    ctx: int = 512
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "f32"
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,63 @@ def model_files(folder: Path) -> list[list[Any]]:
     """
     files = [folder / "config.json", *hf.check(folder)]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def make(request: Request, sha256: str, n_windows: int, source: Source, *, blocks: int, hidden: int) -> Plan:
+    """The plan of a request. sha256: of the text. source: the float model. blocks, hidden: its size.
+
+    Raises GgmlExtError for patterns that match nothing and types that the rounding does not know.
+    """
+    method = request.method
+    asked = rules.compile_rules(method.type_name, request.type_for, request.keep)
+    shapes = [tensor.shape for tensor in source.tensors]
+    choices = rules.choose(shapes, source.arch, asked, native.block_size)
+    types = {choice.name: choice.target for choice in choices}
+    _check_grids(types, method.rounding)
+    activation = recipes.ACTIVATIONS[method.activation]
+    return Plan(
+        source=model_files(request.source),
+        text=sha256,
+        samples=method.samples,
+        windows=n_windows,
+        ctx=request.ctx,
+        seed=request.seed,
+        base=method.type_name,
+        types=types,
+        fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
+        without_effect=rules.without_effect(shapes, source.arch, asked),
+        transform=method.transform,
+        transform_bits=method.transform_bits,
+        rounding=method.rounding,
+        activation=None if activation is None else list(activation),
+        blocks=blocks,
+        hidden=hidden,
+        device=request.device,
+        dtype=request.dtype,
+        versions=_versions(),
+    )
+
+
+def _check_grids(types: Mapping[str, str], rounding: str) -> None:
+    """Refuses types that a rounding cannot choose codes of, before anything is computed."""
+    if rounding not in ("gptq", "learned"):
+        return
+    for name, type_name in types.items():
+        if name.startswith("blk.") and type_name not in rules.FLOAT_TYPES and not grid.supports(type_name):
+            raise GgmlExtError(
+                f"--rounding {rounding}: knows no levels of type {type_name} ({name}); it knows "
+                f"{', '.join(grid.names())}, for others use --rounding imatrix"
+            )
+
+
+def _versions() -> dict[str, str]:
+    library = paths.library("ggml-base").resolve().stat()
+    return {
+        "ggml-ext": __version__,
+        "library": f"{library.st_size} bytes of {library.st_mtime_ns}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("numpy", "torch", "transformers")},
+    }
 
 
 def load(folder: Path) -> Plan | None:

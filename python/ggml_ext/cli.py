@@ -223,8 +223,8 @@ def calibrate(
     """Calibrate a model block by block for convert --calibrated; interrupted, the same command goes on."""
     rules = [_rule(value) for value in type_for or []]
     from ggml_ext import recipes
-    from ggml_ext.calibrate import Request
     from ggml_ext.calibrate import calibrate as run_calibrate
+    from ggml_ext.calibration_plan import Request
 
     options = recipes.Options(type_name, transform, rounding, activation, samples)
     method = recipes.resolve(recipe, options, importances=True)

@@ -137,7 +137,8 @@ def convert(
     )
     _check_paths(source, out)
     if method.blockwise and calibration is not None:
-        from ggml_ext.calibrate import Request, calibrate
+        from ggml_ext.calibrate import calibrate
+        from ggml_ext.calibration_plan import Request
 
         folder = out.with_name(f"{out.name}.calibration")
         wanted = Request(source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads)

@@ -54,6 +54,20 @@ def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tens
     return changed
 
 
+def unfold(site: Site, transform: SiteTransform, weight: Tensor) -> Tensor:
+    """A matrix whose output rows ``fold`` changed, [.., n_out, n_in], as it was before; differentiable.
+
+    The site's fold is that matrix.
+    """
+    assert site.fold is not None
+    first, n = site.fold.first, site.fold.n
+    rows = weight[..., first : first + n, :].double()
+    if transform.head is not None:
+        rows = _per_head(rows, torch.linalg.inv(transform.head))
+    rows = (rows * _per_channel(site, transform.diag)[:, None]).to(weight.dtype)
+    return torch.cat([weight[..., :first, :], rows, weight[..., first + n :, :]], -2)
+
+
 def _per_channel(site: Site, diag: Tensor) -> Tensor:
     """diag over the channels that are made; in attn_out a value head's feed several query heads."""
     if site.kind != "attn_out":
@@ -66,5 +80,5 @@ def _per_channel(site: Site, diag: Tensor) -> Tensor:
 
 def _per_head(rows: Tensor, head: Tensor) -> Tensor:
     """The rows of v [.., heads * head_dim, n_in] when every head's v becomes v @ head."""
-    blocks = rows.unflatten(-2, (-1, head.shape[0]))
+    blocks = rows.reshape(*rows.shape[:-2], -1, head.shape[0], rows.shape[-1])
     return torch.einsum("ij,...hin->...hjn", head, blocks).flatten(-3, -2)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +68,27 @@ class Hidden:
                 f"delete {self.path.parent} and start again"
             )
         flat = torch.from_file(str(self.path), size=math.prod(self._shape), dtype=self._dtype)
-        yield from flat.view(self._shape).split(size)
+        yield from torch.split(flat.view(self._shape), size)
+
+    def on(self, device: torch.device, size: int) -> Sequence[Tensor]:
+        """The same batches as a sequence; each is copied to ``device`` when it is asked for."""
+        return _OnDevice(list(self.batches(size)), device)
 
     def remove(self) -> None:
         """Deletes the file if it is there."""
         self.path.unlink(missing_ok=True)
+
+
+class _OnDevice(Sequence[Tensor]):
+    def __init__(self, batches: Sequence[Tensor], device: torch.device) -> None:
+        self._batches = batches
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index].to(self._device)
 
 
 def free_bytes(folder: Path) -> int:
