@@ -73,14 +73,15 @@ GGML_EXT_API const char * ggml_ext_cpu_paths(void);
 GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
                                       float * result);
 
-// Measures the outputs of a model's blocks, the tensors that llama.cpp names "l_out-<block>". The
+// Measures a model's token embeddings (rows of token_embd.weight) and the outputs of its blocks, which
+// llama.cpp names "l_out-<block>": n_layer + 1 tensors of [n_embd, n_tokens], below called outputs. The
 // object is the user data of ggml_ext_layers_eval, which goes into llama_context_params.cb_eval.
 struct ggml_ext_layers;
 
 enum ggml_ext_layers_mode {
     GGML_EXT_LAYERS_RECORD = 0,  // write the outputs to the array
     GGML_EXT_LAYERS_FREE   = 1,  // compare them with the array
-    GGML_EXT_LAYERS_FORCED = 2,  // compare, then put the array's values in their place for the next block
+    GGML_EXT_LAYERS_FORCED = 2,  // compare, then put the array's values in their place
 };
 
 // For a model of n_layer blocks and width n_embd; NULL for sizes below 1 or without memory. [llama]
@@ -89,10 +90,10 @@ GGML_EXT_API struct ggml_ext_layers * ggml_ext_layers_new(int32_t n_layer, int64
 // [llama]
 GGML_EXT_API void ggml_ext_layers_free(struct ggml_ext_layers * layers);
 
-// Prepares one llama_decode of n_tokens tokens, at most n_ubatch. outputs: [n_layer][n_tokens][n_embd]
-// floats, the caller's, which that decode writes or reads. The first n_skip tokens are not measured;
-// logits are to be requested for exactly the others, since the last block may be computed for no more.
-// Returns 0 or an error. [llama]
+// Prepares one llama_decode of n_tokens tokens, at most n_ubatch. outputs: the caller's array of
+// [n_layer + 1][n_tokens][n_embd] floats, which that decode writes or reads. The first n_skip tokens are
+// not measured; logits are to be requested for exactly the others, since the last block may be computed
+// for no more. Returns 0 or an error. [llama]
 GGML_EXT_API int32_t ggml_ext_layers_begin(struct ggml_ext_layers * layers, int32_t mode, float * outputs,
                                            int64_t n_tokens, int64_t n_skip);
 
@@ -100,9 +101,9 @@ GGML_EXT_API int32_t ggml_ext_layers_begin(struct ggml_ext_layers * layers, int3
 // no logits. [llama]
 GGML_EXT_API bool ggml_ext_layers_eval(struct ggml_tensor * tensor, bool ask, void * layers);
 
-// Sums over the measured tokens of the decode, n_layer values each: error[i] = sum (output - array)^2,
-// signal[i] = sum array^2. Returns the number of blocks that were seen, or GGML_EXT_E_SHAPE if an
-// output was no contiguous F32 [n_embd, tokens] or came twice. [llama]
+// Sums over the measured tokens of the decode, n_layer + 1 values each: error = sum (output - array)^2,
+// signal = sum array^2. Returns the number of outputs that were seen (none before a decode), or
+// GGML_EXT_E_SHAPE if one was no contiguous F32 [n_embd, tokens] or came twice. [llama]
 GGML_EXT_API int32_t ggml_ext_layers_sums(const struct ggml_ext_layers * layers, double * error, double * signal);
 
 // --- cffi: end ---

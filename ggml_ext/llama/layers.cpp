@@ -1,4 +1,4 @@
-// The outputs of a model's blocks, seen through the scheduler's eval callback; ggml-ext.h documents the
+// A model's token embeddings and the outputs of its blocks, seen through the scheduler's eval callback; ggml-ext.h documents the
 // functions.
 //
 // Why the callback may overwrite an output: ggml_backend_sched_compute_splits (ggml-backend.cpp) runs
@@ -38,18 +38,22 @@ namespace {
 
 constexpr char prefix[] = "l_out-";
 
-// The number in "l_out-<number>", or -1. Views and copies of an output have longer names.
-int32_t layer_of(const ggml_ext_layers & layers, const ggml_tensor * tensor) {
+// Where a tensor stands in the array: 0 for the token embeddings, 1 + block for "l_out-<block>", whose
+// views and copies have longer names; else -1.
+int32_t slot_of(const ggml_ext_layers & layers, const ggml_tensor * tensor) {
+    if (tensor->op == GGML_OP_GET_ROWS && std::strcmp(tensor->src[0]->name, "token_embd.weight") == 0) {
+        return 0;
+    }
     if (std::strncmp(tensor->name, prefix, sizeof(prefix) - 1) != 0) {
         return -1;
     }
     const char * digits = tensor->name + sizeof(prefix) - 1;
     char *       end    = nullptr;
     const long   number = std::strtol(digits, &end, 10);
-    return end != digits && *end == '\0' && number >= 0 && number < layers.n_layer ? int32_t(number) : -1;
+    return end != digits && *end == '\0' && number >= 0 && number < layers.n_layer ? 1 + int32_t(number) : -1;
 }
 
-void add_squares(ggml_ext_layers & layers, int32_t il, const float * base, const float * values, int64_t n) {
+void add_squares(ggml_ext_layers & layers, int32_t slot, const float * base, const float * values, int64_t n) {
     double error  = 0;
     double signal = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -57,29 +61,29 @@ void add_squares(ggml_ext_layers & layers, int32_t il, const float * base, const
         error += difference * difference;
         signal += double(base[i]) * double(base[i]);
     }
-    layers.error[il]  = error;
-    layers.signal[il] = signal;
+    layers.error[slot]  = error;
+    layers.signal[slot] = signal;
 }
 
-void measure(ggml_ext_layers & layers, int32_t il, ggml_tensor * tensor) {
+void measure(ggml_ext_layers & layers, int32_t slot, ggml_tensor * tensor) {
     // The last block may have been computed for the tokens with logits only (inp_out_ids).
     const int64_t first = tensor->ne[1] == layers.n_tokens ? 0 : layers.n_skip;
     const int64_t n     = layers.n_embd * (layers.n_tokens - first);
-    if (layers.seen[il] || tensor->type != GGML_TYPE_F32 || !ggml_is_contiguous(tensor) ||
+    if (layers.seen[slot] || tensor->type != GGML_TYPE_F32 || !ggml_is_contiguous(tensor) ||
         tensor->ne[0] != layers.n_embd || ggml_nelements(tensor) != n) {
         layers.bad_shape = true;
         return;
     }
-    layers.seen[il] = true;
+    layers.seen[slot] = true;
 
-    float * base = layers.outputs + (il * layers.n_tokens + first) * layers.n_embd;
+    float * base = layers.outputs + (slot * layers.n_tokens + first) * layers.n_embd;
     if (layers.mode == GGML_EXT_LAYERS_RECORD) {
         ggml_backend_tensor_get(tensor, base, 0, n * sizeof(float));
         return;
     }
     ggml_backend_tensor_get(tensor, layers.values.data(), 0, n * sizeof(float));
     const int64_t skip = layers.n_embd * (layers.n_skip - first);
-    add_squares(layers, il, base + skip, layers.values.data() + skip, n - skip);
+    add_squares(layers, slot, base + skip, layers.values.data() + skip, n - skip);
     if (layers.mode == GGML_EXT_LAYERS_FORCED) {
         ggml_backend_tensor_set(tensor, base, 0, n * sizeof(float));
     }
@@ -112,9 +116,9 @@ int32_t ggml_ext_layers_begin(ggml_ext_layers * layers, int32_t mode, float * ou
     }
     try {
         layers->values.resize(n_tokens * layers->n_embd);
-        layers->seen.assign(layers->n_layer, false);
-        layers->error.assign(layers->n_layer, 0);
-        layers->signal.assign(layers->n_layer, 0);
+        layers->seen.assign(1 + layers->n_layer, false);
+        layers->error.assign(1 + layers->n_layer, 0);
+        layers->signal.assign(1 + layers->n_layer, 0);
     } catch (const std::exception &) {
         return GGML_EXT_E_MEMORY;
     }
@@ -128,12 +132,12 @@ int32_t ggml_ext_layers_begin(ggml_ext_layers * layers, int32_t mode, float * ou
 
 bool ggml_ext_layers_eval(ggml_tensor * tensor, bool ask, void * user_data) {
     ggml_ext_layers & layers = *static_cast<ggml_ext_layers *>(user_data);
-    const int32_t     il     = layer_of(layers, tensor);
+    const int32_t     slot   = slot_of(layers, tensor);
     if (ask) {
-        return il >= 0;
+        return slot >= 0;
     }
-    measure(layers, il, tensor);
-    return il != layers.n_layer - 1;
+    measure(layers, slot, tensor);
+    return slot != layers.n_layer;
 }
 
 int32_t ggml_ext_layers_sums(const ggml_ext_layers * layers, double * error, double * signal) {
@@ -141,10 +145,10 @@ int32_t ggml_ext_layers_sums(const ggml_ext_layers * layers, double * error, dou
         return GGML_EXT_E_SHAPE;
     }
     int32_t n_seen = 0;
-    for (int32_t il = 0; il < layers->n_layer; il++) {
-        error[il]  = layers->error[il];
-        signal[il] = layers->signal[il];
-        n_seen += layers->seen[il];
+    for (size_t slot = 0; slot < layers->seen.size(); slot++) {
+        error[slot]  = layers->error[slot];
+        signal[slot] = layers->signal[slot];
+        n_seen += layers->seen[slot];
     }
     return n_seen;
 }

@@ -17,6 +17,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -114,7 +115,9 @@ def _parse(cursor: _Cursor) -> Header:
         raise ValueError("a name occurs twice")
     alignment = _DEFAULT_ALIGNMENT
     if "general.alignment" in keys:
-        alignment = int(value(keys["general.alignment"]))
+        alignment = value(keys["general.alignment"])
+        if not isinstance(alignment, int):
+            raise ValueError("its alignment is no number")
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"its alignment {alignment} is no power of two")
     return Header(keys, tensors, alignment, cursor.position + -cursor.position % alignment)
@@ -138,13 +141,21 @@ def _described(cursor: _Cursor) -> Described:
     return Described(name, dims, type_id, offset)
 
 
-def value(entry: bytes) -> int | str:
-    """The value of an entry that holds an integer or a string. Raises ValueError for any other."""
+def value(entry: bytes) -> Any:
+    """The value of an entry: int, float, bool, str, or a list of one of them."""
     cursor = _Cursor(entry)
-    name, type_id = cursor.text(), cursor.number("I")
+    cursor.text()
+    type_id = cursor.number("I")
+    if type_id == _ARRAY:
+        inner, count = cursor.number("I"), cursor.number("Q")
+        return [_scalar(cursor, inner) for _ in range(count)]
+    return _scalar(cursor, type_id)
+
+
+def _scalar(cursor: _Cursor, type_id: int) -> int | float | str:
     if type_id == _STRING:
         return cursor.text()
-    code = _SCALARS.get(type_id, "")
-    if not code or code in "fd":
-        raise ValueError(f"key {name} has an unexpected type")
-    return cursor.number(code)
+    code = f"<{_SCALARS[type_id]}"
+    number: int | float
+    (number,) = struct.unpack_from(code, cursor.data, cursor.skip(struct.calcsize(code)))
+    return number

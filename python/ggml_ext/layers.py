@@ -5,6 +5,7 @@ sum |b - a|^2 / sum |a|^2 over tokens and channels, a the base's output, b the m
 model runs freely, so a block inherits the errors of those before it. *own*: every block gets the base's
 output of the block before it, so only its own weights differ. The tokens are those of the perplexity, the
 second half of every window; so the huge activations of a window's first token cannot hide the rest.
+The token embeddings are measured likewise, and block 0 gets the base's for its own error.
 
 llama.cpp names the outputs "l_out-<block>"; ggml_ext/llama/layers.cpp reads and replaces them.
 """
@@ -46,16 +47,24 @@ class LayerError:
     own: float
 
 
-class _Observed:
-    """A loaded model whose block outputs are recorded or compared, one window per decode.
+@dataclass(frozen=True)
+class ModelErrors:
+    """Relative mean squared errors of the token embeddings and of the blocks, from block 0 on."""
 
-    ``shape``: of a window's outputs, [n_layer, ctx, n_embd].
+    embedding: float
+    layers: list[LayerError]
+
+
+class _Observed:
+    """A loaded model whose embeddings and block outputs are recorded or compared, one window per decode.
+
+    ``shape``: of a window's outputs, [1 + n_layer, ctx, n_embd]: embeddings, then blocks.
     """
 
     def __init__(self, model: Model, ctx: int) -> None:
         """Start ``model``, which is closed before this object is dropped."""
         self._ffi, self._library = llama_library()
-        self.model, self.shape = model, (model.n_layer, ctx, model.n_embd)
+        self.model, self.shape = model, (1 + model.n_layer, ctx, model.n_embd)
         self._layers = self._ffi.gc(
             self._library.ggml_ext_layers_new(model.n_layer, model.n_embd),
             self._library.ggml_ext_layers_free,
@@ -69,12 +78,12 @@ class _Observed:
         model.start(n_ctx=ctx, n_seq=1, n_batch=ctx, observer=(callback_address, data_address))
 
     def run(self, mode: str, tokens: NDArray[np.int32], outputs: NDArray[np.float32]) -> Sums:
-        """Decode the window ``tokens`` [ctx]; write ``outputs`` or compare with them, [n_layer, ctx, n_embd].
+        """Decode the window ``tokens`` [ctx]; write ``outputs`` or compare with them (``shape``).
 
         ``mode``: "RECORD", "FREE" or "FORCED", as in enum ggml_ext_layers_mode. Raises
         LayersUnavailableError.
         """
-        n_layer, ctx, _ = self.shape
+        n_outputs, ctx, _ = self.shape
         skip = ctx // 2
         window, positions = tokens.copy(), np.arange(ctx, dtype=np.int32)
         if self.model.bos is not None:
@@ -90,15 +99,15 @@ class _Observed:
             raise MemoryError
         self.model.clear()
         self.model.decode(window, positions, np.zeros(ctx, np.int32), positions >= skip)
-        error, signal = np.empty(n_layer), np.empty(n_layer)
+        error, signal = np.empty(n_outputs), np.empty(n_outputs)
         seen = self._library.ggml_ext_layers_sums(
             self._layers, self._pointer(error, "double[]"), self._pointer(signal, "double[]")
         )
-        if seen != n_layer:
-            found = "in another shape than [tokens, width]" if seen < 0 else f"for {seen} of {n_layer} blocks"
+        if seen != n_outputs:
+            found = "others than [tokens, width]" if seen < 0 else f"{seen} of {n_outputs}"
             raise LayersUnavailableError(
-                f"{self.model.path}: no error per block: llama.cpp shows the blocks' outputs {found} "
-                "of this architecture; compare with --layers 0"
+                f"{self.model.path}: no error per block: of this architecture's embeddings and block outputs "
+                f"llama.cpp shows {found}; compare with --layers 0"
             )
         return error, signal
 
@@ -116,7 +125,7 @@ def _observe(path: Path, ctx: int, threads: int | None) -> Iterator[_Observed]:
 class BaseOutputs:
     """What the blocks of ``base`` give for ``windows`` [n, ctx].
 
-    ``shape``: of a window's outputs, [n_layer, ctx, n_embd], float32 in ``scratch``.
+    ``shape``: of a window's outputs, [1 + n_layer, ctx, n_embd], float32 in ``scratch``.
     """
 
     base: Path
@@ -124,22 +133,22 @@ class BaseOutputs:
     shape: tuple[int, int, int]
     scratch: Scratch
 
-    def errors(self, path: Path, advance: Advance, *, threads: int | None = None) -> list[LayerError]:
-        """The errors of every block of model ``path``. ``advance``: called with the tokens decoded.
+    def errors(self, path: Path, advance: Advance, *, threads: int | None = None) -> ModelErrors:
+        """The errors of model ``path``. ``advance``: called with the tokens decoded.
 
         Raises LayersUnavailableError for a model of another shape than the base and for outputs that are NaN,
         infinite or all zero; GgmlExtError if the model cannot be loaded.
         """
-        n_layer, ctx, n_embd = self.shape
-        sums = {mode: np.zeros((2, n_layer)) for mode in ("FREE", "FORCED")}
+        n_outputs, ctx, n_embd = self.shape
+        sums = {mode: np.zeros((2, n_outputs)) for mode in ("FREE", "FORCED")}
         with _observe(path, ctx, threads) as observed:
             if observed.shape != self.shape:
                 raise LayersUnavailableError(
-                    f"{path}: no error per block: it has {observed.shape[0]} blocks of width "
-                    f"{observed.shape[2]}, {self.base} has {n_layer} of {n_embd}; compare with --layers 0"
+                    f"{path}: no error per block: it has {observed.shape[0] - 1} blocks of width "
+                    f"{observed.shape[2]}, {self.base} {n_outputs - 1} of {n_embd}; compare with --layers 0"
                 )
             for slot, window in enumerate(self.windows):
-                outputs = self.scratch.rows(slot, 0)(0, n_layer * ctx)
+                outputs = self.scratch.rows(slot, 0)(0, n_outputs * ctx)
                 for mode, total in sums.items():
                     total += observed.run(mode, window, outputs)
                     advance(ctx)
@@ -147,11 +156,13 @@ class BaseOutputs:
             accumulated, own = (error / signal for error, signal in sums.values())
         bad = ~(np.isfinite(accumulated) & np.isfinite(own))
         if bad.any():
+            where = f"the output of block {bad.argmax() - 1}" if bad.argmax() else "an embedding"
             raise LayersUnavailableError(
-                f"{path}: no error per block: the output of block {bad.argmax()}, or the base's, is NaN, "
-                "infinite or zero; make the file anew"
+                f"{path}: no error per block: {where}, or the base's, is NaN, infinite or zero; "
+                "make the file anew"
             )
-        return [LayerError(*map(float, pair)) for pair in zip(accumulated, own, strict=True)]
+        errors = [LayerError(*map(float, pair)) for pair in zip(accumulated, own, strict=True)]
+        return ModelErrors(errors[0].own, errors[1:])
 
 
 @contextmanager
@@ -166,8 +177,8 @@ def record(
     """
     with ExitStack() as stack:
         with _observe(base, windows.shape[1], threads) as observed:
-            n_layer, ctx, n_embd = observed.shape
-            scratch = stack.enter_context(Scratch(n_layer * ctx, n_embd, len(windows), "block outputs"))
+            n_outputs, ctx, n_embd = observed.shape
+            scratch = stack.enter_context(Scratch(n_outputs * ctx, n_embd, len(windows), "block outputs"))
             windows = windows[: scratch.windows]
             outputs = np.zeros(observed.shape, np.float32)
             for slot, window in enumerate(windows):
@@ -185,13 +196,13 @@ def choose_windows(windows: NDArray[np.int32], count: int) -> NDArray[np.int32]:
 
 def layer_errors(
     base: Path, models: Sequence[Path], windows: NDArray[np.int32], *, threads: int | None = None
-) -> list[list[LayerError] | None]:
-    """The errors of every block of ``models`` against ``base`` over token ``windows`` [n, ctx].
+) -> list[ModelErrors | None]:
+    """The errors of ``models`` against ``base`` over token ``windows`` [n, ctx].
 
     None for a model whose blocks cannot be compared; a line on standard error says why. Raises GgmlExtError
     if a model cannot be loaded or the disk is full.
     """
-    errors: list[list[LayerError] | None] = [None] * len(models)
+    errors: list[ModelErrors | None] = [None] * len(models)
     with track(windows.size * (1 + 2 * len(models)), "error per block", "tok") as advance:
         try:
             with record(base, windows, advance, threads=threads) as outputs:

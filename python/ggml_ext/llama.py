@@ -190,9 +190,7 @@ class Model:
             f"{self.path}: its vocabulary cannot tokenize this text; check the model's tokenizer"
         )
 
-    def start(
-        self, *, n_ctx: int, n_seq: int, n_batch: int, observer: tuple[int, int] | None = None
-    ) -> None:
+    def start(self, *, n_ctx: int, n_seq: int, n_batch: int, observer: tuple[int, int] | None = None) -> None:
         """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode.
 
         ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
