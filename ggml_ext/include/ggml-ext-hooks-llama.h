@@ -4,5 +4,6 @@
 #define GGML_EXT_HOOKS_LLAMA_H
 
 #include "llama/metadata.h"
+#include "llama/transform-hooks.h"
 
 #endif  // GGML_EXT_HOOKS_LLAMA_H

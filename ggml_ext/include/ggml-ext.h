@@ -73,6 +73,39 @@ GGML_EXT_API const char * ggml_ext_cpu_paths(void);
 GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
                                       float * result);
 
+// The levels that quantised weights can take. A group is `group` consecutive weights of a row; its weights take
+// the values scale * book[level] + offset, level = 0 .. n_levels - 1. All arrays are contiguous, row-major.
+struct ggml_ext_grid {
+    int64_t         n;         // weights per row
+    int64_t         group;     // divides n
+    int64_t         n_levels;  // 2 .. 64
+    int64_t         n_books;
+    const float *   books;     // [n_books][n_levels], each ascending
+    const float *   scale;     // [rows][n / group]
+    const float *   offset;    // [rows][n / group]
+    const uint8_t * book;      // [rows][n / group], below n_books
+};
+
+// GPTQ (arXiv 2210.17323, algorithm 1) inside one block of columns. Rounds each row of w [nrows][n] from left to
+// right; the error of column j, e_j = (w_j - q_j) / u_jj, is taken off the later columns k as e_j u_jk. u [n][n]:
+// upper triangular, the block's part of the Cholesky factor U of the inverse Hessian (H^-1 = U^T U).
+// levels [nrows][n]: the chosen levels. err [nrows][n]: e. cost [nrows]: sum of e_j^2.
+// Returns 0 or an error. Thread-safe: callers split rows. [ggml-base]
+GGML_EXT_API int32_t ggml_ext_gptq_grid(const struct ggml_ext_grid * grid, int64_t nrows, const float * w,
+                                        const float * u, uint8_t * levels, float * err, float * cost);
+
+// The same for one FQ4 block (n = 256), choosing the scale and the table rows as well: for each candidate scale, a
+// sub-block takes the table row whose sum of e_j^2 over its 16 columns is least. u_inv [256][256]: the inverse of u.
+// dst: nrows blocks of 138 bytes, one every `stride` bytes. [ggml-base]
+GGML_EXT_API int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const float * u_inv, void * dst,
+                                       int64_t stride, float * err, float * cost);
+
+// Coordinate descent on (q - w) h (q - w)^T, row by row: each weight in turn takes the level that is best while
+// the others stay. w [nrows][n], h [n][n] symmetric, levels [nrows][n] in and out. Stops after `sweeps` passes over
+// a row or when a pass changes nothing. Returns the number of changes or an error. [ggml-base]
+GGML_EXT_API int64_t ggml_ext_descend(const struct ggml_ext_grid * grid, int64_t nrows, const float * w,
+                                      const float * h, int32_t sweeps, uint8_t * levels);
+
 // Measures a model's token embeddings (rows of token_embd.weight) and the outputs of its blocks, which
 // llama.cpp names "l_out-<block>": n_layer + 1 tensors of [n_embd, n_tokens], below called outputs. The
 // object is the user data of ggml_ext_layers_eval, which goes into llama_context_params.cb_eval.

@@ -5,39 +5,57 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
 struct known_key {
     const char * name;
     gguf_type    type;
+    gguf_type    element = GGUF_TYPE_COUNT;  // of an array
 };
 
 constexpr char prefix[] = "ggml_ext.";
 
 constexpr known_key known_keys[] = {
-    { "ggml_ext.version",             GGUF_TYPE_UINT32 },
-    { "ggml_ext.rounding",            GGUF_TYPE_STRING },
-    { "ggml_ext.transform.name",      GGUF_TYPE_STRING },
-    { "ggml_ext.calibration.hash",    GGUF_TYPE_STRING },
-    { "ggml_ext.calibration.samples", GGUF_TYPE_UINT32 },
-    { "ggml_ext.calibration.length",  GGUF_TYPE_UINT32 },
-    { "ggml_ext.calibration.seed",    GGUF_TYPE_UINT32 },
+    { "ggml_ext.version",             GGUF_TYPE_UINT32                    },
+    { "ggml_ext.rounding",            GGUF_TYPE_STRING                    },
+    { "ggml_ext.transform.name",      GGUF_TYPE_STRING                    },
+    { "ggml_ext.transform.hadamard",  GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32   },
+    { "ggml_ext.transform.clip",      GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32  },
+    { "ggml_ext.activation.bits",     GGUF_TYPE_UINT32                    },
+    { "ggml_ext.activation.group",    GGUF_TYPE_UINT32                    },
+    { "ggml_ext.calibration.hash",    GGUF_TYPE_STRING                    },
+    { "ggml_ext.calibration.samples", GGUF_TYPE_UINT32                    },
+    { "ggml_ext.calibration.length",  GGUF_TYPE_UINT32                    },
+    { "ggml_ext.calibration.seed",    GGUF_TYPE_UINT32                    },
+    { "ggml_ext.error.tensors",       GGUF_TYPE_ARRAY, GGUF_TYPE_STRING   },
+    { "ggml_ext.error.values",        GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32  },
+    { "ggml_ext.error.kind",          GGUF_TYPE_STRING                    },
 };
+
+constexpr const char * transform_names[] = { "none", "smoothquant", "awq", "hadamard", "flatquant" };
 
 [[noreturn]] void refuse(const std::string & key, const std::string & why) {
     throw std::runtime_error("ggml-ext: key '" + key + "' " + why);
+}
+
+std::string type_name(gguf_type type, gguf_type element) {
+    return type == GGUF_TYPE_ARRAY ? std::string("array of ") + gguf_type_name(element) : gguf_type_name(type);
 }
 
 void check_known(const gguf_context * metadata, int64_t id) {
     const char * key = gguf_get_key(metadata, id);
     for (const known_key & known : known_keys) {
         if (std::strcmp(key, known.name) == 0) {
-            if (gguf_get_kv_type(metadata, id) != known.type) {
-                refuse(key, std::string("must be of type ") + gguf_type_name(known.type) + ", is " +
-                                gguf_type_name(gguf_get_kv_type(metadata, id)));
+            const gguf_type type    = gguf_get_kv_type(metadata, id);
+            const gguf_type element = type == GGUF_TYPE_ARRAY ? gguf_get_arr_type(metadata, id) : GGUF_TYPE_COUNT;
+            if (type != known.type || element != known.element) {
+                refuse(key, "must be of type " + type_name(known.type, known.element) + ", is " +
+                                type_name(type, element));
             }
             return;
         }
@@ -60,14 +78,76 @@ void check_version(const gguf_context * metadata) {
 
 // A transform that is not undone at run time gives wrong logits, so an unknown one is refused.
 void check_transform(const gguf_context * metadata) {
-    const int64_t id = gguf_find_key(metadata, "ggml_ext.transform.name");
-    if (id >= 0 && std::strcmp(gguf_get_val_str(metadata, id), "none") != 0) {
-        refuse("ggml_ext.transform.name",
-               std::string("is '") + gguf_get_val_str(metadata, id) + "', this build knows only 'none'");
+    const std::string name = ggml_ext_transform_name(metadata);
+    bool              known = false;
+    for (const char * candidate : transform_names) {
+        known = known || name == candidate;
+    }
+    if (!known) {
+        refuse("ggml_ext.transform.name", "is '" + name + "', which this build does not know");
+    }
+    const std::vector<uint32_t> orders = ggml_ext_read_array<uint32_t>(metadata, "ggml_ext.transform.hadamard");
+    for (size_t i = 0; i < orders.size(); i++) {
+        const std::string element = "element " + std::to_string(i) + " is " + std::to_string(orders[i]);
+        if ((orders[i] & (orders[i] - 1)) != 0) {
+            refuse("ggml_ext.transform.hadamard", element + ", not 0 or a power of two");
+        }
+        if (orders[i] > 1 && !ggml_ext_transform_online(name)) {
+            refuse("ggml_ext.transform.hadamard", element + ", but the transform '" + name + "' has no online part");
+        }
+    }
+    const std::vector<float> clips = ggml_ext_read_array<float>(metadata, "ggml_ext.transform.clip");
+    for (size_t i = 0; i < clips.size(); i++) {
+        if (!(clips[i] > 0.0f && clips[i] <= 1.0f)) {
+            refuse("ggml_ext.transform.clip",
+                   "element " + std::to_string(i) + " is " + std::to_string(clips[i]) + ", not in (0, 1]");
+        }
+    }
+}
+
+void check_value(const gguf_context * metadata, const char * key, std::initializer_list<uint32_t> allowed) {
+    const int64_t id = gguf_find_key(metadata, key);
+    if (id < 0) {
+        return;
+    }
+    std::string names;
+    for (const uint32_t value : allowed) {
+        if (value == gguf_get_val_u32(metadata, id)) {
+            return;
+        }
+        names += (names.empty() ? "" : ", ") + std::to_string(value);
+    }
+    refuse(key, "is " + std::to_string(gguf_get_val_u32(metadata, id)) + ", not one of " + names);
+}
+
+void check_errors(const gguf_context * metadata) {
+    const int64_t tensors = gguf_find_key(metadata, "ggml_ext.error.tensors");
+    const int64_t values  = gguf_find_key(metadata, "ggml_ext.error.values");
+    const size_t  n       = tensors < 0 ? 0 : gguf_get_arr_n(metadata, tensors);
+    const size_t  m       = values < 0 ? 0 : gguf_get_arr_n(metadata, values);
+    if (n != m) {
+        refuse("ggml_ext.error.values", "has " + std::to_string(m) + " elements, ggml_ext.error.tensors has " +
+                                            std::to_string(n));
+    }
+    const int64_t kind = gguf_find_key(metadata, "ggml_ext.error.kind");
+    if (kind >= 0) {
+        const std::string name = gguf_get_val_str(metadata, kind);
+        if (name != "output" && name != "weight") {
+            refuse("ggml_ext.error.kind", "is '" + name + "', not 'output' or 'weight'");
+        }
     }
 }
 
 }  // namespace
+
+std::string ggml_ext_transform_name(const gguf_context * metadata) {
+    const int64_t id = gguf_find_key(metadata, "ggml_ext.transform.name");
+    return id < 0 ? "none" : gguf_get_val_str(metadata, id);
+}
+
+bool ggml_ext_transform_online(const std::string & name) {
+    return name == "hadamard" || name == "flatquant";
+}
 
 void ggml_ext_llama_check_metadata(const gguf_context * metadata) {
     bool extended = false;
@@ -80,5 +160,8 @@ void ggml_ext_llama_check_metadata(const gguf_context * metadata) {
     if (extended) {
         check_version(metadata);
         check_transform(metadata);
+        check_value(metadata, "ggml_ext.activation.bits", { 4, 8 });
+        check_value(metadata, "ggml_ext.activation.group", { 0, 32, 256 });
+        check_errors(metadata);
     }
 }

@@ -24,6 +24,8 @@ size_t ggml_ext_cpu_work_size(const struct ggml_tensor * dst, int n_tasks);
 
 // One per sub-op, in the sub-op's own file.
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_scale_add;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_kron;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_act_round;
 
 #ifdef __cplusplus
 }

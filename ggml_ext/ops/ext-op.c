@@ -7,6 +7,8 @@
 
 static const char * const names[GGML_EXT_OP_COUNT] = {
     [GGML_EXT_OP_SCALE_ADD] = "scale_add",
+    [GGML_EXT_OP_KRON]      = "kron",
+    [GGML_EXT_OP_ACT_ROUND] = "act_round",
 };
 
 const char * ggml_ext_op_name(int32_t sub_op) {

@@ -13,6 +13,8 @@ extern "C" {
 // Ids go over RPC: never renumber.
 enum ggml_ext_op {
     GGML_EXT_OP_SCALE_ADD = 0,
+    GGML_EXT_OP_KRON      = 1,
+    GGML_EXT_OP_ACT_ROUND = 2,
     GGML_EXT_OP_COUNT,
 };
 
@@ -29,6 +31,32 @@ static inline int32_t ggml_ext_get_op(const struct ggml_tensor * tensor) {
 // a, b: F32, same shape, rows contiguous (nb[0] == 4). Result: F32, shape of a.
 GGML_API struct ggml_tensor * ggml_ext_scale_add(struct ggml_context * ctx, struct ggml_tensor * a,
                                                  struct ggml_tensor * b, float scale);
+
+// A Kronecker transform of every row of x (a token's n = n1 n2 channels, ne0): with the row read as
+// X[n1][n2], row-major, the result's row is left^T X right, optionally clipped (FlatQuant,
+// arXiv 2410.09426, section 3.2). docs/kron.md has the mathematics and the measurements.
+//   x:           F32, any ne1..ne3, nb0 == 4, other strides arbitrary.
+//   left, right: [n1, n1] and [n2, n2], F32 or F16, contiguous, in C order (ne0 is the output index);
+//                NULL is the identity of the order that follows from n. n1 alone is the one-sided
+//                form over attention heads.
+//   hadamard:    order, a power of two, of a normalised Walsh-Hadamard matrix (Sylvester's order) in
+//                the place of right, which must be NULL; 0 or 1: none.
+//   clip:        in (0, 1]: each result row is clamped to +-clip * max|row|; 1: not clamped. Without
+//                any factor it must be below 1.
+// Result: F32, contiguous, shape of x. Identity factors give x back exactly (a zero may lose its sign).
+// NaN stays NaN and counts for no maximum.
+GGML_API struct ggml_tensor * ggml_ext_kron(struct ggml_context * ctx, struct ggml_tensor * x,
+                                            struct ggml_tensor * left, struct ggml_tensor * right, int hadamard,
+                                            float clip);
+
+// Rounds activations to a symmetric integer grid and back. In each group of `group` values along ne0
+// (0: the whole row; the last group may be shorter)
+//     scale = max|x| / q_max, q_max = 2^(bits - 1) - 1, y = scale * clamp(rint(x / scale), -q_max, q_max)
+// with ties to even. A group of zeros stays zero, NaN stays NaN and counts for no maximum, an Inf
+// makes its group NaN.
+// x: F32, nb0 == 4, other strides arbitrary; bits: 2..8. Result: F32, contiguous, shape of x.
+GGML_API struct ggml_tensor * ggml_ext_act_round(struct ggml_context * ctx, struct ggml_tensor * x, int bits,
+                                                 int group);
 
 #ifdef __cplusplus
 }

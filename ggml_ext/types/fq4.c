@@ -4,6 +4,8 @@
 
 #include "fq4.h"
 
+#include "fq4-nearest.h"
+
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
 #include "ggml-impl.h"
@@ -52,20 +54,11 @@ static const float fq4_factors[] = { 0.90f, 0.95f, 1.00f, 1.05f, 1.10f, 1.15f, 1
 #define FQ4_N_FACTORS ((int) (sizeof(fq4_factors) / sizeof(fq4_factors[0])))
 #define FQ4_N_REFITS  2
 
-// Weights beyond this would need a d that fp16 cannot hold: 1.3 * 6e6 / 127 < 65504.
-#define FQ4_MAX_WEIGHT 6e6f
-
 // An importance counts as at least this part of its block's mean, so that a sub-block whose columns were
 // never active still gets a row that fits it.
 #define FQ4_IMPORTANCE_FLOOR 1e-4f
 
-// Nearest codes and their values, by cell. Cell c holds t = w / d with c / 2 - 128 <= t < (c + 1) / 2 - 128.
-// The midpoint of two int8 is a multiple of 1 / 2, so inside a cell the nearest value is constant.
-#define FQ4_N_CELLS 512
-static struct {
-    _Alignas(64) float value[FQ4_N_CELLS][16];
-    uint8_t code[FQ4_N_CELLS][16];
-} fq4_nearest;
+static struct ggml_ext_fq4_nearest fq4_nearest;
 
 static void fq4_init_nearest(void) {
     for (int cell = 0; cell < FQ4_N_CELLS; cell++) {
@@ -95,6 +88,11 @@ static void fq4_init(void) {
     ggml_critical_section_end();
 }
 
+const struct ggml_ext_fq4_nearest * ggml_ext_fq4_get_nearest(void) {
+    fq4_init();
+    return &fq4_nearest;
+}
+
 // The best row of each sub-block for a given d, and the codes.
 struct fq4_choice {
     float   d;     // as the block will hold it: a value that fp16 represents
@@ -103,7 +101,7 @@ struct fq4_choice {
     int16_t cell[QK_FQ4];
 };
 
-static float fq4_round_d(float d) {
+float ggml_ext_fq4_round_d(float d) {
     const float fp16_max = 65504.0f;
     return GGML_FP16_TO_FP32(GGML_FP32_TO_FP16(d < fp16_max ? d : fp16_max));
 }
@@ -177,7 +175,7 @@ static void fq4_pack(const struct fq4_choice * choice, ggml_ext_block_fq4 * bloc
 // Tries one d: keeps it if it beats the best so far. fp16 may round d to 0, which is no candidate.
 static void fq4_try(const float * x, const float * weight, float d, struct fq4_choice * best) {
     struct fq4_choice next;
-    d = fq4_round_d(d);
+    d = ggml_ext_fq4_round_d(d);
     if (d > 0.0f) {
         fq4_choose(x, weight, d, &next);
         if (next.cost < best->cost) {
@@ -191,7 +189,7 @@ static void fq4_encode_block(const float * x, const float * weight, ggml_ext_blo
     bool  valid = true;
     for (int i = 0; i < QK_FQ4; i++) {
         const float a = fabsf(x[i]);
-        valid         = valid && a <= FQ4_MAX_WEIGHT;
+        valid         = valid && a <= GGML_EXT_FQ4_MAX_WEIGHT;
         amax          = a > amax ? a : amax;
     }
     if (!valid) {

@@ -141,8 +141,8 @@ def compare(
     """Measure ``base`` and ``models`` on ``text`` and write the files that are asked for.
 
     ``rounds``: rounds of speed measurements; ``layers``: windows for the error per block; 0 for none.
-    Returns the rows, the base first. Raises GgmlExtError before any long work if an input cannot be read or an
-    output cannot be written.
+    Returns the rows, the base first. Raises GgmlExtError before any long work if an input cannot be read or
+    an output cannot be written.
     """
     check_outputs(json_out, report_out, plot_out)
     if plot_out is not None:

@@ -49,6 +49,7 @@ class Key:
 
     type: GGUFValueType
     meaning: str
+    element: GGUFValueType | None = None  # of an array
 
 
 KEYS: Mapping[str, Key] = {
@@ -59,11 +60,29 @@ KEYS: Mapping[str, Key] = {
     ),
     "ggml_ext.rounding": Key(
         GGUFValueType.STRING,
-        'How weights were rounded: "rtn" (nearest) or "imatrix" (nearest, weighted by an importance matrix).',
+        'How weights were rounded: "rtn" (nearest), "imatrix" (nearest, weighted by an importance matrix), '
+        '"gptq" or "learned".',
     ),
     "ggml_ext.transform.name": Key(
         GGUFValueType.STRING,
-        'Transform that activations need before the weights; "none" in version 1. A reader refuses others.',
+        "Transform of the activations that the weights expect: one of TRANSFORMS. A reader refuses others.",
+    ),
+    "ggml_ext.transform.hadamard": Key(
+        GGUFValueType.ARRAY,
+        "Per block four orders (attn_in, attn_out, ffn_in, ffn_mid) of Walsh-Hadamard matrices in the place "
+        "of the right factor: powers of two, 0 or 1 for none.",
+        GGUFValueType.UINT32,
+    ),
+    "ggml_ext.transform.clip": Key(
+        GGUFValueType.ARRAY,
+        "Per block four factors in (0, 1] on a token's largest transformed activation, at which it is cut off.",
+        GGUFValueType.FLOAT32,
+    ),
+    "ggml_ext.activation.bits": Key(
+        GGUFValueType.UINT32, "Bits of activations that meet quantised weights: 8 (llama.cpp's own) or 4."
+    ),
+    "ggml_ext.activation.group": Key(
+        GGUFValueType.UINT32, "Activations that share a scale with 4 bits: 32, 256, or 0 for a whole token."
     ),
     "ggml_ext.calibration.hash": Key(
         GGUFValueType.STRING, "SHA-256 of the calibration text's bytes, 64 lower-case hexadecimal digits."
@@ -71,7 +90,21 @@ KEYS: Mapping[str, Key] = {
     "ggml_ext.calibration.samples": Key(GGUFValueType.UINT32, "Token sequences taken from the text."),
     "ggml_ext.calibration.length": Key(GGUFValueType.UINT32, "Tokens per sequence."),
     "ggml_ext.calibration.seed": Key(GGUFValueType.UINT32, "Seed of the choice of sequences."),
+    "ggml_ext.error.tensors": Key(
+        GGUFValueType.ARRAY, "Names of the tensors that ggml_ext.error.values is about.", GGUFValueType.STRING
+    ),
+    "ggml_ext.error.values": Key(
+        GGUFValueType.ARRAY, "Relative squared error of each, as ggml_ext.error.kind says.", GGUFValueType.FLOAT32
+    ),
+    "ggml_ext.error.kind": Key(
+        GGUFValueType.STRING,
+        'Of what: "output" (of the products, on the calibration text) or "weight".',
+    ),
 }
+
+ONLINE_TRANSFORMS = ("hadamard", "flatquant")
+TRANSFORMS = ("none", "smoothquant", "awq", *ONLINE_TRANSFORMS)
+_ERROR_KINDS = ("output", "weight")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def quantize(
             raise GgmlExtError(f"{_reason(code, part, start)}; the weights or the type must change")
         return len(part)
 
-    with ThreadPoolExecutor(threads or _processors()) as pool:
+    with ThreadPoolExecutor(threads or processors()) as pool:
         futures = [pool.submit(encode, start) for start in range(0, len(rows), step)]
         try:
             for future in as_completed(futures):
@@ -259,6 +259,33 @@ def dot(type_name: str, row: NDArray[np.uint8], x: NDArray[Any], path: str | Non
     return float(result[0])
 
 
+def call(function: str, *arguments: Any) -> int:
+    """Calls a function of libggml-base that returns an integer; cffi releases the GIL meanwhile."""
+    return int(getattr(_native().base, function)(*arguments))
+
+
+def new(ctype: str, **fields: Any) -> Any:
+    """A new struct with these fields, as a pointer. The caller keeps alive what its pointers point to."""
+    return _native().ffi.new(f"{ctype} *", fields)
+
+
+def floats(array: NDArray[np.generic]) -> Any:
+    """A ``float *`` to the memory of a contiguous float32 array, which it keeps alive."""
+    assert array.dtype == np.float32
+    return _pointer(array, "float[]")
+
+
+def bytes_(array: NDArray[np.generic]) -> Any:
+    """A ``uint8_t *`` to the memory of a contiguous uint8 array, which it keeps alive."""
+    assert array.dtype == np.uint8
+    return _pointer(array, "uint8_t[]")
+
+
+def error_name(code: int) -> str:
+    """Name of a negative return value."""
+    return _native().errors[code]
+
+
 def _name_or_none(number: int) -> str | None:
     native = _native()
     text = native.base.ggml_ext_type_name(number)
@@ -273,7 +300,8 @@ def _pointer(array: NDArray[Any], ctype: str) -> Any:
     return _native().ffi.from_buffer(ctype, array)
 
 
-def _processors() -> int:
+def processors() -> int:
+    """Number of processors that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 

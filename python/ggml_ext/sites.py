@@ -53,11 +53,11 @@ class Fold:
 
 @dataclass(frozen=True)
 class Site:
-    """``anchor``: GGUF name, without ".weight", of the first matrix that reads the site; transform tensors are
-    named after it. ``n``: channels. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0 elsewhere.
-    ``fold`` is None where nothing can be folded. ``also``: GGUF matrices that read the site in float and
-    untransformed by the online part (the router of a mixture of experts): only the folded part concerns
-    them."""
+    """``anchor``: GGUF name, without ".weight", of the first matrix that reads the site; transform tensors
+    are named after it. ``n``: channels. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0
+    elsewhere. ``fold`` is None where nothing can be folded. ``also``: GGUF matrices that read the site
+    in float and untransformed by the online part (the router of a mixture of experts): only the folded
+    part concerns them."""
 
     kind: SiteKind
     anchor: str
@@ -72,8 +72,8 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteStats:
-    """What calibration saw at a site, all float32. ``hessian`` [n, n]: mean of x^T x over tokens. ``absmax``
-    [n]: largest |x| per channel. ``sample`` [m, n]: some tokens' activations, drawn evenly.
+    """What calibration saw at a site, all float32. ``hessian`` [n, n]: mean of x^T x over tokens.
+    ``absmax`` [n]: largest |x| per channel. ``sample`` [m, n]: some tokens' activations, drawn evenly.
     ``expert_hessian``: [experts, n, n], mean over the tokens routed to each expert, or None for dense
     sites (and where it would be too large); ``expert_tokens`` int64 [experts]."""
 
@@ -87,8 +87,8 @@ class SiteStats:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """How activations are rounded at run time. ``bits``: 8 or 4. ``group``: values that share a scale, 0 for
-    the whole token (llama.cpp's own Q8_K: 8 bits, 256)."""
+    """How activations are rounded at run time. ``bits``: 8 or 4. ``group``: values that share a scale, 0
+    for the whole token (llama.cpp's own Q8_K: 8 bits, 256)."""
 
     bits: int = 8
     group: int = 256
@@ -96,10 +96,11 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class SiteTransform:
-    """A solved transform T, float64 throughout. ``diag`` [n]. ``head`` [head_dim, head_dim]: attn_out only, the
-    same for all heads, or None. ``left`` [n1, n1] and ``right`` [n2, n2]: None for the identity.
-    ``hadamard``: order (a power of two) of a normalised Walsh-Hadamard matrix that takes right's place,
-    0 for none. ``clip``: factor on the token's largest |x'| at which x' is cut off, 1 for none."""
+    """A solved transform T, float64 throughout. ``diag`` [n]. ``head`` [head_dim, head_dim]: attn_out
+    only, the same for all heads, or None. ``left`` [n1, n1] and ``right`` [n2, n2]: None for the
+    identity. ``hadamard``: order (a power of two) of a normalised Walsh-Hadamard matrix that takes
+    right's place, 0 for none. ``clip``: factor on the token's largest |x'| at which x' is cut off, 1
+    for none."""
 
     diag: Tensor
     head: Tensor | None = None
@@ -135,16 +136,16 @@ class SiteTransform:
         x = x / self.diag.to(x.dtype)
         if self.head is not None:
             head = self.head.to(x.dtype)
-            x = (x.unflatten(-1, (-1, head.shape[0])) @ head).flatten(-2)
-        return (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
+            x = (_split(x, head.shape[0]) @ head).flatten(-2)
+        return _kron(x, left, right)
 
     def invert(self, x: Tensor) -> Tensor:
         """x' T^-1 for x' [..., n]."""
         left, right = (torch.linalg.inv(m).to(x.dtype) for m in self.kron())
-        x = (left.T @ x.unflatten(-1, (left.shape[0], right.shape[0])) @ right).flatten(-2)
+        x = _kron(x, left, right)
         if self.head is not None:
             head = torch.linalg.inv(self.head).to(x.dtype)
-            x = (x.unflatten(-1, (-1, head.shape[0])) @ head).flatten(-2)
+            x = (_split(x, head.shape[0]) @ head).flatten(-2)
         return x * self.diag.to(x.dtype)
 
     def dual(self) -> SiteTransform:
@@ -176,17 +177,28 @@ class SiteTransform:
         return self.apply(once.transpose(-1, -2)).transpose(-1, -2)
 
 
+def _split(x: Tensor, columns: int) -> Tensor:
+    """x [..., rows * columns] as [..., rows, columns]."""
+    return x.reshape(*x.shape[:-1], -1, columns)
+
+
+def _kron(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    product: Tensor = left.T @ _split(x, right.shape[0]) @ right
+    return product.flatten(-2)
+
+
 def identity(n: int) -> SiteTransform:
     """The transform that changes nothing."""
     return SiteTransform(torch.ones(n, dtype=torch.float64))
 
 
 def hadamard(order: int) -> Tensor:
-    """The normalised Walsh-Hadamard matrix (Sylvester's), [order, order] float64, symmetric and orthogonal:
-    element (i, j) is (-1)^popcount(i & j) / sqrt(order). ``order`` is a power of two."""
+    """The normalised Walsh-Hadamard matrix (Sylvester's), [order, order] float64, symmetric and
+    orthogonal: element (i, j) is (-1)^popcount(i & j) / sqrt(order). ``order`` is a power of two."""
     h = torch.ones(1, 1, dtype=torch.float64)
     while h.shape[0] < order:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     if h.shape[0] != order:
         raise ValueError(f"Walsh-Hadamard matrices have orders that are powers of two, not {order}")
-    return h / order**0.5
+    normalised: Tensor = h / order**0.5
+    return normalised

@@ -52,7 +52,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
             file.write(array.tobytes())
 
 
-def _tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path) -> None:
+    """Writes a small sentencepiece tokenizer in Hugging Face layout."""
     import sentencepiece
 
     text = folder / "tokenizer-text.txt"
@@ -129,7 +130,7 @@ def _weights(experts: int) -> dict[str, NDArray[np.uint16]]:
 def _model_dir(folder: Path, config: dict[str, Any], experts: int) -> Path:
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True)
-        _tokenizer(folder)
+        make_tokenizer(folder)
         write_safetensors(folder / "model.safetensors", _weights(experts))
         (folder / "config.json").write_text(json.dumps(config))
     return folder

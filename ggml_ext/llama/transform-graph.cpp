@@ -1,0 +1,100 @@
+// Transforms in a graph: inserted where weights are multiplied, and checked once the graph is complete.
+
+#include "llama-arch.h"
+#include "llama-model.h"
+#include "ops/ext-op.h"
+#include "transform.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+thread_local ggml_ext_graph * innermost = nullptr;
+
+bool is_view_op(const ggml_tensor * node) {
+    return node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE ||
+           node->op == GGML_OP_TRANSPOSE;
+}
+
+bool is_product(const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
+}
+
+const ggml_ext_weight * find(const ggml_ext_model & ext, const ggml_tensor * w) {
+    const auto found = ext.weights.find(ggml_ext_root(w));
+    return found == ext.weights.end() ? nullptr : &found->second;
+}
+
+}  // namespace
+
+ggml_ext_graph::ggml_ext_graph(const llama_model & model) : model(model), ext(model.ggml_ext), outer(innermost) {
+    innermost = this;
+}
+
+ggml_ext_graph::~ggml_ext_graph() {
+    innermost = outer;
+}
+
+ggml_ext_graph * ggml_ext_graph::current() {
+    return innermost;
+}
+
+ggml_tensor * ggml_ext_graph::input(ggml_context * ctx, ggml_tensor * w, ggml_tensor * x) {
+    const ggml_ext_weight * weight = ext ? find(*ext, w) : nullptr;
+    if (!weight || x->type != GGML_TYPE_F32 || (weight->site && weight->site->n != x->ne[0])) {
+        return x;  // check() refuses the product of a weight in the map with an input that stayed as it was
+    }
+    if (weight->site) {
+        const ggml_ext_site & site   = *weight->site;
+        ggml_tensor *&        shared = transformed[{ x, &site }];
+        if (!shared) {
+            shared = ggml_ext_kron(ctx, ggml_ext_with_adjacent_values(ctx, x), site.left, site.right, site.hadamard, site.clip);
+        }
+        x = shared;
+    }
+    if (weight->round) {
+        ggml_tensor *& shared = rounded[x];
+        if (!shared) {
+            shared = ggml_ext_act_round(ctx, ggml_ext_with_adjacent_values(ctx, x), int(ext->activation.bits),
+                                        int(ext->activation.group));
+        }
+        x = shared;
+    }
+    products.emplace(ggml_ext_root(w), x);
+    return x;
+}
+
+void ggml_ext_graph::check_weights(const ggml_tensor * node) const {
+    for (const ggml_tensor * source : node->src) {
+        const ggml_ext_weight * weight = source ? find(*ext, source) : nullptr;
+        if (!weight || (is_product(node) && source == node->src[0] && products.count({ ggml_ext_root(source), node->src[1] }))) {
+            continue;
+        }
+        // Rounding concerns products only; a transform concerns whatever reads the weight.
+        if (weight->site || (is_product(node) && source == node->src[0])) {
+            throw std::runtime_error(std::string("ggml-ext: architecture '") + llm_arch_name(model.arch) +
+                                     "' uses tensor '" + ggml_ext_root(source)->name +
+                                     "' in a way that " + (weight->site ? "its transform" : "GGML_EXT_ACT=a4") +
+                                     " cannot reach; convert the model without online transforms and run it with a8");
+        }
+    }
+}
+
+void ggml_ext_graph::check(ggml_cgraph * gf) const {
+    if (!ext) {
+        return;
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (!is_view_op(node)) {
+            check_weights(node);
+            check_caches(node);
+        }
+    }
+}
+
+ggml_tensor * ggml_ext_llama_input(ggml_context * ctx, ggml_tensor * w, ggml_tensor * x) {
+    ggml_ext_graph * graph = ggml_ext_graph::current();
+    return graph ? graph->input(ctx, w, x) : x;
+}

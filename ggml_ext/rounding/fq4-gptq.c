@@ -1,0 +1,177 @@
+// GPTQ onto FQ4, with the scale and the table rows chosen jointly with the codes, see ggml-ext.h.
+
+#include "ggml-ext.h"
+#include "ggml-impl.h"
+#include "rounding.h"
+#include "types/fq4-nearest.h"
+#include "types/fq4.h"
+
+#include <string.h>
+
+// First guesses of d, as d = factor * absmax / 127, then refits. docs/rounding.md, "candidates".
+static const float factors[] = { 0.80f, 0.90f, 0.95f, 1.00f, 1.05f, 1.10f, 1.15f, 1.20f, 1.30f, 1.40f };
+#define N_FACTORS ((int) (sizeof(factors) / sizeof(factors[0])))
+#define N_REFITS  2
+
+struct choice {
+    float   d;  // a value that fp16 represents; 0: nothing chosen
+    float   cost;
+    float   err[QK_FQ4];
+    float   value[QK_FQ4];  // of the table, so that the weight is d * value
+    uint8_t code[QK_FQ4];
+    uint8_t row[16];
+};
+
+// One sub-block, the 16 table rows side by side: lane = row. x: the sub-block's weights; u: from its first diagonal
+// element on, rows of QK_FQ4. Leaves the best row's errors, values and codes.
+static inline __attribute__((always_inline)) float round_sub_block(const struct ggml_ext_fq4_nearest * nearest,
+                                                                   const float * x, const float * u, float d,
+                                                                   float * err, float * value, uint8_t * code,
+                                                                   uint8_t * row) {
+    const float inv = 1.0f / d;
+    float       t[16][16];  // [weight][table row]
+    float       e[16][16];
+    float       v[16][16];
+    int32_t     cell[16][16];
+    float       cost[16] = { 0.0f };
+    for (int j = 0; j < 16; j++) {
+        for (int r = 0; r < 16; r++) {
+            t[j][r] = x[j];
+        }
+    }
+    for (int j = 0; j < 16; j++) {
+        const float u_inv = 1.0f / u[j * QK_FQ4 + j];
+        for (int r = 0; r < 16; r++) {
+            float where = t[j][r] * inv * 2.0f + 256.0f;
+            where       = where > 0.0f ? where : 0.0f;
+            where       = where < 511.0f ? where : 511.0f;
+            cell[j][r]  = (int32_t) where;
+        }
+        for (int r = 0; r < 16; r++) {
+            v[j][r] = nearest->value[0][cell[j][r] * 16 + r];
+        }
+        for (int r = 0; r < 16; r++) {
+            e[j][r] = (t[j][r] - d * v[j][r]) * u_inv;
+            cost[r] += e[j][r] * e[j][r];
+        }
+        for (int k = j + 1; k < 16; k++) {
+            const float ujk = u[j * QK_FQ4 + k];
+            for (int r = 0; r < 16; r++) {
+                t[k][r] -= e[j][r] * ujk;
+            }
+        }
+    }
+    int best = 0;
+    for (int r = 1; r < 16; r++) {
+        best = cost[r] < cost[best] ? r : best;
+    }
+    for (int j = 0; j < 16; j++) {
+        err[j]   = e[j][best];
+        value[j] = v[j][best];
+        code[j]  = nearest->code[cell[j][best]][best];
+    }
+    *row = (uint8_t) best;
+    return cost[best];
+}
+
+// All sub-blocks for a given d; gives up when the cost passes the best so far.
+GGML_EXT_CLONES static void try_scale(const struct ggml_ext_fq4_nearest * nearest, const float * w, const float * u,
+                                      float d, struct choice * next, float limit) {
+    float x[QK_FQ4];
+    memcpy(x, w, sizeof(x));
+    next->d    = d;
+    next->cost = 0.0f;
+    for (int b = 0; b < 16; b++) {
+        const int first = 16 * b;
+        next->cost += round_sub_block(nearest, x + first, u + first * QK_FQ4 + first, d, next->err + first,
+                                      next->value + first, next->code + first, next->row + b);
+        if (!(next->cost < limit)) {
+            return;
+        }
+        for (int j = first; j < first + 16; j++) {
+            const float   e  = next->err[j];
+            const float * uj = u + j * QK_FQ4;
+            for (int k = first + 16; k < QK_FQ4; k++) {
+                x[k] -= e * uj[k];
+            }
+        }
+    }
+}
+
+// e = (w - d v) U^-1 for the chosen values v: the d that minimises |e|^2 is <w U^-1, v U^-1> / |v U^-1|^2.
+GGML_EXT_CLONES static float refit_scale(const float * w, const float * u_inv, const struct choice * choice) {
+    float a[QK_FQ4] = { 0.0f };
+    float b[QK_FQ4] = { 0.0f };
+    for (int j = 0; j < QK_FQ4; j++) {
+        const float * row = u_inv + j * QK_FQ4;
+        for (int k = j; k < QK_FQ4; k++) {
+            a[k] += w[j] * row[k];
+            b[k] += choice->value[j] * row[k];
+        }
+    }
+    float num = 0.0f;
+    float den = 0.0f;
+    for (int k = 0; k < QK_FQ4; k++) {
+        num += a[k] * b[k];
+        den += b[k] * b[k];
+    }
+    return den > 0.0f ? num / den : 0.0f;
+}
+
+static void keep_better(const struct ggml_ext_fq4_nearest * nearest, const float * w, const float * u, float d,
+                        struct choice * best) {
+    struct choice next;
+    d = ggml_ext_fq4_round_d(d);
+    if (d > 0.0f) {
+        try_scale(nearest, w, u, d, &next, best->cost);
+        if (next.cost < best->cost) {
+            *best = next;
+        }
+    }
+}
+
+static void pack(const struct choice * choice, ggml_ext_block_fq4 * block) {
+    block->d = GGML_FP32_TO_FP16(choice->d);
+    for (int i = 0; i < 8; i++) {
+        block->s[i] = (uint8_t) (choice->row[2 * i] | choice->row[2 * i + 1] << 4);
+    }
+    for (int h = 0; h < 2; h++) {
+        for (int j = 0; j < 64; j++) {
+            block->q[64 * h + j] = (uint8_t) (choice->code[128 * h + j] | choice->code[128 * h + 64 + j] << 4);
+        }
+    }
+}
+
+int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const float * u_inv, void * dst,
+                          int64_t stride, float * err, float * cost) {
+    if (nrows < 0 || stride < (int64_t) sizeof(ggml_ext_block_fq4)) {
+        return GGML_EXT_E_SHAPE;
+    }
+    const struct ggml_ext_fq4_nearest * nearest = ggml_ext_fq4_get_nearest();
+    for (int64_t row = 0; row < nrows; row++) {
+        const float * x    = w + row * QK_FQ4;
+        float         amax = 0.0f;
+        for (int j = 0; j < QK_FQ4; j++) {
+            const float a = fabsf(x[j]);
+            if (!(a <= GGML_EXT_FQ4_MAX_WEIGHT)) {
+                return GGML_EXT_E_FINITE;
+            }
+            amax = a > amax ? a : amax;
+        }
+        // A block of zeros, or of weights too small for any d, keeps d = 0 and passes no error on.
+        struct choice best = { .cost = INFINITY };
+        for (int k = 0; k < N_FACTORS; k++) {
+            keep_better(nearest, x, u, amax * (factors[k] / 127.0f), &best);
+        }
+        for (int k = 0; k < N_REFITS && best.d > 0.0f; k++) {
+            keep_better(nearest, x, u, refit_scale(x, u_inv, &best), &best);
+        }
+        if (!(best.d > 0.0f)) {
+            best.cost = 0.0f;
+        }
+        pack(&best, (ggml_ext_block_fq4 *) ((char *) dst + row * stride));
+        memcpy(err + row * QK_FQ4, best.err, sizeof(best.err));
+        cost[row] = best.cost;
+    }
+    return 0;
+}
