@@ -306,6 +306,7 @@ def compare(
     ctx: CtxOption = 512,
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of speed measurements; 0 for none.")] = 5,
+    layers: Annotated[int, typer.Option(min=0, help="Windows for the error per block; 0 for none.")] = 8,
     json_out: JsonOption = None,
     report_out: Annotated[
         Path | None, typer.Option("--report", metavar="FILE.md", help="Write a report.")
@@ -316,7 +317,7 @@ def compare(
     ] = None,
 ) -> None:
     """Size, perplexity, KL divergence, top-1 agreement and speed of models against a base."""
-    from ggml_ext import report
+    from ggml_ext import loss, report
     from ggml_ext.compare import compare as run_compare
 
     rows = run_compare(
@@ -326,11 +327,16 @@ def compare(
         ctx=ctx,
         threads=threads,
         rounds=rounds,
+        layers=layers,
         json_out=json_out,
         report_out=report_out,
         plot_out=plot_out,
     )
     _print_table(report.table(rows))
+    for name, row in zip(report.short_names(rows), rows, strict=True):
+        line = loss.summary(row, name)
+        if line is not None:
+            print(line)
     written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
     print(f"compared {len(models)} models with {base}" + (f"; wrote {', '.join(written)}" if written else ""))
 
