@@ -30,14 +30,14 @@ struct layout {
 };
 
 const layout layouts[] = {
-    { 0, { "attn_q", "attn_k", "attn_v" }   },
-    { 0, { "attn_qkv" }                     },
-    { 1, { "attn_output" }                  },
-    { 2, { "ffn_gate", "ffn_up" }           },
-    { 2, { "ffn_up" }, "ffn_gate"           },
+    { 0, { "attn_q", "attn_k", "attn_v" } },
+    { 0, { "attn_qkv" } },
+    { 1, { "attn_output" } },
+    { 2, { "ffn_gate", "ffn_up" } },
+    { 2, { "ffn_up" }, "ffn_gate" },
     { 2, { "ffn_gate_exps", "ffn_up_exps" } },
-    { 3, { "ffn_down" }                     },
-    { 3, { "ffn_down_exps" }                },
+    { 3, { "ffn_down" } },
+    { 3, { "ffn_down_exps" } },
 };
 
 [[noreturn]] void refuse_key(const char * key, const std::string & why) {
@@ -59,8 +59,8 @@ class transform_loader {
     void load_heads(uint32_t block);
     std::pair<ggml_tensor *, ggml_tensor *> load_pair(uint32_t block, const char * a, const char * b, int64_t order,
                                                       bool transposed);
-    void round_inputs();
-    void log() const;
+    void                                    round_inputs();
+    void                                    log() const;
 
     std::string tensor_name(uint32_t block, const char * matrix, const char * suffix) const {
         return "blk." + std::to_string(block) + "." + matrix + "." + suffix;
@@ -80,8 +80,8 @@ class transform_loader {
     std::shared_ptr<ggml_ext_model> result = std::make_shared<ggml_ext_model>();
 
     std::string           transform;
-    std::vector<uint32_t> hadamards;  // per block and kind; empty: all 0
-    std::vector<float>    clips;      // per block and kind; empty: all 1
+    std::vector<uint32_t> hadamards;                              // per block and kind; empty: all 0
+    std::vector<float>    clips;                                  // per block and kind; empty: all 1
 
     std::unordered_map<std::string, const ggml_tensor *> loaded;  // weights that this load made tensors for
     std::set<std::string>                                without_kron;
@@ -103,8 +103,8 @@ void transform_loader::check_keys() {
     }
     const bool online = ggml_ext_transform_online(transform);
     if (!file.empty() && !online) {
-        ggml_ext_refuse_tensor(file.first(), "belongs to a transform, but key 'ggml_ext.transform.name' is '" +
-                                                 transform + "'");
+        ggml_ext_refuse_tensor(file.first(),
+                               "belongs to a transform, but key 'ggml_ext.transform.name' is '" + transform + "'");
     }
     if (online && ml.files.empty()) {
         refuse_key("ggml_ext.transform.name", "is '" + transform + "': such a model is loaded from files only");
@@ -131,7 +131,7 @@ ggml_backend_buffer_type_t transform_loader::buffer_type(uint32_t block, int64_t
 }
 
 void transform_loader::load_sites(uint32_t block) {
-    const layout * rows[n_kinds] = {};
+    const layout * rows[n_kinds]  = {};
     uint32_t       count[n_kinds] = {};
     for (const layout & row : layouts) {
         if (weight_in_file(block, row.matrices[0]) && !(row.unless && weight_in_file(block, row.unless))) {
@@ -253,8 +253,8 @@ std::pair<ggml_tensor *, ggml_tensor *> transform_loader::load_pair(uint32_t blo
     }
     for (const ggml_ext_factor * factor : { &a, &b }) {
         if (factor->order != order) {
-            ggml_ext_refuse_tensor(factor->name, "has order " + std::to_string(factor->order) +
-                                                     ", the heads have " + std::to_string(order) + " channels");
+            ggml_ext_refuse_tensor(factor->name, "has order " + std::to_string(factor->order) + ", the heads have " +
+                                                     std::to_string(order) + " channels");
         }
     }
     double residual = 0.0;
@@ -287,8 +287,8 @@ void transform_loader::round_inputs() {
 }
 
 void transform_loader::log() const {
-    LLAMA_LOG_INFO("%s: ggml-ext: transform %s, %zu sites online; activations %s; learned KV transforms: %s\n", __func__,
-                   transform.c_str(), result->sites.size(), result->activation.name().c_str(),
+    LLAMA_LOG_INFO("%s: ggml-ext: transform %s, %zu sites online; activations %s; learned KV transforms: %s\n",
+                   __func__, transform.c_str(), result->sites.size(), result->activation.name().c_str(),
                    result->has_k && result->has_v ? "K and V" :
                    result->has_k                  ? "K" :
                    result->has_v                  ? "V" :

@@ -5,6 +5,9 @@ What would break these: a check that passes a wrong file, one that refuses it wi
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +207,23 @@ def test_hadamard_that_does_not_divide_is_refused(llama: Path, patched_lib_dir: 
     result = run(patched_lib_dir, model.write(tmp_path / "t.gguf"), tmp_path / "out.npy")
     assert result.returncode == 1
     assert "key 'ggml_ext.transform.hadamard' has in element 3 order 1024" in result.stderr
+
+
+SAVE = """
+import sys, llama_cpp.llama_cpp as api
+model = api.llama_model_load_from_file(sys.argv[1].encode(), api.llama_model_default_params())
+api.llama_model_save_to_file(model, sys.argv[2].encode())
+"""
+
+
+def test_saving_from_memory_is_refused(llama: Path, patched_lib_dir: Path, tmp_path: Path) -> None:
+    """llama.cpp would write the transformed weights without their factors."""
+    path = files.transform(files.read(llama)).write(tmp_path / "t.gguf")
+    environment = {"LLAMA_CPP_LIB_PATH": str(patched_lib_dir), "GGML_NO_BACKTRACE": "1"}
+    command = [sys.executable, "-c", SAVE, str(path), str(tmp_path / "saved.gguf")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert result.returncode != 0
+    assert "a model with transforms cannot be saved from memory" in result.stderr
+    assert not (tmp_path / "saved.gguf").exists()
