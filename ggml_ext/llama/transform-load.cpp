@@ -57,10 +57,12 @@ class transform_loader {
     void load_site(uint32_t block, const layout & row);
     void attach(uint32_t block, const layout & row, const std::string & cause, const ggml_ext_site * site);
     void load_heads(uint32_t block);
+    void check_marked() const;
+    void round_inputs();
+    void log() const;
+
     std::pair<ggml_tensor *, ggml_tensor *> load_pair(uint32_t block, const char * a, const char * b, int64_t order,
                                                       bool transposed);
-    void                                    round_inputs();
-    void                                    log() const;
 
     std::string tensor_name(uint32_t block, const char * matrix, const char * suffix) const {
         return "blk." + std::to_string(block) + "." + matrix + "." + suffix;
@@ -76,14 +78,17 @@ class transform_loader {
     llama_model_loader &            ml;
     llama_model &                   model;
     ggml_ext_factor_file            file;
+    const bool                      has_factors = !file.empty();
     ggml_ext_factor_buffers         uploads;
     std::shared_ptr<ggml_ext_model> result = std::make_shared<ggml_ext_model>();
 
     std::string           transform;
-    std::vector<uint32_t> hadamards;                              // per block and kind; empty: all 0
-    std::vector<float>    clips;                                  // per block and kind; empty: all 1
+    // Per block and kind; empty: all 0, all 1.
+    std::vector<uint32_t> hadamards;
+    std::vector<float>    clips;
 
-    std::unordered_map<std::string, const ggml_tensor *> loaded;  // weights that this load made tensors for
+    // Weights that this load made tensors for, and devices that do not run the op.
+    std::unordered_map<std::string, const ggml_tensor *> loaded;
     std::set<std::string>                                without_kron;
 };
 
@@ -275,6 +280,21 @@ std::pair<ggml_tensor *, ggml_tensor *> transform_loader::load_pair(uint32_t blo
     return { uploads.add(a, type), uploads.add(b, type) };
 }
 
+// A file that needs Hadamard matrices at run time must hold something that stock llama.cpp refuses.
+void transform_loader::check_marked() const {
+    if (has_factors || std::none_of(hadamards.begin(), hadamards.end(), [](uint32_t order) { return order > 1; })) {
+        return;
+    }
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (weight.tensor->type == GGML_TYPE_FQ4) {
+            return;
+        }
+    }
+    refuse_key("ggml_ext.transform.hadamard",
+               "is in a file without factors or FQ4 weights, which stock llama.cpp would run without the transform; "
+               "store one factor, an identity if need be");
+}
+
 void transform_loader::round_inputs() {
     if (result->activation.bits == 8) {
         return;
@@ -311,6 +331,7 @@ std::shared_ptr<ggml_ext_model> transform_loader::load() {
     if (!file.empty()) {
         ggml_ext_refuse_tensor(file.first(), "is a transform of no site of this model");
     }
+    check_marked();
     round_inputs();
     if (result->weights.empty() && !result->has_k && !result->has_v && result->activation.bits == 8) {
         return nullptr;

@@ -281,6 +281,6 @@ def test_llama_quantize_keeps_factors(
     llama: Path, patched_bin_dir: Path, patched_lib_dir: Path, tmp_path: Path
 ) -> None:
     path = files.transform(files.read(llama), use_hadamard=True).write(tmp_path / "t.gguf")
-    command = [patched_bin_dir / "llama-quantize", path, tmp_path / "q.gguf", "Q8_0"]
+    command = [str(patched_bin_dir / "llama-quantize"), str(path), str(tmp_path / "q.gguf"), "Q8_0"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert relative(logits(patched_lib_dir, tmp_path / "q.gguf"), logits(patched_lib_dir, llama)) < 1e-2
