@@ -1,7 +1,7 @@
 // ggml-ext.h: the public C API of ggml-ext.
 //
-// Functions marked "ggml-base" live in libggml-base, those marked "ggml-cpu" in libggml-cpu; both
-// libraries are the patched ones. The part between the two "cffi" marks is plain C without
+// Functions marked "ggml-base" live in libggml-base, those marked "ggml-cpu" in libggml-cpu, those
+// marked "llama" in libllama; the libraries are the patched ones. The part between the two "cffi" marks is plain C without
 // preprocessor lines: python/ggml_ext/native.py reads it as its declarations.
 //
 // Errors are negative return values (GGML_EXT_E_*); no function aborts on bad arguments.
@@ -105,6 +105,39 @@ GGML_EXT_API int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const flo
 // a row or when a pass changes nothing. Returns the number of changes or an error. [ggml-base]
 GGML_EXT_API int64_t ggml_ext_descend(const struct ggml_ext_grid * grid, int64_t nrows, const float * w,
                                       const float * h, int32_t sweeps, uint8_t * levels);
+
+// Measures a model's token embeddings (rows of token_embd.weight) and the outputs of its blocks, which
+// llama.cpp names "l_out-<block>": n_layer + 1 tensors of [n_embd, n_tokens], below called outputs. The
+// object is the user data of ggml_ext_layers_eval, which goes into llama_context_params.cb_eval.
+struct ggml_ext_layers;
+
+enum ggml_ext_layers_mode {
+    GGML_EXT_LAYERS_RECORD = 0,  // write the outputs to the array
+    GGML_EXT_LAYERS_FREE   = 1,  // compare them with the array
+    GGML_EXT_LAYERS_FORCED = 2,  // compare, then put the array's values in their place
+};
+
+// For a model of n_layer blocks and width n_embd; NULL for sizes below 1 or without memory. [llama]
+GGML_EXT_API struct ggml_ext_layers * ggml_ext_layers_new(int32_t n_layer, int64_t n_embd);
+
+// [llama]
+GGML_EXT_API void ggml_ext_layers_free(struct ggml_ext_layers * layers);
+
+// Prepares one llama_decode of n_tokens tokens, at most n_ubatch. outputs: the caller's array of
+// [n_layer + 1][n_tokens][n_embd] floats, which that decode writes or reads. The first n_skip tokens are
+// not measured; logits are to be requested for exactly the others, since the last block may be computed
+// for no more. Returns 0 or an error. [llama]
+GGML_EXT_API int32_t ggml_ext_layers_begin(struct ggml_ext_layers * layers, int32_t mode, float * outputs,
+                                           int64_t n_tokens, int64_t n_skip);
+
+// A ggml_backend_sched_eval_callback. It ends the graph after the last block, so the decode computes
+// no logits. [llama]
+GGML_EXT_API bool ggml_ext_layers_eval(struct ggml_tensor * tensor, bool ask, void * layers);
+
+// Sums over the measured tokens of the decode, n_layer + 1 values each: error = sum (output - array)^2,
+// signal = sum array^2. Returns the number of outputs that were seen (none before a decode), or
+// GGML_EXT_E_SHAPE if one was no contiguous F32 [n_embd, tokens] or came twice. [llama]
+GGML_EXT_API int32_t ggml_ext_layers_sums(const struct ggml_ext_layers * layers, double * error, double * signal);
 
 // --- cffi: end ---
 

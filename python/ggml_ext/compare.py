@@ -6,7 +6,8 @@ the list of rows, the base first; docs/compare.md describes every key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.evaluate import Evaluation, Result
 from ggml_ext.header import read_header, value
 from ggml_ext.inspect import inspect
+from ggml_ext.layers import ModelErrors, choose_windows, layer_errors
 from ggml_ext.outputs import check_outputs, write_json
 
 Row = dict[str, Any]
@@ -28,6 +30,9 @@ SPEED_KEYS = (
     "pp_tps", "tg_tps", "pp_spread", "tg_spread", "pp_ratio", "tg_ratio", "pp_samples", "tg_samples",
 )  # fmt: skip
 
+LAYER_WINDOWS = 8
+"""Windows for the error per block: figures within a few per cent of the whole text's; see docs/compare.md."""
+
 ORIGIN_KEYS = ("ggml_ext.", "quantize.")
 """Beginnings of the metadata keys that tell how a file was made."""
 
@@ -37,7 +42,8 @@ class FileFacts:
     """What a GGUF file says about itself.
 
     bits_per_weight: over all tensors; bits_per_layer_weight: over the matrices of the layers alone, without
-    embeddings, output head and vectors; types: weights per tensor type; origin: metadata on how it was made.
+    embeddings, output head and vectors; types: weights per tensor type; origin: metadata on how it was made;
+    tensor_errors: "kind" and "values", tensor -> error, as the file was made; None if it does not tell.
     """
 
     bytes: int
@@ -45,6 +51,7 @@ class FileFacts:
     bits_per_layer_weight: float | None
     types: dict[str, int]
     origin: dict[str, Any]
+    tensor_errors: dict[str, Any] | None
 
 
 def file_facts(path: Path) -> FileFacts:
@@ -60,11 +67,38 @@ def file_facts(path: Path) -> FileFacts:
         bits_per_weight=about.bits_per_weight,
         bits_per_layer_weight=8 * sum(tensor.bytes for tensor in layers) / weights if weights else None,
         types={kind.type: kind.weights for kind in sorted(about.types, key=lambda kind: -kind.weights)},
-        origin={name: value(entry) for name, entry in keys.items() if name.startswith(ORIGIN_KEYS)},
+        origin=origin(keys),
+        tensor_errors=tensor_errors(path, keys),
     )
 
 
-def make_row(evaluation: Evaluation, result: Result, facts: FileFacts, text: Path, speed: Row | None) -> Row:
+def origin(keys: Mapping[str, bytes]) -> dict[str, Any]:
+    """The numbers and strings among the keys that ORIGIN_KEYS name; lists are about tensors or blocks."""
+    values = {name: value(entry) for name, entry in keys.items() if name.startswith(ORIGIN_KEYS)}
+    return {name: found for name, found in values.items() if not isinstance(found, list)}
+
+
+def tensor_errors(path: Path, keys: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The keys ggml_ext.error.* (docs/gguf.md), None for a file without them."""
+    tensors, values, kind = (keys.get(f"ggml_ext.error.{name}") for name in ("tensors", "values", "kind"))
+    if tensors is None or values is None or kind is None:
+        return None
+    names, errors = value(tensors), value(values)
+    if len(names) != len(errors) or not all(map(math.isfinite, errors)):
+        raise GgmlExtError(
+            f"{path}: key ggml_ext.error.values does not hold one finite number per tensor; convert it again"
+        )
+    return {"kind": value(kind), "values": dict(zip(names, errors, strict=True))}
+
+
+def make_row(
+    evaluation: Evaluation,
+    result: Result,
+    facts: FileFacts,
+    text: Path,
+    speed: Row | None,
+    errors: ModelErrors | None,
+) -> Row:
     """The JSON row of one model; every key is present, null where nothing was measured."""
     divergence = result.divergence.as_dict() if result.divergence is not None else {}
     return {
@@ -78,6 +112,11 @@ def make_row(evaluation: Evaluation, result: Result, facts: FileFacts, text: Pat
         "ppl_se": result.perplexity.ppl_se,
         **{key: divergence.get(key) for key in DIVERGENCE_KEYS},
         **{key: (speed or {}).get(key) for key in SPEED_KEYS},
+        "embedding_error": None if errors is None else errors.embedding,
+        "layers": None
+        if errors is None
+        else [{"block": i, **vars(layer)} for i, layer in enumerate(errors.layers)],
+        "tensor_errors": facts.tensor_errors,
         "text": str(text),
         "text_sha256": evaluation.text_sha256,
         "ctx": evaluation.ctx,
@@ -94,14 +133,16 @@ def compare(
     ctx: int = 512,
     threads: int | None = None,
     rounds: int = bench.ROUNDS,
+    layers: int = LAYER_WINDOWS,
     json_out: Path | None = None,
     report_out: Path | None = None,
     plot_out: Path | None = None,
 ) -> list[Row]:
     """Measure ``base`` and ``models`` on ``text`` and write the files that are asked for.
 
-    ``rounds``: rounds of speed measurements, 0 for none. Returns the rows, the base first.
-    Raises GgmlExtError before any long work if an input cannot be read or an output cannot be written.
+    ``rounds``: rounds of speed measurements; ``layers``: windows for the error per block; 0 for none.
+    Returns the rows, the base first. Raises GgmlExtError before any long work if an input cannot be read or
+    an output cannot be written.
     """
     check_outputs(json_out, report_out, plot_out)
     if plot_out is not None:
@@ -110,12 +151,16 @@ def compare(
         paths = [base, *models]
         facts = [file_facts(path) for path in paths]
         results = evaluation.run()
+        errors: list[ModelErrors | None] = [None] * len(models)
+        if layers:
+            chosen = choose_windows(evaluation.windows, layers)
+            errors = layer_errors(base, models, chosen, threads=threads)
         speeds: Sequence[Row | None] = [None] * len(paths)
         if rounds:
             speeds = bench.as_rows(bench.bench(paths, rounds=rounds, threads=threads))
         rows = [
-            make_row(evaluation, result, fact, text, speed)
-            for result, fact, speed in zip(results, facts, speeds, strict=True)
+            make_row(evaluation, result, fact, text, speed, error)
+            for result, fact, speed, error in zip(results, facts, speeds, [None, *errors], strict=True)
         ]
         if json_out is not None:
             write_json(json_out, rows)

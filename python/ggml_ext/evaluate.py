@@ -128,7 +128,7 @@ class Evaluation:
             )
         with track((len(done) * self.n_windows - sum(done)) * self.ctx, "evaluating", "tok") as advance:
             if self.models:
-                with Scratch(self.plan, self._n_vocab, self.n_windows) as scratch:
+                with Scratch(self.plan.rows, self._n_vocab, self.n_windows, "base logits") as scratch:
                     print(
                         f"scratch: up to {scratch.bytes / 1e6:.0f} MB of base logits in {scratch.folder}",
                         file=sys.stderr,

@@ -168,6 +168,8 @@ class Model:
             )
         self.vocab = self._api.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
+        self.n_layer: int = self._api.llama_model_n_layer(self._model)
+        self.n_embd: int = self._api.llama_model_n_embd(self._model)
         self.n_ctx_train: int = self._api.llama_model_n_ctx_train(self._model)
         self.bos: int | None = (
             self._api.llama_vocab_bos(self.vocab) if self._api.llama_vocab_get_add_bos(self.vocab) else None
@@ -188,8 +190,12 @@ class Model:
             f"{self.path}: its vocabulary cannot tokenize this text; check the model's tokenizer"
         )
 
-    def start(self, *, n_ctx: int, n_seq: int, n_batch: int) -> None:
-        """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode."""
+    def start(self, *, n_ctx: int, n_seq: int, n_batch: int, observer: tuple[int, int] | None = None) -> None:
+        """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode.
+
+        ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
+        keeps alive as long as the model.
+        """
         params = self._api.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_seq_max = n_seq
@@ -198,6 +204,9 @@ class Model:
         params.n_threads = params.n_threads_batch = self.threads
         params.abort_callback = _abort_callback(self._api)
         params.no_perf = True
+        if observer is not None:
+            params.cb_eval = self._api.ggml_backend_sched_eval_callback(observer[0])
+            params.cb_eval_user_data = observer[1]
         _log.clear()
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:

@@ -1,8 +1,9 @@
 """Binding of ggml-ext.h: quantise, dequantise, dot products and what the library can do.
 
 cffi in ABI mode: the declarations are read from the installed header, nothing is compiled. The libraries are
-the ones that llama_cpp loads after ``import ggml_ext`` (libggml-base and libggml-cpu of paths.lib_dir()), so
-both share one copy. Arrays that already have the documented dtype and layout are passed without a copy.
+the ones that llama_cpp loads after ``import ggml_ext`` (libggml-base, libggml-cpu and libllama of
+paths.lib_dir()), so both share one copy. Arrays that already have the documented dtype and layout are passed
+without a copy.
 """
 
 from __future__ import annotations
@@ -84,6 +85,19 @@ def _dlopen(ffi: Any, path: Path) -> Any:
 def _native() -> _Native:
     header = paths.include_dir() / "ggml-ext.h"
     return _open(header, paths.library("ggml-base"), paths.library("ggml-cpu"))
+
+
+@lru_cache(maxsize=1)
+def llama_library() -> tuple[Any, Any]:
+    """cffi's FFI object with the header's declarations, and libllama for the functions marked [llama].
+
+    Raises GgmlExtError as every function of this module does without a sound installation.
+    """
+    native, path = _native(), paths.library("llama")
+    library = _dlopen(native.ffi, path)
+    if not hasattr(library, "ggml_ext_layers_new"):
+        raise GgmlExtError(f"stock llama.cpp: {path} lacks ggml_ext_layers_new; use ggml-ext's libraries")
+    return native.ffi, library
 
 
 def format_version() -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from ggml_ext import __version__, bench
+from ggml_ext import __version__, bench, loss
 from ggml_ext.atomic import atomic_path
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import bindings, physical_cores
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 MISSING = "-"
+
+BLOCK_TEXT = (
+    "Squared error of each block's output relative to the base's. Own: the block gets the base's output of "
+    "the block before it, in brackets its share of the sum. Accumulated: the model runs freely."
+)
 
 COLUMNS = ("model", "MB", "bits/weight", "PPL", "KLD to base", "top-1 %", "prompt t/s", "gen t/s")
 
@@ -156,6 +161,11 @@ def markdown(rows: Sequence[Row], *, threads: int | None, rounds: int) -> str:
     ]
     if others:
         lines += ["", "## KL divergence and token probabilities", "", *_divergence_table(others, names[1:])]
+    blocks, tensors = loss.block_table(rows, names), loss.tensor_table(rows, names)
+    if blocks is not None:
+        lines += ["", "## Error per block", "", BLOCK_TEXT, "", *_markdown_table(*blocks)]
+    if tensors is not None:
+        lines += ["", "## Tensors with the largest errors", "", *_markdown_table(*tensors)]
     lines += ["", "## Files", "", *_files_table(rows, names)]
     if first["pp_samples"] is not None:
         call = bench.command(

@@ -1,4 +1,4 @@
-"""Windows of a text: how they are decoded in bounded batches, and where the base's logits wait.
+"""Windows of a text: how they are decoded in bounded batches, and where what the base gave for them waits.
 
 A window is ``ctx`` tokens; the predictions of its second half are scored, as in llama-perplexity.
 """
@@ -27,7 +27,7 @@ OUTPUT_BYTES = 256 << 20
 """Bound on the logits of one decode: a vocabulary of 150k takes 0.6 MB per position."""
 
 SCRATCH_BYTES = 2 << 30
-"""Bound on the base logits that wait on disk; loading a model again costs little beside 2 GiB of logits."""
+"""Bound on what waits on disk; loading a model again costs little beside 2 GiB of logits."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,19 @@ def _scratch_folder() -> Path:
 
 
 class Scratch(AbstractContextManager["Scratch"]):
-    """Float32 logits [window, row, n_vocab] of one group of windows in a file without a name."""
+    """Float32 values [window, row, width] of one group of windows in a file without a name."""
 
-    def __init__(self, plan: Plan, n_vocab: int, n_windows: int) -> None:
-        """Raises GgmlExtError if the folder for temporary files has no room for a single window."""
+    def __init__(self, rows: int, width: int, n_windows: int, what: str) -> None:
+        """Room for ``n_windows``, or for as many as SCRATCH_BYTES and the free space allow: ``windows``.
+
+        ``what``: the values' name in messages. Raises GgmlExtError if the folder for temporary files has no
+        room for a single window.
+        """
         self.folder = _scratch_folder()
-        self._row_bytes = 4 * n_vocab
-        self._n_vocab = n_vocab
-        self._window_bytes = plan.rows * self._row_bytes
+        self._what = what
+        self._row_bytes = 4 * width
+        self._width = width
+        self._window_bytes = rows * self._row_bytes
         try:
             budget = min(SCRATCH_BYTES, shutil.disk_usage(self.folder).free // 2)
             self.windows = min(n_windows, budget // self._window_bytes)
@@ -116,12 +121,12 @@ class Scratch(AbstractContextManager["Scratch"]):
 
     def _full(self, needed: int) -> GgmlExtError:
         return GgmlExtError(
-            f"{self.folder}: no room for {needed / 1e6:.0f} MB of base logits; set TMPDIR to another folder"
+            f"{self.folder}: no room for {needed / 1e6:.0f} MB of {self._what}; set TMPDIR to another folder"
         )
 
-    def write(self, slot: int, row: int, logits: NDArray[np.float32]) -> None:
-        """Store ``logits`` as rows row... of window ``slot``."""
-        data = np.ascontiguousarray(logits).data.cast("B")
+    def write(self, slot: int, row: int, values: NDArray[np.float32]) -> None:
+        """Store ``values`` as rows row... of window ``slot``."""
+        data = np.ascontiguousarray(values).data.cast("B")
         offset = slot * self._window_bytes + row * self._row_bytes
         try:
             while data:
@@ -136,7 +141,7 @@ class Scratch(AbstractContextManager["Scratch"]):
         def read(start: int, stop: int) -> NDArray[np.float32]:
             offset = slot * self._window_bytes + (row + start) * self._row_bytes
             data = os.pread(self._file.fileno(), (stop - start) * self._row_bytes, offset)
-            return np.frombuffer(data, np.float32).reshape(-1, self._n_vocab)
+            return np.frombuffer(data, np.float32).reshape(-1, self._width)
 
         return read
 

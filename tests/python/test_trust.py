@@ -105,7 +105,14 @@ def test_experts_in_fq4(
 
 @pytest.mark.parametrize(
     ("op", "pattern"),
-    [("MUL_MAT", "fq4"), ("MUL_MAT_ID", "fq4"), ("GET_ROWS", "fq4"), ("EXT_SCALE_ADD", "scale")],
+    [
+        ("MUL_MAT", "fq4"),
+        ("MUL_MAT_ID", "fq4"),
+        ("GET_ROWS", "fq4"),
+        ("EXT_SCALE_ADD", "scale"),
+        ("EXT_KRON", "hadamard"),
+        ("EXT_ACT_ROUND", "bits"),
+    ],
 )
 def test_backend_ops(op: str, pattern: str, test_bin_dir: Path) -> None:
     result = run(test_bin_dir / "test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", pattern)
