@@ -95,8 +95,8 @@ def hadamard(order: int) -> Matrix:
     """Element (i, j) is (-1)^popcount(i & j) / sqrt(order)."""
     index = np.arange(order)
     ones = np.bitwise_count(index[:, None] & index[None, :])
-    signs: Matrix = np.where(ones % 2, -1.0, 1.0)
-    return signs / np.sqrt(order)
+    matrix: Matrix = np.where(ones % 2, -1.0, 1.0) / np.sqrt(order)
+    return matrix
 
 
 def well_conditioned(order: int, random: np.random.Generator) -> Matrix:
