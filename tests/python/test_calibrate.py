@@ -204,7 +204,7 @@ def killed_when(appears: Path, command: list[str]) -> None:
 def test_killed_anywhere_the_result_is_the_same(
     base: Path, text: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Byte for byte: a state that is not in a file, or a file that is there before it is whole, would show."""
+    """Byte for byte: a state outside the files, or a file that is there before it is whole, would show."""
     folder = tmp_path / "c"
     command = [
         sys.executable,
