@@ -206,6 +206,9 @@ def _block(
         stats = block.collect(before.batches(size), put)
     solved = _solve(plan, block, stats)
     device = torch.device(plan.device)
+    if trains(request.method):
+        wanted = _transform_request(plan)
+        solved = transforms.train(block, solved, before.on(device, 1), after.on(device, 1), wanted)
 
     def refine(matrices: Sequence[Matrix]) -> Learned:
         return refine_block(
@@ -238,18 +241,22 @@ def _activation(plan: Plan) -> ActivationSpec:
 
 
 def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[SiteKind, SiteTransform]:
-    wanted = TransformRequest(
+    wanted = _transform_request(plan)
+    budgets = transforms.split_budget(block.sites, plan.transform_bits)
+    return {
+        kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
+        for kind, site in block.sites.items()
+    }
+
+
+def _transform_request(plan: Plan) -> TransformRequest:
+    return TransformRequest(
         name=plan.transform,
         types=plan.types,
         activation=_activation(plan),
         rounding=plan.rounding,
         seed=plan.seed,
     )
-    budgets = transforms.split_budget(block.sites, plan.transform_bits)
-    return {
-        kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
-        for kind, site in block.sites.items()
-    }
 
 
 def _rounding_of_inputs(transform: SiteTransform, activation: ActivationSpec) -> Callable[[Tensor], Tensor]:

@@ -223,6 +223,8 @@ def calibrate(
     """Calibrate a model block by block for convert --calibrated; interrupted, the same command goes on."""
     rules = [_rule(value) for value in type_for or []]
     from ggml_ext import recipes
+
+    recipes.require_packages()
     from ggml_ext.calibrate import calibrate as run_calibrate
     from ggml_ext.calibration_plan import Request
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.sites import Site, SiteStats, SiteTransform
-from ggml_ext.transforms import flatquant, hadamard, none, smoothquant
+from ggml_ext.transforms import awq, flatquant, hadamard, none, smoothquant
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
 from ggml_ext.transforms.structure import split_budget
+from ggml_ext.transforms.train import train
 
 __all__ = [
     "FOLDED",
@@ -19,11 +20,13 @@ __all__ = [
     "fake_quant_activation",
     "solve",
     "split_budget",
+    "train",
 ]
 
 _SOLVERS: dict[str, Callable[[Site, SiteStats, TransformRequest], SiteTransform]] = {
     "none": none.solve,
     "smoothquant": smoothquant.solve,
+    "awq": awq.solve,
     "hadamard": hadamard.solve,
     "flatquant": flatquant.solve,
 }
