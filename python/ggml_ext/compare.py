@@ -67,18 +67,18 @@ def file_facts(path: Path) -> FileFacts:
         bits_per_weight=about.bits_per_weight,
         bits_per_layer_weight=8 * sum(tensor.bytes for tensor in layers) / weights if weights else None,
         types={kind.type: kind.weights for kind in sorted(about.types, key=lambda kind: -kind.weights)},
-        origin=origin(keys),
-        tensor_errors=tensor_errors(path, keys),
+        origin=_origin(keys),
+        tensor_errors=_tensor_errors(path, keys),
     )
 
 
-def origin(keys: Mapping[str, bytes]) -> dict[str, Any]:
+def _origin(keys: Mapping[str, bytes]) -> dict[str, Any]:
     """The numbers and strings among the keys that ORIGIN_KEYS name; lists are about tensors or blocks."""
     values = {name: value(entry) for name, entry in keys.items() if name.startswith(ORIGIN_KEYS)}
     return {name: found for name, found in values.items() if not isinstance(found, list)}
 
 
-def tensor_errors(path: Path, keys: Mapping[str, bytes]) -> dict[str, Any] | None:
+def _tensor_errors(path: Path, keys: Mapping[str, bytes]) -> dict[str, Any] | None:
     """The keys ggml_ext.error.* (docs/gguf.md), None for a file without them."""
     tensors, values, kind = (keys.get(f"ggml_ext.error.{name}") for name in ("tensors", "values", "kind"))
     if tensors is None or values is None or kind is None:
