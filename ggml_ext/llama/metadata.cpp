@@ -3,9 +3,11 @@
 #include "ggml-ext.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,20 +23,20 @@ struct known_key {
 constexpr char prefix[] = "ggml_ext.";
 
 constexpr known_key known_keys[] = {
-    { "ggml_ext.version",             GGUF_TYPE_UINT32                    },
-    { "ggml_ext.rounding",            GGUF_TYPE_STRING                    },
-    { "ggml_ext.transform.name",      GGUF_TYPE_STRING                    },
-    { "ggml_ext.transform.hadamard",  GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32   },
-    { "ggml_ext.transform.clip",      GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32  },
-    { "ggml_ext.activation.bits",     GGUF_TYPE_UINT32                    },
-    { "ggml_ext.activation.group",    GGUF_TYPE_UINT32                    },
-    { "ggml_ext.calibration.hash",    GGUF_TYPE_STRING                    },
-    { "ggml_ext.calibration.samples", GGUF_TYPE_UINT32                    },
-    { "ggml_ext.calibration.length",  GGUF_TYPE_UINT32                    },
-    { "ggml_ext.calibration.seed",    GGUF_TYPE_UINT32                    },
-    { "ggml_ext.error.tensors",       GGUF_TYPE_ARRAY, GGUF_TYPE_STRING   },
-    { "ggml_ext.error.values",        GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32  },
-    { "ggml_ext.error.kind",          GGUF_TYPE_STRING                    },
+    { "ggml_ext.version", GGUF_TYPE_UINT32 },
+    { "ggml_ext.rounding", GGUF_TYPE_STRING },
+    { "ggml_ext.transform.name", GGUF_TYPE_STRING },
+    { "ggml_ext.transform.hadamard", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.transform.clip", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
+    { "ggml_ext.activation.bits", GGUF_TYPE_UINT32 },
+    { "ggml_ext.activation.group", GGUF_TYPE_UINT32 },
+    { "ggml_ext.calibration.hash", GGUF_TYPE_STRING },
+    { "ggml_ext.calibration.samples", GGUF_TYPE_UINT32 },
+    { "ggml_ext.calibration.length", GGUF_TYPE_UINT32 },
+    { "ggml_ext.calibration.seed", GGUF_TYPE_UINT32 },
+    { "ggml_ext.error.tensors", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
+    { "ggml_ext.error.values", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
+    { "ggml_ext.error.kind", GGUF_TYPE_STRING },
 };
 
 constexpr const char * transform_names[] = { "none", "smoothquant", "awq", "hadamard", "flatquant" };
@@ -54,8 +56,8 @@ void check_known(const gguf_context * metadata, int64_t id) {
             const gguf_type type    = gguf_get_kv_type(metadata, id);
             const gguf_type element = type == GGUF_TYPE_ARRAY ? gguf_get_arr_type(metadata, id) : GGUF_TYPE_COUNT;
             if (type != known.type || element != known.element) {
-                refuse(key, "must be of type " + type_name(known.type, known.element) + ", is " +
-                                type_name(type, element));
+                refuse(key,
+                       "must be of type " + type_name(known.type, known.element) + ", is " + type_name(type, element));
             }
             return;
         }
@@ -78,7 +80,7 @@ void check_version(const gguf_context * metadata) {
 
 // A transform that is not undone at run time gives wrong logits, so an unknown one is refused.
 void check_transform(const gguf_context * metadata) {
-    const std::string name = ggml_ext_transform_name(metadata);
+    const std::string name  = ggml_ext_transform_name(metadata);
     bool              known = false;
     for (const char * candidate : transform_names) {
         known = known || name == candidate;
@@ -121,20 +123,26 @@ void check_value(const gguf_context * metadata, const char * key, std::initializ
 }
 
 void check_errors(const gguf_context * metadata) {
-    const int64_t tensors = gguf_find_key(metadata, "ggml_ext.error.tensors");
-    const int64_t values  = gguf_find_key(metadata, "ggml_ext.error.values");
-    const size_t  n       = tensors < 0 ? 0 : gguf_get_arr_n(metadata, tensors);
-    const size_t  m       = values < 0 ? 0 : gguf_get_arr_n(metadata, values);
-    if (n != m) {
-        refuse("ggml_ext.error.values", "has " + std::to_string(m) + " elements, ggml_ext.error.tensors has " +
-                                            std::to_string(n));
+    const char * const keys[] = { "ggml_ext.error.tensors", "ggml_ext.error.values", "ggml_ext.error.kind" };
+    int64_t            ids[3];
+    std::transform(std::begin(keys), std::end(keys), ids,
+                   [metadata](const char * key) { return gguf_find_key(metadata, key); });
+    const int64_t present = *std::max_element(std::begin(ids), std::end(ids));
+    if (present < 0) {
+        return;
     }
-    const int64_t kind = gguf_find_key(metadata, "ggml_ext.error.kind");
-    if (kind >= 0) {
-        const std::string name = gguf_get_val_str(metadata, kind);
-        if (name != "output" && name != "weight") {
-            refuse("ggml_ext.error.kind", "is '" + name + "', not 'output' or 'weight'");
+    for (int i = 0; i < 3; i++) {
+        if (ids[i] < 0) {
+            refuse(keys[i], std::string("is missing beside '") + gguf_get_key(metadata, present) + "'");
         }
+    }
+    if (gguf_get_arr_n(metadata, ids[0]) != gguf_get_arr_n(metadata, ids[1])) {
+        refuse(keys[1], "has " + std::to_string(gguf_get_arr_n(metadata, ids[1])) + " elements, '" + keys[0] +
+                            "' has " + std::to_string(gguf_get_arr_n(metadata, ids[0])));
+    }
+    const std::string kind = gguf_get_val_str(metadata, ids[2]);
+    if (kind != "output" && kind != "weight") {
+        refuse(keys[2], "is '" + kind + "', not 'output' or 'weight'");
     }
 }
 

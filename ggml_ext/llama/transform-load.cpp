@@ -30,14 +30,14 @@ struct layout {
 };
 
 const layout layouts[] = {
-    { 0, { "attn_q", "attn_k", "attn_v" }   },
-    { 0, { "attn_qkv" }                     },
-    { 1, { "attn_output" }                  },
-    { 2, { "ffn_gate", "ffn_up" }           },
-    { 2, { "ffn_up" }, "ffn_gate"           },
+    { 0, { "attn_q", "attn_k", "attn_v" } },
+    { 0, { "attn_qkv" } },
+    { 1, { "attn_output" } },
+    { 2, { "ffn_gate", "ffn_up" } },
+    { 2, { "ffn_up" }, "ffn_gate" },
     { 2, { "ffn_gate_exps", "ffn_up_exps" } },
-    { 3, { "ffn_down" }                     },
-    { 3, { "ffn_down_exps" }                },
+    { 3, { "ffn_down" } },
+    { 3, { "ffn_down_exps" } },
 };
 
 [[noreturn]] void refuse_key(const char * key, const std::string & why) {
@@ -57,10 +57,12 @@ class transform_loader {
     void load_site(uint32_t block, const layout & row);
     void attach(uint32_t block, const layout & row, const std::string & cause, const ggml_ext_site * site);
     void load_heads(uint32_t block);
-    std::pair<ggml_tensor *, ggml_tensor *> load_pair(uint32_t block, const char * a, const char * b, int64_t order,
-                                                      bool transposed);
+    void check_marked() const;
     void round_inputs();
     void log() const;
+
+    std::pair<ggml_tensor *, ggml_tensor *> load_pair(uint32_t block, const char * a, const char * b, int64_t order,
+                                                      bool transposed);
 
     std::string tensor_name(uint32_t block, const char * matrix, const char * suffix) const {
         return "blk." + std::to_string(block) + "." + matrix + "." + suffix;
@@ -76,14 +78,17 @@ class transform_loader {
     llama_model_loader &            ml;
     llama_model &                   model;
     ggml_ext_factor_file            file;
+    const bool                      has_factors = !file.empty();
     ggml_ext_factor_buffers         uploads;
     std::shared_ptr<ggml_ext_model> result = std::make_shared<ggml_ext_model>();
 
     std::string           transform;
-    std::vector<uint32_t> hadamards;  // per block and kind; empty: all 0
-    std::vector<float>    clips;      // per block and kind; empty: all 1
+    // Per block and kind; empty: all 0, all 1.
+    std::vector<uint32_t> hadamards;
+    std::vector<float>    clips;
 
-    std::unordered_map<std::string, const ggml_tensor *> loaded;  // weights that this load made tensors for
+    // Weights that this load made tensors for, and devices that do not run the op.
+    std::unordered_map<std::string, const ggml_tensor *> loaded;
     std::set<std::string>                                without_kron;
 };
 
@@ -103,8 +108,8 @@ void transform_loader::check_keys() {
     }
     const bool online = ggml_ext_transform_online(transform);
     if (!file.empty() && !online) {
-        ggml_ext_refuse_tensor(file.first(), "belongs to a transform, but key 'ggml_ext.transform.name' is '" +
-                                                 transform + "'");
+        ggml_ext_refuse_tensor(file.first(),
+                               "belongs to a transform, but key 'ggml_ext.transform.name' is '" + transform + "'");
     }
     if (online && ml.files.empty()) {
         refuse_key("ggml_ext.transform.name", "is '" + transform + "': such a model is loaded from files only");
@@ -131,7 +136,7 @@ ggml_backend_buffer_type_t transform_loader::buffer_type(uint32_t block, int64_t
 }
 
 void transform_loader::load_sites(uint32_t block) {
-    const layout * rows[n_kinds] = {};
+    const layout * rows[n_kinds]  = {};
     uint32_t       count[n_kinds] = {};
     for (const layout & row : layouts) {
         if (weight_in_file(block, row.matrices[0]) && !(row.unless && weight_in_file(block, row.unless))) {
@@ -253,8 +258,8 @@ std::pair<ggml_tensor *, ggml_tensor *> transform_loader::load_pair(uint32_t blo
     }
     for (const ggml_ext_factor * factor : { &a, &b }) {
         if (factor->order != order) {
-            ggml_ext_refuse_tensor(factor->name, "has order " + std::to_string(factor->order) +
-                                                     ", the heads have " + std::to_string(order) + " channels");
+            ggml_ext_refuse_tensor(factor->name, "has order " + std::to_string(factor->order) + ", the heads have " +
+                                                     std::to_string(order) + " channels");
         }
     }
     double residual = 0.0;
@@ -275,6 +280,21 @@ std::pair<ggml_tensor *, ggml_tensor *> transform_loader::load_pair(uint32_t blo
     return { uploads.add(a, type), uploads.add(b, type) };
 }
 
+// A file that needs Hadamard matrices at run time must hold something that stock llama.cpp refuses.
+void transform_loader::check_marked() const {
+    if (has_factors || std::none_of(hadamards.begin(), hadamards.end(), [](uint32_t order) { return order > 1; })) {
+        return;
+    }
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (weight.tensor->type == GGML_TYPE_FQ4) {
+            return;
+        }
+    }
+    refuse_key("ggml_ext.transform.hadamard",
+               "is in a file without factors or FQ4 weights, which stock llama.cpp would run without the transform; "
+               "store one factor, an identity if need be");
+}
+
 void transform_loader::round_inputs() {
     if (result->activation.bits == 8) {
         return;
@@ -287,8 +307,8 @@ void transform_loader::round_inputs() {
 }
 
 void transform_loader::log() const {
-    LLAMA_LOG_INFO("%s: ggml-ext: transform %s, %zu sites online; activations %s; learned KV transforms: %s\n", __func__,
-                   transform.c_str(), result->sites.size(), result->activation.name().c_str(),
+    LLAMA_LOG_INFO("%s: ggml-ext: transform %s, %zu sites online; activations %s; learned KV transforms: %s\n",
+                   __func__, transform.c_str(), result->sites.size(), result->activation.name().c_str(),
                    result->has_k && result->has_v ? "K and V" :
                    result->has_k                  ? "K" :
                    result->has_v                  ? "V" :
@@ -311,6 +331,7 @@ std::shared_ptr<ggml_ext_model> transform_loader::load() {
     if (!file.empty()) {
         ggml_ext_refuse_tensor(file.first(), "is a transform of no site of this model");
     }
+    check_marked();
     round_inputs();
     if (result->weights.empty() && !result->has_k && !result->has_v && result->activation.bits == 8) {
         return nullptr;

@@ -40,8 +40,8 @@ class KvMoments:
 
 
 class BlockModel:
-    """``config``: transformers' configuration. ``family``, ``heads``: see families.py. ``n_blocks``,
-    ``hidden_size``: decoder blocks and the width of the hidden states."""
+    """``config``: transformers' configuration of the text decoder. ``family``, ``heads``: see families.py.
+    ``n_blocks``, ``hidden_size``: decoder blocks and the width of the hidden states."""
 
     def __init__(
         self,
@@ -75,17 +75,19 @@ class BlockModel:
     def tokenize(self, text: str) -> list[int]:
         """Token ids by the folder's own tokenizer, with the special tokens that it puts around a text."""
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError) as exc:
             raise GgmlExtError(f"{self.folder}: its tokenizer cannot be loaded ({exc}); check it") from exc
         return list(tokenizer.encode(text))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """What block 0 gets for token ids int64 [batch, tokens]: [batch, tokens, hidden]. Only the rows of the
-        embedding matrix that occur are read."""
+        """What block 0 gets for token ids int64 [batch, tokens]: [batch, tokens, hidden]. Reads only the rows
+        of the embedding matrix that occur."""
         ids, places = cast(Any, torch.unique)(tokens.cpu(), return_inverse=True)
-        rows = self._checkpoint.read_rows("model.embed_tokens.weight", ids)
+        rows = self._checkpoint.read_rows(f"{self.family.prefix}embed_tokens.weight", ids)
         return embed(self._skeleton, rows.to(self.device, self.dtype), places.to(self.device))
 
     def load(self, index: int) -> Block:
@@ -136,10 +138,10 @@ class BlockModel:
         if self._matcher is None:
             return order
         tensor = self._skeleton.parameters[index][f"{module}.weight"]
-        return self._matcher.match(tensor, weight, order, f"model.layers.{index}.{module}")
+        return self._matcher.match(tensor, weight, order, f"{self.family.prefix}layers.{index}.{module}")
 
     def _check_checkpoint(self) -> None:
-        """Raises GgmlExtError if the blocks' tensors in the checkpoint are not exactly those that are read."""
+        """Raises GgmlExtError if the blocks' tensors in the checkpoint are not exactly those to be read."""
         wanted = {
             name
             for index, parameters in enumerate(self._skeleton.parameters)
@@ -148,7 +150,7 @@ class BlockModel:
         }
         for name in self._checkpoint.names:
             ignored = name.endswith("rotary_emb.inv_freq")  # of old checkpoints; computed from the config
-            if name.startswith("model.layers.") and name not in wanted and not ignored:
+            if name.startswith(f"{self.family.prefix}layers.") and name not in wanted and not ignored:
                 raise GgmlExtError(
                     f"{self.folder}: holds a tensor {name}, which calibration does not understand in a "
                     f"{self.family.architecture}; use transform none with rounding rtn or imatrix"
@@ -267,7 +269,7 @@ class Block:
         heads = heads - heads.min(axis=1, keepdims=True)
         if (heads != heads[0]).any():
             raise GgmlExtError(
-                f"{self._model.folder}: the rows of {key.tensor} are reordered across heads in the GGUF file; "
+                f"{self._model.folder}: the GGUF file has the rows of {key.tensor} reordered across heads; "
                 "convert the folder again and use the result"
             )
         order: NDArray[np.int64] = heads[0]

@@ -1,144 +1,253 @@
-"""Importance matrices from a text, computed by llama-imatrix and kept for the next conversion.
+"""ggml-ext calibrate: solves and rounds a model block by block, in a folder that can be gone on with.
 
-The computation is the one step of a conversion that can take hours. Its result lies in the user's cache
-folder under a digest of everything it depends on, so that the same command, interrupted later on, does not
-repeat it, and neither does a conversion of the same model to another type.
+The hidden states that enter a block lie on disk. Every block is run once on them, unrounded, which gives its
+statistics and the next block's hidden states; its transforms are solved, folded, and its matrices rounded.
+What comes of it is one file per block. Memory holds one block, disk two sets of hidden states.
+
+The folder: plan.json (calibration_plan.py), source.gguf (the float model, which convert reads too),
+hidden-NNN.bin (hidden.py), block-NNN.safetensors (block_file.py), lock.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import re
-import shutil
+import fcntl
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ggml_ext import process, tools
-from ggml_ext.atomic import atomic_path
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.imatrix import Imatrix, load
-from ggml_ext.journal import identity
-from ggml_ext.llama import Model
-from ggml_ext.progress import track
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-_KEEP_DAYS = 30
+from ggml_ext import calibration_plan as plans
+from ggml_ext import hf, recipes, transforms
+from ggml_ext.atomic import atomic_path
+from ggml_ext.block_file import block_path, save
+from ggml_ext.blocks import Block, BlockModel
+from ggml_ext.blockwise import Job, encode_block
+from ggml_ext.calibration_plan import Plan, Request
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.hidden import Hidden
+from ggml_ext.importance import text_sha256
+from ggml_ext.progress import track
+from ggml_ext.rounding.learned import Learned, Matrix, refine_block
+from ggml_ext.samples import windows
+from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
+from ggml_ext.source import Source, open_gguf
+from ggml_ext.transforms import TransformRequest, fake_quant_activation
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+_BATCH_TOKENS = 4096  # hidden states that go through a block at a time
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The text that importances were computed from, as the metadata of a converted file gives it.
+class CalibrateResult:
+    """``done``: blocks of this run. ``error``: mean relative error of their matrices' outputs, or None."""
 
-    ``sha256``: of the text's bytes. ``samples``: contexts read. ``length``: tokens per context. ``seed``: 0,
-    the text is read from its start.
+    folder: Path
+    plan: Plan
+    done: int
+    error: float | None
+    seconds: float
+
+    def summary(self) -> str:
+        """One line for the end of the command."""
+        error = "" if self.error is None else f", mean relative output error {self.error:.3g}"
+        return (
+            f"{self.folder}: {self.plan.blocks} blocks, {self.done} of them calibrated now, on "
+            f"{self.plan.windows} windows of {self.plan.ctx} tokens{error}, {self.seconds:.1f} s"
+        )
+
+
+def _warn(line: str) -> None:
+    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
+
+
+def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> CalibrateResult:
+    """Calibrates into ``folder``, made if need be, or goes on with what it holds.
+
+    Killed at any moment, the same call goes on and leaves the same files, byte for byte on the same machine
+    with one thread. Raises GgmlExtError for what cannot be done, for a folder with another plan, and for one
+    that another run is using.
     """
+    started = time.monotonic()
+    recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
+    hf.check(request.source)
+    sha256 = text_sha256(request.text)
+    torch.manual_seed(request.seed)
+    with _locked(folder):
+        source = _float_model(request.source, folder)
+        tokens = windows(
+            source.path,
+            request.text,
+            ctx=request.ctx,
+            samples=request.method.samples,
+            seed=request.seed,
+            warn=warn,
+        )
+        with _named_as(source.path, request.source):
+            model = BlockModel(
+                request.source, gguf=source, device=request.device, dtype=DTYPES[request.dtype]
+            )
+        plan = plans.make(
+            request, sha256, len(tokens), source, blocks=model.n_blocks, hidden=model.hidden_size
+        )
+        found = plans.load(folder)
+        if found is None:
+            plan.save(folder)
+        else:
+            plans.require_equal(found, plan, folder)
+        for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
+            warn(line)
+        errors = _run(request, folder, plan, source, model, tokens, warn)
+        done = len(errors)
+    mean = float(np.mean([error for block in errors for error in block])) if done else None
+    return CalibrateResult(folder, plan, done, mean, time.monotonic() - started)
 
-    sha256: str
-    samples: int
-    length: int
-    seed: int = 0
 
-
-def calibrate(
-    model: Path, files: Sequence[Path], text: Path, work: Path, *, ctx: int, threads: int = 0
-) -> tuple[Imatrix, Calibration]:
-    """Importances of the GGUF file ``model`` on the text, from the cache if they are there.
-
-    files: what the model was made from; their paths, sizes and times of change identify it. work: a folder
-    for temporary files. The text is read in contexts of ``ctx`` tokens. Raises GgmlExtError for a text that
-    is missing, empty or too short and for a model that llama.cpp cannot run.
-    """
-    sha256 = text_sha256(text)
-    name = dataset_name(text, sha256)
-    cached = _cache_folder(files, sha256, ctx) / f"{Path(name).stem}.imatrix.gguf"
-    if not cached.is_file():
-        computed = _compute(model, text, name, work, ctx=ctx, threads=threads)
-        cached = _keep(computed, cached)
-    matrix = load(cached)
-    return matrix, Calibration(sha256, matrix.chunks, ctx)
-
-
-def text_sha256(text: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal. Raises GgmlExtError if it cannot be read or is empty."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder, for this process alone; leftovers of a killed run are removed."""
     try:
-        content = text.read_bytes()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
     except OSError as exc:
-        raise GgmlExtError(f"{text}: {exc.strerror}; check the path of the calibration text") from exc
-    if not content.strip():
-        raise GgmlExtError(f"{text}: empty; calibration needs a text of the kind the model will meet")
-    return hashlib.sha256(content).hexdigest()
+        raise GgmlExtError(f"{folder}: {exc.strerror}; choose another folder") from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise GgmlExtError(f"{folder}: another run is using it; wait for it or stop it") from exc
+        for leftover in folder.glob(".*.part"):
+            leftover.unlink()
+        yield
 
 
-def dataset_name(text: Path, sha256: str) -> str:
-    """A name for the text that is the same on every machine and says which text it was."""
-    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", text.stem)
-    return f"{stem}-{sha256[:12]}.txt"
-
-
-def cache_root() -> Path:
-    """Folder of the importance matrices: $XDG_CACHE_HOME/ggml-ext/imatrix, ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml-ext" / "imatrix"
-
-
-def _cache_folder(files: Sequence[Path], sha256: str, ctx: int) -> Path:
-    depends_on = [[identity(path) for path in files], sha256, ctx, identity(tools.find("llama-imatrix"))]
-    return cache_root() / hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]
-
-
-def _keep(computed: Path, cached: Path) -> Path:
-    """Copies the result to the cache and returns where it is now. Without a cache it stays where it was."""
+@contextmanager
+def _named_as(made: Path, origin: Path) -> Iterator[None]:
+    """Errors about a file that we made name what it was made from."""
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(cached) as temporary:
-            shutil.copyfile(computed, temporary)
-    except (OSError, GgmlExtError):
-        return computed
-    for folder in cache_root().iterdir():
-        with contextlib.suppress(OSError):
-            if folder.stat().st_mtime < time.time() - _KEEP_DAYS * 86400:
-                shutil.rmtree(folder)
-    return cached
+        yield
+    except GgmlExtError as exc:
+        raise GgmlExtError(str(exc).replace(str(made), str(origin))) from exc
 
 
-def _compute(model: Path, text: Path, name: str, folder: Path, *, ctx: int, threads: int) -> Path:
-    """Runs llama-imatrix and returns its file. Same model, text, context and machine: same file."""
-    contexts = _contexts(model, text, ctx)
-    (folder / name).symlink_to(text.resolve())  # the name lands in the file
-    out = folder / f"{Path(name).stem}.imatrix.gguf"
-    # A batch of one context: llama-imatrix asks for the logits of every token of a batch.
-    command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.resolve()]
-    command += ["-f", name, "-o", out.name, "-c", str(ctx), "-b", str(ctx), "-ub", str(min(ctx, 512))]
-    command += ["-t", str(threads)] if threads > 0 else []
-    with track(contexts, "importance matrix", "contexts") as advance:
-        done = process.up_to(advance)
+def _float_model(origin: Path, folder: Path) -> Source:
+    """The model as float GGUF, made once per plan."""
+    path = folder / plans.SOURCE
+    with _named_as(path, origin):
+        if plans.load(folder) is None or not path.is_file():
+            with atomic_path(path) as temporary:
+                hf.to_gguf(origin, temporary)
+        return open_gguf(path)
 
-        def watch(output: str) -> None:  # "[n]perplexity," after every context
-            done(max(map(int, re.findall(r"\[(\d+)\]\d", output)), default=0))
 
-        finished = process.run(command, watch=watch, cwd=folder, env=tools.environment())
-    if "non-finite values" in finished.output:
-        raise GgmlExtError(f"{model}: gives NaN or Inf on {text}; the model is damaged")
-    if finished.status != 0 or not out.is_file():
-        raise GgmlExtError(
-            f"{model}: llama-imatrix failed ({process.last_words(finished)}); run ggml-ext doctor"
+def _run(
+    request: Request,
+    folder: Path,
+    plan: Plan,
+    source: Source,
+    model: BlockModel,
+    tokens: NDArray[np.int64],
+    warn: Warn,
+) -> list[list[float]]:
+    """Does the blocks that are missing and returns the errors of their matrices."""
+    missing = plan.missing(folder)
+    errors: list[list[float]] = []
+    shape = (plan.windows, plan.ctx, plan.hidden)
+    states = [Hidden(folder, index, shape, DTYPES[plan.dtype]) for index in range(plan.blocks + 1)]
+    if missing == []:
+        return errors
+    try:
+        if missing[0] == 0 and not states[0].exists():
+            with states[0].writing() as put:
+                for batch in torch.split(torch.from_numpy(tokens), _batch_size(plan.ctx)):
+                    put(model.embed(batch))
+        with track(len(missing), "calibration", "blocks") as advance:
+            for index in missing:
+                found = _block(request, folder, plan, source, model.load(index), states)
+                errors.append(list(found.values()))
+                worst = max(found, key=lambda name: found[name])
+                advance(
+                    1,
+                    f"block {index}: mean error {np.mean(errors[-1]):.3g}, "
+                    f"worst {worst.removeprefix(f'blk.{index}.')} {found[worst]:.3g}",
+                )
+    except KeyboardInterrupt:
+        left = len(plan.missing(folder))
+        warn(
+            f"{folder}: {plan.blocks - left} of {plan.blocks} blocks are done; the same command goes on there"
         )
-    return out
+        raise
+    return errors
 
 
-def _contexts(model: Path, text: Path, ctx: int) -> int:
-    """Number of contexts in the text. Raises GgmlExtError for fewer than two, which llama-imatrix wants.
+def _batch_size(ctx: int) -> int:
+    return max(1, _BATCH_TOKENS // ctx)
 
-    llama-imatrix says so too, but its log is written by a thread of its own and lost when it ends early.
-    """
-    with Model(model, weights=False) as loaded:
-        n_tokens = len(loaded.tokenize(text.read_bytes().removesuffix(b"\n")))
-    if n_tokens < 2 * ctx:
-        raise GgmlExtError(
-            f"{text}: only {n_tokens} tokens, and contexts of {ctx} need {2 * ctx} at least; "
-            "give a longer text or a smaller --ctx"
+
+def _block(
+    request: Request, folder: Path, plan: Plan, source: Source, block: Block, states: Sequence[Hidden]
+) -> dict[str, float]:
+    """Calibrates one block, writes its file, and returns the errors of its matrices."""
+    before, after = states[block.index], states[block.index + 1]
+    size = _batch_size(plan.ctx)
+    torch.manual_seed(plan.seed)
+    with after.writing() as put:
+        stats = block.collect(before.batches(size), put)
+    solved = _solve(plan, block, stats)
+    device = torch.device(plan.device)
+
+    def refine(matrices: Sequence[Matrix]) -> Learned:
+        return refine_block(
+            block,
+            matrices,
+            before.on(device, 1),
+            after.on(device, 1),
+            {kind: _rounding_of_inputs(transform, _activation(plan)) for kind, transform in solved.items()},
+            seed=plan.seed,
         )
-    return n_tokens // ctx
+
+    learned = refine if plan.rounding == "learned" else None
+    job = Job(plan.types, plan.rounding, request.threads, learned)
+    packed, findings = encode_block(block.sites, stats, solved, source, job)
+    save(block_path(folder, block.index), packed, findings)
+    before.remove()
+    if block.index == plan.blocks - 1:
+        after.remove()
+    return findings.errors
+
+
+def _activation(plan: Plan) -> ActivationSpec:
+    return ActivationSpec() if plan.activation is None else ActivationSpec(*plan.activation)
+
+
+def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[SiteKind, SiteTransform]:
+    wanted = TransformRequest(
+        name=plan.transform,
+        types=plan.types,
+        activation=_activation(plan),
+        rounding=plan.rounding,
+        seed=plan.seed,
+    )
+    budgets = transforms.split_budget(block.sites, plan.transform_bits)
+    return {
+        kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
+        for kind, site in block.sites.items()
+    }
+
+
+def _rounding_of_inputs(transform: SiteTransform, activation: ActivationSpec) -> Callable[[Tensor], Tensor]:
+    """What rounding activations in the transformed basis does to them in their own."""
+
+    def apply(x: Tensor) -> Tensor:
+        return transform.invert(fake_quant_activation(transform.apply(x), activation, transform.clip))
+
+    return apply

@@ -79,7 +79,7 @@ def _observing_hook(moments: Moments) -> Callable[..., None]:
 
 
 def _routing_hook(moments: Moments) -> Callable[..., None]:
-    """A forward pre-hook for RoutedExperts, whose first two arguments are the tokens and the router's choice."""
+    """A forward pre-hook for RoutedExperts, called with the tokens and the router's choice first."""
 
     def hook(module: Any, args: tuple[Tensor, ...]) -> None:
         tokens, choice = args[:2]

@@ -36,8 +36,8 @@ class Checkpoint:
         for path in hf.check(folder):
             if path.suffix != ".safetensors":
                 raise GgmlExtError(
-                    f"{path}: pickled weights cannot be read block by block; load the model with transformers "
-                    "and save_pretrained() it to a new folder, which writes safetensors"
+                    f"{path}: pickled weights cannot be read block by block; load the model with "
+                    "transformers and save_pretrained() it to a new folder, which writes safetensors"
                 )
             with path.open("rb") as file:
                 start = 8 + struct.unpack("<Q", file.read(8))[0]

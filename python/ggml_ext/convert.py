@@ -1,15 +1,17 @@
 """ggml-ext convert: a model in f16, bf16 or f32 -> a GGUF file of the wanted types.
 
 A conversion is transform x rounding x type. The transform changes the matrices before they are rounded,
-the rounding chooses each weight's code, the type says what codes there are. Today the only transform is
-none; the rounding is rtn, or imatrix where importances are given.
+the rounding chooses each weight's code, the type says what codes there are. Without a transform, rounding to
+nearest and by importance need the weights only, and are done here tensor by tensor; everything else runs
+the model block by block (calibrate.py) and is written from what that leaves.
 
-An interrupted conversion leaves nothing behind and starts again; the one step that can take hours, the
-importance matrix, is kept in a cache once it is complete (calibrate.py).
+An interrupted conversion leaves no output. What can take hours is kept: the importance matrix in a cache
+(importance.py), the blocks in a folder beside the output, from which the same command goes on.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -19,11 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import encode, hf, native, rules, stock
-from ggml_ext.calibrate import Calibration, calibrate
+from ggml_ext import encode, hf, importance, native, recipes, rules, stock
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
+from ggml_ext.recipes import Options
 from ggml_ext.source import Source, open_gguf
 
 
@@ -31,9 +33,11 @@ from ggml_ext.source import Source, open_gguf
 class ConvertResult:
     """What a conversion made.
 
-    ``weights``: number of weights by type, most common first. ``fallbacks``: tensor -> (wanted type, used
-    type) where the row length did not allow the wanted one. ``without_importance``: quantised tensors for
-    which the importance matrix has no entry. ``without_effect``: tensors that --type-for names in vain.
+    ``weights``: number of weights by type, most common first. ``bits_per_weight``: of all tensors.
+    ``quantized_bits_per_weight``: of the quantised ones, with what online transforms take; None if nothing is
+    quantised. ``fallbacks``: tensor -> (wanted type, used type) where the row length did not allow the wanted
+    one. ``without_importance``: quantised tensors for which the importance matrix has no entry.
+    ``without_effect``: tensors that --type-for names in vain.
     """
 
     path: Path
@@ -41,6 +45,7 @@ class ConvertResult:
     n_tensors: int
     weights: dict[str, int]
     bits_per_weight: float
+    quantized_bits_per_weight: float | None
     seconds: float
     fallbacks: dict[str, tuple[str, str]]
     without_importance: list[str]
@@ -50,8 +55,10 @@ class ConvertResult:
         """One line for the end of the command."""
         total = sum(self.weights.values())
         shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in self.weights.items())
+        quantized = self.quantized_bits_per_weight
+        layers = "" if quantized is None else f", {quantized:.4f} in quantised tensors with transforms"
         return (
-            f"{self.path}: {self.n_bytes / 1e6:.1f} MB, {self.bits_per_weight:.3f} bits per weight "
+            f"{self.path}: {self.n_bytes / 1e6:.1f} MB, {self.bits_per_weight:.3f} bits per weight{layers} "
             f"({self.n_tensors} tensors; weights: {shares}), {self.seconds:.1f} s"
         )
 
@@ -91,60 +98,92 @@ def convert(
     source: Path,
     out: Path,
     *,
-    type_name: str = "fq4",
+    recipe: str | None = None,
+    options: Options | None = None,
+    type_name: str | None = None,
     imatrix: Path | None = None,
     calibration: Path | None = None,
+    calibrated: Path | None = None,
     type_for: Sequence[tuple[str, str]] = (),
     keep: Sequence[str] = (),
     threads: int = 0,
     ctx: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "f32",
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
 
-    type_name: a ggml type (fq4, q4_k, f16, ...) or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...),
-    which llama-quantize then makes itself.
-    imatrix: importance matrix of llama-imatrix. calibration: text to compute one from.
+    recipe, options: how, see recipes.py. type_name: short for options with only a type: a ggml type (fq4,
+    q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which llama-quantize
+    makes itself unless a transform, gptq or learned rounding is asked for.
+    imatrix: importance matrix of llama-imatrix. calibration: text to compute one from, or to calibrate on.
+    calibrated: folder of a finished calibration of this model, which then decides everything else.
     type_for: (pattern, type) pairs; keep: patterns of tensors that stay as they are (re.search, names).
-    threads: 0 means all. ctx: tokens per context of the calibration text. warn: gets one line at a time.
+    threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype: see
+    calibrate.Request. warn: gets one line at a time.
     Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
-    request = rules.compile_rules(type_name, type_for, keep)
-    _check_request(request, imatrix, calibration)
+    if calibrated is not None:
+        _check_paths(source, out)
+        return _from_folder(source, calibrated, out, threads, started, warn)
+    options = options or Options(type_name=type_name)
+    method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration))
+    request = rules.compile_rules(method.type_name, type_for, keep)
+    recipes.check(
+        method, request.type_for, folder=source.is_dir(), text=calibration is not None, imatrix=bool(imatrix)
+    )
     _check_paths(source, out)
+    if method.blockwise and calibration is not None:
+        from ggml_ext.calibrate import calibrate
+        from ggml_ext.calibration_plan import Request
+
+        folder = out.with_name(f"{out.name}.calibration")
+        wanted = Request(source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads)
+        calibrate(wanted, folder, warn=warn)
+        result = _from_folder(source, folder, out, threads, started, warn)
+        shutil.rmtree(folder)
+        return result
     with _work_folder(out) as work, _as_gguf(source, work) as model:
         opened = open_gguf(model)
         shapes = [tensor.shape for tensor in opened.tensors]
-        matrix, calibrated = _importance(source, opened, imatrix, calibration, work, ctx=ctx, threads=threads)
+        matrix, about = _importance(source, opened, imatrix, calibration, work, ctx=ctx, threads=threads)
         if request.base in rules.STOCK_MIXES:
             fallbacks = stock.quantize(opened, out, request, matrix, work=work, threads=threads)
         else:
             choices = rules.choose(shapes, opened.arch, request, native.block_size)
             fallbacks = {c.name: (c.fallback_from, c.target) for c in choices if c.fallback_from}
-            encode.write(opened, out, choices, matrix, calibrated, threads=threads)
-    result = _result(out, shapes, opened.arch, request, fallbacks, matrix, time.monotonic() - started)
+            encode.write(opened, out, choices, matrix, about, threads=threads)
+    without_effect = rules.without_effect(shapes, opened.arch, request)
+    result = _result(out, shapes, fallbacks, without_effect, matrix, time.monotonic() - started)
     for line in result.remarks():
         warn(line)
     return result
 
 
-def _check_request(request: rules.Rules, imatrix: Path | None, calibration: Path | None) -> None:
-    """What can be wrong with the options alone is found before any work is done."""
-    if imatrix is not None and calibration is not None:
-        raise GgmlExtError("--imatrix and --calibration: give one of the two")
-    names = {name for _, name in request.type_for}
-    if request.base not in rules.STOCK_MIXES:
-        names.add(request.base)
-    for name in sorted(names):
-        try:
-            native.needs_imatrix(name)
-        except GgmlExtError as exc:
-            mixes = ", ".join(sorted(rules.STOCK_MIXES))
-            raise GgmlExtError(
-                f"unknown type {name}; use fq4, f16, bf16, f32, another ggml type or, for the whole file, "
-                f"one of llama-quantize's: {mixes}"
-            ) from exc
+def _from_folder(
+    source: Path, folder: Path, out: Path, threads: int, started: float, warn: Callable[[str], None]
+) -> ConvertResult:
+    """Writes ``out`` from a finished calibration of the model ``source``."""
+    from ggml_ext import calibrated
+
+    finished = calibrated.open_folder(folder, source)
+    choices = [
+        rules.Choice(t.name, finished.plan.types[t.name], finished.plan.fallbacks.get(t.name, ""))
+        for t in finished.source.tensors
+    ]
+    about = importance.Calibration(
+        finished.plan.text, finished.plan.windows, finished.plan.ctx, finished.plan.seed
+    )
+    encode.write(finished.source, out, choices, None, about, prepared=finished.prepared, threads=threads)
+    fallbacks = {c.name: (c.fallback_from, c.target) for c in choices if c.fallback_from}
+    shapes = [tensor.shape for tensor in finished.source.tensors]
+    result = _result(out, shapes, fallbacks, finished.plan.without_effect, None, time.monotonic() - started)
+    for line in result.remarks():
+        warn(line)
+    return result
 
 
 def _check_paths(source: Path, out: Path) -> None:
@@ -189,35 +228,38 @@ def _importance(
     *,
     ctx: int,
     threads: int,
-) -> tuple[Imatrix | None, Calibration | None]:
+) -> tuple[Imatrix | None, importance.Calibration | None]:
     if imatrix is not None:
         return load(imatrix), None
     if calibration is None:
         return None, None
     files = sorted(source.iterdir()) if source.is_dir() else sorted({t.path for t in opened.tensors})
-    return calibrate(opened.path, files, calibration, work, ctx=ctx, threads=threads)
+    return importance.collect(opened.path, files, calibration, work, ctx=ctx, threads=threads)
 
 
 def _result(
     out: Path,
     shapes: Sequence[rules.Shape],
-    arch: str,
-    request: rules.Rules,
     fallbacks: dict[str, tuple[str, str]],
+    without_effect: list[str],
     matrix: Imatrix | None,
     seconds: float,
 ) -> ConvertResult:
-    """Looks at the finished file, whoever wrote it."""
+    """Looks at the finished file, whoever wrote it. ``shapes``: the source's tensors."""
     tensors = open_gguf(out).tensors
-    weights: Counter[str] = Counter()
-    for tensor in tensors:
-        weights[tensor.type_name] += tensor.n_weights
     source_types = {shape.name: shape.type_name for shape in shapes}
+    own = [tensor for tensor in tensors if tensor.name in source_types]  # the others are transforms
+    weights: Counter[str] = Counter()
+    for tensor in own:
+        weights[tensor.type_name] += tensor.n_weights
+    quantized = [tensor for tensor in own if tensor.type_name not in rules.FLOAT_TYPES]
+    extra = sum(tensor.n_bytes for tensor in tensors if tensor.name not in source_types)
+    n_quantized = sum(tensor.n_weights for tensor in quantized)
     without_importance = [
         tensor.name
-        for tensor in tensors
+        for tensor in quantized
         if matrix is not None
-        and tensor.type_name not in (*rules.FLOAT_TYPES, source_types[tensor.name])
+        and tensor.type_name != source_types[tensor.name]
         and tensor.name not in matrix.entries
     ]
     return ConvertResult(
@@ -226,8 +268,11 @@ def _result(
         n_tensors=len(tensors),
         weights=dict(weights.most_common()),
         bits_per_weight=8 * sum(tensor.n_bytes for tensor in tensors) / weights.total(),
+        quantized_bits_per_weight=(
+            8 * (sum(tensor.n_bytes for tensor in quantized) + extra) / n_quantized if n_quantized else None
+        ),
         seconds=seconds,
         fallbacks=fallbacks,
         without_importance=without_importance,
-        without_effect=rules.without_effect(shapes, arch, request),
+        without_effect=without_effect,
     )

@@ -1,15 +1,18 @@
 """Writes the converted model: every tensor in its chosen type, a slab of rows at a time.
 
-Memory is bounded by the slab (_SLAB_WEIGHTS), whatever the size of the model or of its largest tensor.
+Memory is bounded by the slab (_SLAB_WEIGHTS), whatever the size of the model or of its largest tensor. What
+a calibration has prepared is copied from its block files, a tensor at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -17,13 +20,25 @@ from numpy.typing import NDArray
 
 from ggml_ext import native
 from ggml_ext.atomic import atomic_path
-from ggml_ext.calibrate import Calibration
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix
+from ggml_ext.importance import Calibration
 from ggml_ext.progress import Advance, track
 from ggml_ext.rules import FLOAT_TYPES, Choice
 from ggml_ext.source import Source, Tensor, read_bytes, read_floats, reading
-from ggml_ext.writer import OutTensor, padding, string_key, uint32_key, write_header
+from ggml_ext.writer import (
+    OutTensor,
+    float32_array_key,
+    padding,
+    string_array_key,
+    string_key,
+    uint32_array_key,
+    uint32_key,
+    write_header,
+)
+
+if TYPE_CHECKING:
+    from ggml_ext.block_file import Stored
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
 _FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
@@ -33,13 +48,42 @@ Importances = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a calibration has made of the model. ``tensors``: those that it rounded, changed or added.
+    ``mix``: the name of llama-quantize's mix whose types the file has, or "". ``hadamard``, ``clip``: four
+    per block. ``activation``: bits and group, None for llama.cpp's own. ``errors``: relative squared error of
+    each rounded matrix's output. docs/gguf.md has their meaning."""
+
+    tensors: Mapping[str, Stored]
+    mix: str
+    transform: str
+    rounding: str
+    hadamard: Sequence[int]
+    clip: Sequence[float]
+    activation: Sequence[int] | None
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class _Job:
-    """One tensor's work. ``importance``: float32 [experts, row length]."""
+    """One tensor's work: a tensor of the source to convert. ``importance``: float32 [experts, row length]."""
 
     tensor: Tensor
     target: str
     out: OutTensor
     importance: Importances | None
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One tensor's work: a prepared tensor to copy."""
+
+    stored: Stored
+    out: OutTensor
+
+    @property
+    def target(self) -> str:
+        return self.stored.type_name
 
 
 def write(
@@ -49,16 +93,23 @@ def write(
     matrix: Imatrix | None,
     calibration: Calibration | None,
     *,
+    prepared: Prepared | None = None,
     threads: int = 0,
 ) -> None:
     """Writes ``out`` with the types of ``choices`` (one per tensor of the source, in order).
 
-    Raises GgmlExtError for NaN or Inf among the weights or in what a type can hold, a missing importance
-    matrix for a type that cannot do without, a source that ends early, and a full or read-only disk.
+    prepared: tensors that take the place of the source's, or come in addition. Raises GgmlExtError for NaN or
+    Inf among the weights or in what a type can hold, a missing importance matrix for a type that cannot do
+    without, a source that ends early, prepared tensors of another model, and a full or read-only disk.
     """
-    jobs = [_job(tensor, choice, matrix) for tensor, choice in zip(source.tensors, choices, strict=True)]
-    keys = _keys(source, jobs, matrix, calibration)
-    total = sum(tensor.n_weights for tensor in source.tensors)
+    ready = dict(prepared.tensors) if prepared is not None else {}
+    jobs: list[_Job | _Copy] = []
+    for tensor, choice in zip(source.tensors, choices, strict=True):
+        stored = ready.pop(tensor.name, None)
+        jobs.append(_job(tensor, choice, matrix) if stored is None else _copy(stored, tensor.dims))
+    jobs += [_copy(stored, stored.dims) for stored in ready.values()]
+    keys = _keys(source, jobs, matrix, calibration, prepared)
+    total = sum(math.prod(job.out.dims) for job in jobs)
     progress = track(total, out.name, "weights")
     with atomic_path(out) as temporary, temporary.open("wb") as file, progress as advance:
         write_header(file, keys, [job.out for job in jobs], source.alignment)
@@ -66,6 +117,16 @@ def write(
             for data in _encoded(job, threads, advance):
                 file.write(data.data)
             file.write(padding(job.out.n_bytes, source.alignment))
+
+
+def _copy(stored: Stored, dims: tuple[int, ...]) -> _Copy:
+    if stored.dims != dims:
+        raise GgmlExtError(
+            f"{stored.path}: {stored.name} has dimensions {list(stored.dims)}, the model's {list(dims)}; "
+            "calibrate this model anew"
+        )
+    n_bytes = math.prod(dims[1:]) * native.row_size(stored.type_name, dims[0])
+    return _Copy(stored, OutTensor(stored.name, dims, native.type_id(stored.type_name), n_bytes))
 
 
 def _job(tensor: Tensor, choice: Choice, matrix: Imatrix | None) -> _Job:
@@ -84,8 +145,17 @@ def _job(tensor: Tensor, choice: Choice, matrix: Imatrix | None) -> _Job:
     return _Job(tensor, choice.target, out, importance)
 
 
-def _encoded(job: _Job, threads: int, advance: Advance) -> Iterator[NDArray[np.uint8]]:
+def _encoded(job: _Job | _Copy, threads: int, advance: Advance) -> Iterator[NDArray[np.uint8]]:
     """The tensor's bytes in its new type, slab by slab."""
+    if isinstance(job, _Copy):
+        data = job.stored.read()
+        if data.nbytes != job.out.n_bytes:
+            raise GgmlExtError(
+                f"{job.stored.path}: {job.stored.name} is incomplete; delete the file and calibrate again"
+            )
+        yield data
+        advance(math.prod(job.out.dims))
+        return
     with reading(job.tensor) as file:
         for first, count in _slabs(job.tensor):
             if job.target == job.tensor.type_name:
@@ -128,7 +198,11 @@ def _quantized(
 
 
 def _keys(
-    source: Source, jobs: Sequence[_Job], matrix: Imatrix | None, calibration: Calibration | None
+    source: Source,
+    jobs: Sequence[_Job | _Copy],
+    matrix: Imatrix | None,
+    calibration: Calibration | None,
+    prepared: Prepared | None,
 ) -> dict[str, bytes]:
     """The source's entries, less those of an earlier conversion, plus this one's."""
     dropped = ("split.", "quantize.imatrix.", "ggml_ext.")
@@ -140,34 +214,68 @@ def _keys(
     def put_string(name: str, value: str) -> None:
         keys[name] = string_key(name, value)
 
-    file_type = _file_type(jobs)
+    file_type = _file_type(jobs, prepared.mix if prepared is not None else "")
     keys.pop("general.file_type", None)
     if file_type is not None:
         put_uint32("general.file_type", file_type)
     put_uint32("general.quantization_version", gguf.GGML_QUANT_VERSION)
-    used = matrix if any(job.importance is not None for job in jobs) else None
+    used = matrix if any(isinstance(job, _Job) and job.importance is not None for job in jobs) else None
     if used is not None:
         put_string("quantize.imatrix.file", used.path.name)
         put_string("quantize.imatrix.dataset", used.dataset)
         put_uint32("quantize.imatrix.entries_count", len(used.entries))
         put_uint32("quantize.imatrix.chunks_count", used.chunks)
-    if any(job.out.type_id >= _FIRST_EXTENDED_ID for job in jobs):
-        put_uint32("ggml_ext.version", native.format_version())
+    if prepared is None and all(job.out.type_id < _FIRST_EXTENDED_ID for job in jobs):
+        return keys
+    put_uint32("ggml_ext.version", native.format_version())
+    if prepared is None:
         put_string("ggml_ext.rounding", "rtn" if used is None else "imatrix")
         put_string("ggml_ext.transform.name", "none")
-        if used is not None and calibration is not None:
-            put_string("ggml_ext.calibration.hash", calibration.sha256)
-            put_uint32("ggml_ext.calibration.samples", calibration.samples)
-            put_uint32("ggml_ext.calibration.length", calibration.length)
-            put_uint32("ggml_ext.calibration.seed", calibration.seed)
+    else:
+        keys.update(_prepared_keys(prepared))
+    if calibration is not None and (used is not None or prepared is not None):
+        put_string("ggml_ext.calibration.hash", calibration.sha256)
+        put_uint32("ggml_ext.calibration.samples", calibration.samples)
+        put_uint32("ggml_ext.calibration.length", calibration.length)
+        put_uint32("ggml_ext.calibration.seed", calibration.seed)
     return keys
 
 
-def _file_type(jobs: Sequence[_Job]) -> int | None:
-    """llama.cpp's number for the type that most weights have, None if it has none for it."""
+def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
+    """What a calibration adds; keys whose value is the default are left out."""
+    keys = {
+        "ggml_ext.rounding": string_key("ggml_ext.rounding", prepared.rounding),
+        "ggml_ext.transform.name": string_key("ggml_ext.transform.name", prepared.transform),
+    }
+
+    def put(name: str, entry: bytes) -> None:
+        keys[name] = entry
+
+    if any(order > 1 for order in prepared.hadamard):
+        name = "ggml_ext.transform.hadamard"
+        put(name, uint32_array_key(name, prepared.hadamard))
+    if any(clip < 1 for clip in prepared.clip):
+        name = "ggml_ext.transform.clip"
+        put(name, float32_array_key(name, prepared.clip))
+    if prepared.activation is not None:
+        for name, value in zip(("bits", "group"), prepared.activation, strict=True):
+            name = f"ggml_ext.activation.{name}"
+            put(name, uint32_key(name, value))
+    if prepared.errors:
+        put("ggml_ext.error.tensors", string_array_key("ggml_ext.error.tensors", list(prepared.errors)))
+        values = list(prepared.errors.values())
+        put("ggml_ext.error.values", float32_array_key("ggml_ext.error.values", values))
+        put("ggml_ext.error.kind", string_key("ggml_ext.error.kind", "output"))
+    return keys
+
+
+def _file_type(jobs: Sequence[_Job | _Copy], mix: str) -> int | None:
+    """llama.cpp's number for the mix, or for the type that most weights have; None if it has none for it."""
+    if f"MOSTLY_{mix.upper()}" in gguf.LlamaFileType.__members__:
+        return int(gguf.LlamaFileType[f"MOSTLY_{mix.upper()}"])
     weights: Counter[str] = Counter()
     for job in jobs:
-        weights[job.target] += job.tensor.n_weights
+        weights[job.target] += math.prod(job.out.dims)
     target = weights.most_common(1)[0][0]
     if target == "fq4":
         return _FILE_TYPE_FQ4

@@ -1,4 +1,4 @@
-"""The model families that calibration understands: what a decoder block of each holds, and where it is in GGUF.
+"""The model families that calibration understands: what their decoder blocks hold, and where it is in GGUF.
 
 A family is a table over the modules of its Hugging Face decoder block: which matrices read each of the four
 sites (sites.py), what they are called in GGUF (llama.cpp's converter, conversion/*.py and gguf-py's
@@ -37,12 +37,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Family:
-    """``architecture``: its name in config.json. ``sites``: per site the modules that read it, HF module within
-    the block -> GGUF tensor after ``blk.N.``, the anchor first. ``norms``: the same for vectors. ``folds``:
-    the HF module that the offline part of a site goes into. ``router``: HF module of the mixture's gate.
-    ``renamed``: HF module -> name in the checkpoint, where that differs; ``{}`` stands for the expert.
-    ``permuted``: the converter reorders the rows of q and k (LlamaModel.permute in conversion/llama.py).
-    ``softcap``: the attention scores are capped, which torch's fused attention cannot do."""
+    """``architecture``: its name in config.json. ``sites``: per site the modules that read it, HF module
+    within the block -> GGUF tensor after ``blk.N.``, the anchor first. ``norms``: the same for vectors.
+    ``folds``: the HF module that the offline part of a site goes into. ``router``: HF module of the mixture's
+    gate. ``renamed``: HF module -> name in the checkpoint, where that differs; ``{}`` stands for the expert.
+    ``prefix``: of the decoder's names in the checkpoint. ``permuted``: the converter reorders the rows of q
+    and k (LlamaModel.permute in conversion/llama.py). ``softcap``: the attention scores are capped, which
+    torch's fused attention cannot do."""
 
     architecture: str
     sites: Mapping[SiteKind, Names]
@@ -50,6 +51,7 @@ class Family:
     folds: Mapping[SiteKind, str]
     router: str = ""
     renamed: Names = field(default_factory=dict)
+    prefix: str = "model."
     permuted: bool = False
     softcap: bool = False
 
@@ -112,6 +114,13 @@ _LIST = (
     Family("Qwen3ForCausalLM", {**_ATTENTION, **_DENSE}, {**_NORMS, **_QK_NORMS}, _FOLDS),
     Family("Gemma2ForCausalLM", {**_ATTENTION, **_DENSE}, _GEMMA_NORMS, _GEMMA_FOLDS, softcap=True),
     Family("Gemma3ForCausalLM", {**_ATTENTION, **_DENSE}, {**_GEMMA_NORMS, **_QK_NORMS}, _GEMMA_FOLDS),
+    Family(
+        "Gemma3ForConditionalGeneration",
+        {**_ATTENTION, **_DENSE},
+        {**_GEMMA_NORMS, **_QK_NORMS},
+        _GEMMA_FOLDS,
+        prefix="language_model.model.",
+    ),
     Family("Phi3ForCausalLM", _FUSED, _NORMS, _FUSED_FOLDS),
     Family(
         "MixtralForCausalLM",
@@ -175,7 +184,7 @@ def check_block(family: Family, layer: nn.Module, index: int, where: object) -> 
 def checkpoint_name(family: Family, parameter: str, index: int) -> str:
     """What the checkpoint calls a block's parameter; with ``{}`` for the expert where each has a tensor."""
     module, _, leaf = parameter.rpartition(".")
-    return f"model.layers.{index}.{family.renamed.get(module, module)}.{leaf}"
+    return f"{family.prefix}layers.{index}.{family.renamed.get(module, module)}.{leaf}"
 
 
 def expected_rows(family: Family, module: str, n_out: int, heads: Heads) -> NDArray[np.int64]:

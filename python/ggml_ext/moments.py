@@ -1,7 +1,8 @@
 """Accumulates what calibration sees at a site: second moments, largest values, a sample of tokens.
 
-Sums are float32: one matrix product per batch is added in place, so that no second matrix of n x n is ever
-held. Their relative error after b batches is about 6e-8 sqrt(b), far below what rounding methods damp."""
+Sums are float32: matrix products per batch are added in place, so that no second matrix of n x n is ever
+held. Their relative error after b batches is about 6e-8 sqrt(b), far below what rounding methods damp. Only
+panels of rows from the diagonal to the right are summed, half the arithmetic; the rest mirrors them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,21 @@ from ggml_ext.sites import SiteStats
 
 MAX_EXPERT_BYTES = 2**31
 """Second moments per expert are left out where all experts of a site would take more."""
+
+PANEL = 1024
+"""Rows of a second moment that one matrix product computes."""
+
+
+def add_product(moment: Tensor, x: Tensor) -> None:
+    """Adds x^T x to ``moment`` [n, n], except below the panels; x float32 [tokens, n]."""
+    for i in range(0, x.shape[1], PANEL):
+        moment[i : i + PANEL, i:].addmm_(x[:, i : i + PANEL].T, x[:, i:])
+
+
+def mirror(moment: Tensor) -> None:
+    """Makes a sum of add_product whole: what is below the panels is copied from above the diagonal."""
+    for i in range(PANEL, moment.shape[0], PANEL):
+        moment[i : i + PANEL, :i] = moment[:i, i : i + PANEL].T
 
 
 class Sample:
@@ -53,7 +69,7 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Tokens [..., n] that the site's matrices read."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self._hessian.addmm_(x.T, x)
+        add_product(self._hessian, x)
         self._absmax = torch.maximum(self._absmax, torch.maximum(x.amax(0), -x.amin(0)))
         self._sample.add(x)
         self._n_tokens += len(x)
@@ -63,11 +79,12 @@ class Moments:
         assert self._expert_tokens is not None
         self._expert_tokens[expert] += len(x)
         if self._expert_hessian is not None:
-            x = x.float()
-            self._expert_hessian[expert].addmm_(x.T, x)
+            add_product(self._expert_hessian[expert], x.float())
 
     def finish(self) -> SiteStats:
         """The means; the object is used up. An expert that no token reached has a second moment of 0."""
+        for moment in (self._hessian, *(self._expert_hessian if self._expert_hessian is not None else ())):
+            mirror(moment)
         if self._expert_hessian is not None and self._expert_tokens is not None:
             counts = self._expert_tokens.clamp(min=1).to(self._expert_hessian)
             self._expert_hessian /= counts[:, None, None]

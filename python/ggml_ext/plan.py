@@ -2,7 +2,7 @@
 
 Memory is that of one block on the device that computes. The factors for training count the tensors that
 autograd keeps for a block whose four inputs and all matrices pass through a transform and a straight-through
-quantiser; they and the rest are held against a measured run in docs/calibration.md."""
+quantiser; they and the rest are held against a measured run in docs/families.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ggml_ext.moments import MAX_EXPERT_BYTES
+from ggml_ext.moments import MAX_EXPERT_BYTES, PANEL
 from ggml_ext.skeleton import Skeleton, open_skeleton
 
 _WORKSPACE = 2**29  # Python, torch and its kernels' buffers
@@ -22,12 +22,12 @@ _KEPT_WEIGHTS = 6  # copies of all matrices: transformed, rounded, what their gr
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes unless named otherwise. ``collect``: peak memory of the pass that gathers statistics. ``solve``: of
+    """Bytes, except for counts. ``collect``: peak memory of the pass that gathers statistics. ``solve``: of
     the rounding that follows (a second moment and its inverse in float64). ``train``: of training steps.
-    ``peak``: the largest of those that the run needs. ``disk_activations``: two buffers of hidden states for all
-    tokens. ``disk_checkpoints``: the rounded blocks. ``forward_macs``: multiply-adds of one forward pass of
-    all tokens through all blocks. ``statistics_macs``: of the second moments. ``n_weights``: in all blocks'
-    matrices."""
+    ``peak``: the largest of those that the run needs. ``disk_activations``: two buffers of hidden states for
+    all tokens. ``disk_checkpoints``: the rounded blocks. ``forward_macs``: multiply-adds of one forward pass
+    of all tokens through all blocks. ``statistics_macs``: of the second moments. ``n_weights``: in all
+    blocks' matrices."""
 
     n_blocks: int
     n_tokens: int
@@ -100,7 +100,7 @@ def plan(
         disk_activations=2 * n_tokens * shape.hidden * size,
         disk_checkpoints=int(blocks * shape.weights * bits / 8),
         forward_macs=blocks * n_tokens * (shape.active + attention),
-        statistics_macs=blocks * n_tokens * sum(n * n for n, _ in shape.sites),
+        statistics_macs=blocks * n_tokens * sum(n * (n + min(n, PANEL)) // 2 for n, _ in shape.sites),
     )
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 
-Advance = Callable[[float], None]
+
+class Advance(Protocol):
+    """Says that n more units are done; ``note``: a few words on what was found, such as a loss."""
+
+    def __call__(self, n: float, note: str = "", /) -> None: ...
 
 
 @contextmanager
@@ -34,13 +39,14 @@ def _bar(console: Console, total: float, description: str, unit: str) -> Iterato
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(description, total=total, rate="")
+        task = progress.add_task(description, total=total, rate="", note="")
 
-        def advance(n: float) -> None:
+        def advance(n: float, note: str = "") -> None:
             speed = progress.tasks[0].speed
-            progress.update(task, advance=n, rate=f"{speed:,.4g} {unit}/s" if speed else "")
+            progress.update(task, advance=n, rate=f"{speed:,.4g} {unit}/s" if speed else "", note=note)
 
         yield advance
 
@@ -49,7 +55,7 @@ def _plain(total: float, description: str, unit: str) -> Advance:
     start = last = time.monotonic()
     done = 0.0
 
-    def advance(n: float) -> None:
+    def advance(n: float, note: str = "") -> None:
         nonlocal last, done
         done += n
         now = time.monotonic()
@@ -59,7 +65,8 @@ def _plain(total: float, description: str, unit: str) -> Advance:
         rate = done / (now - start)
         left = (total - done) / rate if rate > 0 else float("inf")
         print(
-            f"{description}: {100 * done / total:.0f} %, {rate:,.4g} {unit}/s, {left:.0f} s left",
+            f"{description}: {100 * done / total:.0f} %, {rate:,.4g} {unit}/s, {left:.0f} s left"
+            + (f"; {note}" if note else ""),
             file=sys.stderr,
             flush=True,
         )

@@ -2,8 +2,9 @@
 
 The rules are llama-quantize's (llama.cpp, src/llama-quant.cpp: tensor_allows_quantization,
 tensor_type_fallback, llama_tensor_get_type), so that a file of ours and a stock file of the same model
-differ in the type and in nothing else. Two mixes exist upstream that a plain type does not have: the
-layer-dependent choices of Q4_K_M and the like. Those stay with llama-quantize (STOCK_MIXES).
+differ in the type and in nothing else. Layer-dependent mixes (Q4_K_M and the like) stay with llama-quantize
+(STOCK_MIXES), except Q4_K_M itself, which a calibrated conversion needs too, and FQ4_M, the same mix with
+FQ4 in the place of Q4_K (mixes.py).
 
 Everything here works on names, shapes and type names (lower case, as in ``ggml_type_name``); no weights
 are read.
@@ -12,9 +13,10 @@ are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ggml_ext import mixes
 from ggml_ext.errors import GgmlExtError
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
@@ -184,9 +186,10 @@ def fallback(type_name: str, row: int, block_size: BlockSize) -> str:
     return smaller if row % block_size(smaller) == 0 else "f16"
 
 
-def _default_type(tensor: Shape, rules: Rules, arch: str, tied: bool, block_size: BlockSize) -> str:
-    """llama_tensor_get_type_impl without the layer-dependent mixes."""
-    base = rules.base
+def _default_type(
+    tensor: Shape, base: str, mixed: Mapping[str, str], arch: str, tied: bool, block_size: BlockSize
+) -> str:
+    """llama_tensor_get_type_impl for a plain type; ``mixed``: what the mix changes, tensor -> type."""
     if base in FLOAT_TYPES:
         return base
     if arch == "glm5-next" and any(part in tensor.name for part in _Q8_GLM5_NEXT):
@@ -195,7 +198,7 @@ def _default_type(tensor: Shape, rules: Rules, arch: str, tied: bool, block_size
         if arch == "falcon" or tensor.dims[0] % block_size(base) != 0:
             return "q8_0"
         return base if base == "q8_0" else "q6_k"
-    return base
+    return mixed.get(tensor.name, base)
 
 
 def choose(tensors: Sequence[Shape], arch: str, rules: Rules, block_size: BlockSize) -> list[Choice]:
@@ -206,7 +209,16 @@ def choose(tensors: Sequence[Shape], arch: str, rules: Rules, block_size: BlockS
     """
     _require_matches(tensors, rules)
     tied = all(tensor.name != HEAD for tensor in tensors)
-    return [_choose_one(tensor, arch, rules, tied, block_size) for tensor in tensors]
+    mixed: dict[str, str] = {}
+    if rules.base in mixes.BODY:
+        free = [t for t in tensors if allows_quantization(t, arch) and _asked(t, arch, rules) is None]
+        mixed = mixes.q4_k_m(tensors, free, arch)
+
+    def default(tensor: Shape) -> str:
+        base = mixes.BODY.get(rules.base, rules.base)
+        return _default_type(tensor, base, mixed, arch, tied, block_size)
+
+    return [_choose_one(tensor, arch, rules, default, block_size) for tensor in tensors]
 
 
 def overrides(tensors: Sequence[Shape], arch: str, rules: Rules) -> dict[str, str]:
@@ -238,11 +250,13 @@ def _asked(tensor: Shape, arch: str, rules: Rules) -> str | None:
     return next((name for pattern, name in rules.type_for if pattern.search(tensor.name)), None)
 
 
-def _choose_one(tensor: Shape, arch: str, rules: Rules, tied: bool, block_size: BlockSize) -> Choice:
+def _choose_one(
+    tensor: Shape, arch: str, rules: Rules, default: Callable[[Shape], str], block_size: BlockSize
+) -> Choice:
     wanted = _asked(tensor, arch, rules)
     if wanted is None and not allows_quantization(tensor, arch):
         return Choice(tensor.name, _float_copy(tensor, rules))
-    wanted = wanted or _default_type(tensor, rules, arch, tied, block_size)
+    wanted = wanted or default(tensor)
     target = fallback(wanted, tensor.dims[0], block_size)
     if target != tensor.type_name and tensor.type_name not in FLOAT_TYPES:
         raise GgmlExtError(

@@ -24,9 +24,9 @@ Kwargs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Skeleton:
-    """``config``: transformers' configuration. ``model``: its decoder, all parameters on the meta device.
-    ``layers``: the decoder layers, the experts of a mixture as RoutedExperts. ``parameters``: per layer, HF
-    parameter -> GGUF tensor. ``heads``: of every layer."""
+    """``config``: transformers' configuration of the text decoder. ``model``: the decoder, all parameters on
+    the meta device. ``layers``: the decoder layers, the experts of a mixture as RoutedExperts.
+    ``parameters``: per layer, HF parameter -> GGUF tensor. ``heads``: of every layer."""
 
     family: Family
     config: Any
@@ -37,7 +37,8 @@ class Skeleton:
 
 
 def open_skeleton(folder: Path) -> Skeleton:
-    """Builds the model that config.json describes.
+    """Builds the model that config.json describes, of one with vision the text decoder. Code that lies in the
+    folder is not run: transformers' own classes are used.
 
     Raises GgmlExtError for an unknown architecture, a configuration that transformers refuses, a model that
     is quantised already and a block that holds what its family should not have.
@@ -45,11 +46,15 @@ def open_skeleton(folder: Path) -> Skeleton:
     path = folder / "config.json"
     family = family_of(_architectures(path), path)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        whole = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        config = whole.get_text_config()
         build: Any = transformers.AutoModel.from_config
         with torch.device("meta"):
-            model = build(config, attn_implementation="eager" if family.softcap else "sdpa")
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as exc:
+            attention = "eager" if family.softcap else "sdpa"
+            model = build(config, attn_implementation=attention, trust_remote_code=False)
+    except Exception as exc:  # transformers has many kinds, some from code that trusts the file
         raise GgmlExtError(f"{path}: transformers cannot build the model ({exc}); check the file") from exc
     layers = tuple(model.eval().layers)
     for index, layer in enumerate(layers):

@@ -43,6 +43,25 @@ def uint32_key(name: str, value: int) -> bytes:
     return _string(name) + struct.pack("<II", GGUFValueType.UINT32, value)
 
 
+def _array_key(name: str, inner: GGUFValueType, count: int, data: bytes) -> bytes:
+    return _string(name) + struct.pack("<IIQ", GGUFValueType.ARRAY, inner, count) + data
+
+
+def uint32_array_key(name: str, values: Sequence[int]) -> bytes:
+    """A key-value entry that holds an array of unsigned 32-bit numbers."""
+    return _array_key(name, GGUFValueType.UINT32, len(values), struct.pack(f"<{len(values)}I", *values))
+
+
+def float32_array_key(name: str, values: Sequence[float]) -> bytes:
+    """A key-value entry that holds an array of 32-bit floats."""
+    return _array_key(name, GGUFValueType.FLOAT32, len(values), struct.pack(f"<{len(values)}f", *values))
+
+
+def string_array_key(name: str, values: Sequence[str]) -> bytes:
+    """A key-value entry that holds an array of strings."""
+    return _array_key(name, GGUFValueType.STRING, len(values), b"".join(map(_string, values)))
+
+
 def padding(n_bytes: int, alignment: int) -> bytes:
     """Zeros up to the next multiple of the alignment."""
     return bytes(-n_bytes % alignment)

@@ -34,14 +34,19 @@ void fill(ggml_tensor * t) {
     }
 }
 
-double factor_at(const ggml_tensor * t, int64_t i, int64_t j) {
-    const int64_t at = i * t->ne[0] + j;
-    return t->type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(((const ggml_fp16_t *) t->data)[at]) :
-                                      ((const float *) t->data)[at];
-}
-
-double hadamard_at(int64_t order, int64_t i, int64_t j) {
-    return (__builtin_popcountll(i & j) % 2 ? -1 : 1) / std::sqrt((double) order);
+// A factor as doubles, row-major: the tensor, a Hadamard matrix, or the identity.
+std::vector<double> dense(const ggml_tensor * t, bool hadamard, int64_t order) {
+    std::vector<double> m(order * order);
+    for (int64_t i = 0; i < order; i++) {
+        for (int64_t j = 0; j < order; j++) {
+            const int64_t at = i * order + j;
+            m[at]            = !t && hadamard ? (__builtin_popcountll(i & j) % 2 ? -1 : 1) / std::sqrt((double) order) :
+                               !t             ? i == j :
+                               t->type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(((const ggml_fp16_t *) t->data)[at]) :
+                                                          ((const float *) t->data)[at];
+        }
+    }
+    return m;
 }
 
 struct Case {
@@ -114,13 +119,13 @@ struct Run {
     }
 };
 
-// left^T X right of one row in double; bound[i] is the sum of the absolute values of the terms.
-void product(const Run & run, const float * x, std::vector<double> & y, std::vector<double> & bound) {
-    const int64_t       n1 = run.c.n1, n2 = run.c.n2;
+// y = left^T X right of one row in double; bound[i] is the sum of the absolute values of its terms.
+void product(const std::vector<double> & left, const std::vector<double> & right, int64_t n1, int64_t n2,
+             const float * x, std::vector<double> & y, std::vector<double> & bound) {
     std::vector<double> z(n1 * n2), za(n1 * n2);
     for (int64_t i = 0; i < n1; i++) {
         for (int64_t a = 0; a < n1; a++) {
-            const double l = run.left ? factor_at(run.left, i, a) : i == a;
+            const double l = left[i * n1 + a];
             for (int64_t j = 0; l != 0 && j < n2; j++) {
                 z[a * n2 + j] += l * x[i * n2 + j];
                 za[a * n2 + j] += std::fabs(l * x[i * n2 + j]);
@@ -129,12 +134,11 @@ void product(const Run & run, const float * x, std::vector<double> & y, std::vec
     }
     y.assign(n1 * n2, 0.0);
     bound.assign(n1 * n2, 0.0);
-    for (int64_t j = 0; j < n2; j++) {
-        for (int64_t b = 0; b < n2; b++) {
-            const double r = run.right ? factor_at(run.right, j, b) : run.c.hadamard ? hadamard_at(n2, j, b) : j == b;
-            for (int64_t a = 0; r != 0 && a < n1; a++) {
-                y[a * n2 + b] += r * z[a * n2 + j];
-                bound[a * n2 + b] += std::fabs(r) * za[a * n2 + j];
+    for (int64_t a = 0; a < n1; a++) {
+        for (int64_t j = 0; j < n2; j++) {
+            for (int64_t b = 0; b < n2; b++) {
+                y[a * n2 + b] += right[j * n2 + b] * z[a * n2 + j];
+                bound[a * n2 + b] += std::fabs(right[j * n2 + b]) * za[a * n2 + j];
             }
         }
     }
@@ -143,11 +147,13 @@ void product(const Run & run, const float * x, std::vector<double> & y, std::vec
 void check_values(const Run & run, const std::vector<float> & got) {
     const double        unit = std::numeric_limits<float>::epsilon() * (double) (run.c.n1 + run.c.n2 + 4);
     std::vector<double> y, bound;
+    const auto          left    = dense(run.left, false, run.c.n1);
+    const auto          right   = dense(run.right, run.c.hadamard, run.c.n2);
     const float *       row_got = got.data();
     for (int64_t i3 = 0; i3 < run.x->ne[3]; i3++) {
         for (int64_t i2 = 0; i2 < run.x->ne[2]; i2++) {
             for (int64_t i1 = 0; i1 < run.x->ne[1]; i1++, row_got += run.x->ne[0]) {
-                product(run, run.row(i1, i2, i3), y, bound);
+                product(left, right, run.c.n1, run.c.n2, run.row(i1, i2, i3), y, bound);
                 double max = 0;
                 for (double v : y) {
                     max = std::fmax(max, std::fabs(v));
@@ -171,7 +177,7 @@ void check(const Case & c) {
     Run                      run(c);
     const std::vector<float> one = run.compute(1);
     check_values(run, one);
-    check_values(run, run.compute(2, true));
+    check_values(run, run.compute(1, true));
     for (int n_threads = 2; n_threads <= 4; n_threads++) {
         const std::vector<float> many = run.compute(n_threads);
         CHECK(std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, "%s: %d threads differ",
@@ -204,7 +210,7 @@ void test_random() {
                             continue;
                         }
                         const int64_t n2 = hadamard ? int64_t(1) << uniform(1, 6) : uniform(1, 70);
-                        check({ uniform(1, 40), n2, some_rows(), left, right, hadamard, clip, layout });
+                        check({ uniform(1, 24), n2, some_rows(), left, right, hadamard, clip, layout });
                     }
                 }
             }

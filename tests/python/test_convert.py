@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 import models
 from ggml_ext import encode, hf, native, source, tools
-from ggml_ext.calibrate import text_sha256
 from ggml_ext.convert import ConvertResult, convert
 from ggml_ext.header import value
+from ggml_ext.importance import text_sha256
 from ggml_ext.source import open_gguf
 from ggml_ext.writer import OutTensor, string_key, write_header
 

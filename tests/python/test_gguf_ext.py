@@ -17,7 +17,16 @@ import pytest
 import tiny_fq4
 from ggml_ext import fq4
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.gguf_ext import FQ4, KEYS, Calibration, ExtMetadata, add_ext_keys, read_ext, validate_keys
+from ggml_ext.gguf_ext import (
+    FQ4,
+    KEYS,
+    Calibration,
+    ExtMetadata,
+    TensorErrors,
+    add_ext_keys,
+    read_ext,
+    validate_keys,
+)
 from ggml_ext.header import read_header
 
 
@@ -87,7 +96,54 @@ def add_version_zero(writer: gguf.GGUFWriter) -> None:
 
 
 def add_transform(writer: gguf.GGUFWriter) -> None:
-    add_ext_keys(writer, ExtMetadata(transform="flatquant"))
+    add_ext_keys(writer, ExtMetadata(transform="spin"))
+
+
+def add_hadamard_of_a_folded_transform(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(transform="awq", hadamard=(0, 0, 2, 0)))
+
+
+def add_odd_order(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(transform="hadamard", hadamard=(1, 0, 0, 12)))
+
+
+def add_short_hadamard(writer: gguf.GGUFWriter) -> None:
+    writer.add_block_count(2)
+    add_ext_keys(writer, ExtMetadata(transform="hadamard", hadamard=(2, 2, 2, 2)))
+
+
+def add_clip_above_one(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(clip=(1.0, 1.5)))
+
+
+def add_clip_nan(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(clip=(float("nan"),)))
+
+
+def add_array_of_wrong_elements(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata())
+    writer.add_key_value("ggml_ext.transform.clip", [1], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+
+
+def add_five_bits(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(activation_bits=5))
+
+
+def add_group_of_64(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(activation_bits=4, activation_group=64))
+
+
+def add_fewer_errors(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(errors=TensorErrors("weight", ("a", "b"), (0.5,))))
+
+
+def add_no_error_values(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata())
+    writer.add_array("ggml_ext.error.tensors", ["a"])
+
+
+def add_errors_of_unknown_kind(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(errors=TensorErrors("guess", ("a",), (0.5,))))
 
 
 REFUSED = {
@@ -97,7 +153,18 @@ REFUSED = {
     add_no_version: "key ggml_ext.version is missing",
     add_newer: "key ggml_ext.version is 2, this version reads 1 to 1",
     add_version_zero: "key ggml_ext.version is 0",
-    add_transform: "key ggml_ext.transform.name is 'flatquant', this version knows only 'none'",
+    add_transform: "key ggml_ext.transform.name is 'spin', this version knows only none, smoothquant, awq",
+    add_hadamard_of_a_folded_transform: "hadamard element 2 is 2, but the transform 'awq' has no online part",
+    add_odd_order: "key ggml_ext.transform.hadamard element 3 is 12, not 0 or a power of two",
+    add_short_hadamard: "key ggml_ext.transform.hadamard has 4 elements, not four for each of the 2 blocks",
+    add_clip_above_one: "key ggml_ext.transform.clip element 1 is 1.5, not in (0, 1]",
+    add_clip_nan: "key ggml_ext.transform.clip element 0 is nan",
+    add_array_of_wrong_elements: "clip must be of type ARRAY of FLOAT32, is ARRAY of UINT32",
+    add_five_bits: "key ggml_ext.activation.bits is 5, not one of 8, 4",
+    add_group_of_64: "key ggml_ext.activation.group is 64, not one of 0, 32, 256",
+    add_fewer_errors: "key ggml_ext.error.values has 1 elements, ggml_ext.error.tensors has 2",
+    add_no_error_values: "key ggml_ext.error.values is missing beside ggml_ext.error.tensors",
+    add_errors_of_unknown_kind: "key ggml_ext.error.kind is guess, not one of output, weight",
 }
 
 
@@ -117,5 +184,6 @@ def test_bad_keys_are_named(
 
 def test_loader_and_python_know_the_same_keys(repo_root: Path) -> None:
     source = (repo_root / "ggml_ext" / "llama" / "metadata.cpp").read_text()
-    known = dict(re.findall(r'\{ "(ggml_ext\.[\w.]+)",\s*GGUF_TYPE_(\w+) \}', source))
-    assert known == {name: key.type.name for name, key in KEYS.items()}
+    rows = re.findall(r'\{ "(ggml_ext\.[\w.]+)",\s*GGUF_TYPE_(\w+)(?:,\s*GGUF_TYPE_(\w+))?\s*\}', source)
+    known = {name: " of ".join(filter(None, types)) for name, *types in rows}
+    assert known == {name: key.type_name for name, key in KEYS.items()}

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import models
-from ggml_ext import calibrate as calibration
-from ggml_ext import imatrix, process
+from ggml_ext import imatrix, importance, process
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.source import Tensor, open_gguf
 
@@ -127,22 +126,22 @@ def work(tmp_path: Path, name: str) -> Path:
 
 
 def test_a_text_gives_importances_of_every_matrix(llama: Path, text: Path, tmp_path: Path) -> None:
-    matrix, about = calibration.calibrate(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
+    matrix, about = importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
     matrices = [t for t in open_gguf(llama).tensors if t.name.startswith("blk.") and len(t.dims) == 2]
     assert len(matrices) == 7 * models.LAYERS
     assert all(matrix.rows(t) is not None for t in matrices)
     assert matrix.chunks == about.samples > 1
     assert (about.length, about.seed) == (CTX, 0)
-    assert about.sha256 == calibration.text_sha256(text)
+    assert about.sha256 == importance.text_sha256(text)
     assert matrix.dataset == f"a_text-{about.sha256[:12]}.txt"
 
 
 def test_the_same_text_gives_the_same_file(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    first, _ = importance.collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    second, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    second, _ = importance.collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
     assert first.path != second.path
     assert first.path.read_bytes() == second.path.read_bytes()
 
@@ -150,28 +149,28 @@ def test_the_same_text_gives_the_same_file(
 def test_a_finished_computation_is_not_repeated(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    first, _ = importance.collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
 
     def never(*_arguments: object, **_options: object) -> process.Finished:
         raise AssertionError("computed again")
 
     monkeypatch.setattr(process, "run", never)
-    again, _ = calibration.calibrate(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    again, _ = importance.collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
     assert again.path == first.path
     with pytest.raises(AssertionError, match="computed again"):
-        calibration.calibrate(llama, [llama], text, work(tmp_path, "w3"), ctx=CTX // 2, threads=1)
+        importance.collect(llama, [llama], text, work(tmp_path, "w3"), ctx=CTX // 2, threads=1)
 
 
 def test_a_text_shorter_than_two_contexts_is_an_error(llama: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     with pytest.raises(GgmlExtError, match=r"short\.txt: only \d+ tokens, and contexts of 512 need 1024"):
-        calibration.calibrate(llama, [llama], short, work(tmp_path, "w"), ctx=512)
+        importance.collect(llama, [llama], short, work(tmp_path, "w"), ctx=512)
 
 
 def test_missing_and_empty_texts_are_errors(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(GgmlExtError, match=r"none\.txt: No such file"):
-        calibration.calibrate(llama, [llama], tmp_path / "none.txt", tmp_path, ctx=CTX, threads=1)
+        importance.collect(llama, [llama], tmp_path / "none.txt", tmp_path, ctx=CTX, threads=1)
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(GgmlExtError, match=r"empty\.txt: empty"):
-        calibration.calibrate(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)
+        importance.collect(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 
+import models
 from ggml_ext import paths
 from ggml_ext.llama import bindings, view
 
@@ -42,7 +42,15 @@ _COMMON: dict[str, Any] = {
 _GEMMA = {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 16, "tie_word_embeddings": True}
 _MOE = {"num_experts_per_tok": 2, "head_dim": 128}
 
-CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+
+def _gemma3_with_vision(**text: Any) -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+
+
+CONFIGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {"head_dim": 64}),
     "mistral": (transformers.MistralConfig, {"head_dim": 64, "sliding_window": None}),
     "qwen2": (transformers.Qwen2Config, {}),
@@ -52,6 +60,7 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     ),
     "gemma3": (transformers.Gemma3TextConfig, {**_GEMMA, "num_hidden_layers": 6}),
+    "gemma3_vision": (_gemma3_with_vision, {**_GEMMA, "num_hidden_layers": 6}),
     "phi3": (
         transformers.Phi3Config,
         {"original_max_position_embeddings": 512, "sliding_window": None, "rope_theta": 10000.0},
@@ -62,17 +71,17 @@ CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         {**_MOE, "num_experts": EXPERTS, "moe_intermediate_size": 256, "norm_topk_prob": True},
     ),
 }
-"""Family -> transformers' configuration class and what differs from the common values."""
+"""Family -> what makes transformers' configuration, and what differs from the common values."""
 
 
 def family_dir(base: Path, family: str) -> Path:
     """The model in Hugging Face layout, made once per ``base``."""
-    # llama.cpp expects the token <|endoftext|> of a model with "phi3" in its name, and the converter names the
-    # model after its folder.
+    # llama.cpp expects the token <|endoftext|> of a model with "phi3" in its name, and the converter names
+    # the model after its folder.
     folder = base / "families" / family.replace("phi3", "phi")
     if not (folder / "tokenizer.model").is_file():
-        config_class, more = CONFIGS[family]
-        save(config_class(**{**_COMMON, **more}), folder)
+        configure, more = CONFIGS[family]
+        save(configure(**{**_COMMON, **more}), folder)
     return folder
 
 
@@ -164,7 +173,7 @@ def hf_logits(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def llama_logits(gguf: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """llama.cpp's logits, float32 [n, vocabulary], CPU, with a float32 KV cache and without flash attention."""
+    """llama.cpp's logits, float32 [n, vocabulary]: float32 KV cache, no flash attention."""
     api = bindings()
     model = api.llama_model_load_from_file(os.fsencode(gguf), api.llama_model_default_params())
     assert model, f"{gguf} does not load"

@@ -8,12 +8,20 @@ import gguf
 import numpy as np
 
 from ggml_ext import fq4
-from ggml_ext.gguf_ext import FQ4, Calibration, ExtMetadata, add_ext_keys
+from ggml_ext.gguf_ext import FQ4, Calibration, ExtMetadata, TensorErrors, add_ext_keys
 
 WIDTH, HEADS, VOCAB = 256, 4, 32
 
+# Every key of the format.
 METADATA = ExtMetadata(
-    rounding="imatrix", transform="none", calibration=Calibration("0123456789abcdef" * 4, 64, 512, 42)
+    rounding="imatrix",
+    transform="hadamard",
+    calibration=Calibration("0123456789abcdef" * 4, 64, 512, 42),
+    hadamard=(16, 4, 256, 0),
+    clip=(1.0, 0.5, 0.75, 1.0),
+    activation_bits=4,
+    activation_group=32,
+    errors=TensorErrors("output", ("blk.0.attn_q.weight", "blk.0.attn_k.weight"), (0.25, 0.5)),
 )
 
 

@@ -6,6 +6,9 @@ W' = L^-1 W R^-T answers x' = L^T X R, so that the products are the same.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +19,10 @@ import numpy as np
 from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
+import models
 from ggml_ext.gguf_ext import KEYS
 
+LOGITS = Path(__file__).with_name("logits.py")
 Matrix = NDArray[np.float64]
 KINDS = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 READERS = {
@@ -90,14 +95,16 @@ def hadamard(order: int) -> Matrix:
     """Element (i, j) is (-1)^popcount(i & j) / sqrt(order)."""
     index = np.arange(order)
     ones = np.bitwise_count(index[:, None] & index[None, :])
-    return np.where(ones % 2, -1.0, 1.0) / np.sqrt(order)
+    matrix: Matrix = np.where(ones % 2, -1.0, 1.0) / np.sqrt(order)
+    return matrix
 
 
 def well_conditioned(order: int, random: np.random.Generator) -> Matrix:
-    """U diag(s) V^T with s in [0.5, 2], in float32 values."""
+    """U diag(s) V^T with s in [0.5, 2], rounded to float32."""
     u, _ = np.linalg.qr(random.standard_normal((order, order)))
     v, _ = np.linalg.qr(random.standard_normal((order, order)))
-    return ((u * random.uniform(0.5, 2.0, order)) @ v.T).astype(np.float32).astype(np.float64)
+    matrix: Matrix = ((u * random.uniform(0.5, 2.0, order)) @ v.T).astype(np.float32).astype(np.float64)
+    return matrix
 
 
 def dual_rows(weight: NDArray[Any], left: Matrix, right: Matrix) -> NDArray[np.float32]:
@@ -165,3 +172,30 @@ def transform_heads(model: Model, head_dim: int, *, seed: int = 0) -> Model:
     model.ours["ggml_ext.version"] = 1
     model.ours["ggml_ext.transform.name"] = "flatquant"
     return model
+
+
+def _in_f32(source: Path) -> Path:
+    path = source.with_name(f"{source.stem}-f32.gguf")
+    return path if path.exists() else read(source).write(path)
+
+
+def llama_f32(base: Path) -> Path:
+    """The tiny Llama in float32, made once per folder."""
+    return _in_f32(models.llama_gguf(base))
+
+
+def mixtral_f32(base: Path) -> Path:
+    """The tiny Mixtral likewise."""
+    return _in_f32(models.mixtral_gguf(base))
+
+
+def run(lib_dir: Path, model: Path, out: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs logits.py under the llama.cpp of a folder, with more environment variables."""
+    return subprocess.run(
+        [sys.executable, str(LOGITS), str(lib_dir), str(model), str(out), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **env},
+    )

@@ -1,0 +1,64 @@
+"""A finished calibration's folder, as convert reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ggml_ext import calibration_plan as plans
+from ggml_ext.block_file import Stored, block_path, load
+from ggml_ext.calibration_plan import Plan, model_files
+from ggml_ext.encode import Prepared
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.rules import STOCK_MIXES
+from ggml_ext.source import Source, open_gguf
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """``source``: the float model. ``prepared``: what takes the place of its tensors."""
+
+    plan: Plan
+    source: Source
+    prepared: Prepared
+
+
+def open_folder(folder: Path, model: Path) -> Calibrated:
+    """Opens the finished calibration of ``model``, a Hugging Face folder.
+
+    Raises GgmlExtError for a folder that holds none, an unfinished one, or that of another model.
+    """
+    plan = plans.load(folder)
+    if plan is None:
+        raise GgmlExtError(f"{folder}: holds no calibration; make one with ggml-ext calibrate")
+    missing = plan.missing(folder)
+    if missing:
+        raise GgmlExtError(
+            f"{folder}: unfinished, {len(missing)} of {plan.blocks} blocks are missing; "
+            "go on with the ggml-ext calibrate that began it"
+        )
+    if not model.is_dir() or model_files(model) != plan.source:
+        raise GgmlExtError(
+            f"{folder}: a calibration of another model than {model}; give the one it was made of"
+        )
+    tensors: dict[str, Stored] = {}
+    hadamard: list[int] = []
+    clip: list[float] = []
+    errors: dict[str, float] = {}
+    for index in range(plan.blocks):
+        stored, findings = load(block_path(folder, index))
+        tensors |= stored
+        hadamard += findings.hadamard
+        clip += findings.clip
+        errors |= findings.errors
+    prepared = Prepared(
+        tensors=tensors,
+        mix=plan.base if plan.base in STOCK_MIXES else "",
+        transform=plan.transform,
+        rounding=plan.rounding,
+        hadamard=hadamard,
+        clip=clip,
+        activation=plan.activation,
+        errors=errors,
+    )
+    return Calibrated(plan, open_gguf(folder / plans.SOURCE), prepared)

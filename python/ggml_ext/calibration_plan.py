@@ -1,0 +1,190 @@
+"""plan.json: everything that a calibration's result depends on, written before its first block.
+
+A folder goes on with the plan it has or not at all: block files of two plans are never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ggml_ext import __version__, hf, native, paths, recipes, rules
+from ggml_ext.atomic import write_text
+from ggml_ext.block_file import block_path
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.recipes import Method
+from ggml_ext.rounding import grid
+from ggml_ext.source import Source
+
+FILE = "plan.json"
+SOURCE = "source.gguf"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
+    ``dtype``: "f32" or "bf16", what the model computes in. ``threads``: 0 for all; the result does not depend
+    on it where sums do not."""
+
+    source: Path
+    text: Path
+    method: Method
+    type_for: Sequence[tuple[str, str]] = ()
+    keep: Sequence[str] = ()
+    ctx: int = 512
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "f32"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``source``: name, size, time of change in ns of every file of the model. ``text``: SHA-256.
+    ``windows``: sequences of ``ctx`` tokens that the text gave, at most ``samples``. ``base``: the type or
+    mix that was asked for. ``types``: tensor -> type, all tensors of the model. ``fallbacks``: tensor -> type
+    that did not fit its rows. ``without_effect``: tensors that --type-for names in vain.
+    ``activation``: bits and group, None for llama.cpp's own. ``dtype``: of the
+    hidden states. ``versions``: of the programs involved."""
+
+    source: list[list[Any]]
+    text: str
+    samples: int
+    windows: int
+    ctx: int
+    seed: int
+    base: str
+    types: dict[str, str]
+    fallbacks: dict[str, str]
+    without_effect: list[str]
+    transform: str
+    transform_bits: float | None
+    rounding: str
+    activation: list[int] | None
+    blocks: int
+    hidden: int
+    device: str
+    dtype: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Writes the plan atomically."""
+        write_text(folder / FILE, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    def missing(self, folder: Path) -> list[int]:
+        """Blocks that have no checkpoint yet."""
+        return [index for index in range(self.blocks) if not block_path(folder, index).is_file()]
+
+
+def model_files(folder: Path) -> list[list[Any]]:
+    """The files of a Hugging Face folder that decide its weights; a folder that moves stays the same model.
+
+    Raises GgmlExtError if it is incomplete.
+    """
+    files = [folder / "config.json", *hf.check(folder)]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def make(request: Request, sha256: str, n_windows: int, source: Source, *, blocks: int, hidden: int) -> Plan:
+    """The plan of a request. sha256: of the text. source: the float model. blocks, hidden: its size.
+
+    Raises GgmlExtError for patterns that match nothing and types that the rounding does not know.
+    """
+    method = request.method
+    asked = rules.compile_rules(method.type_name, request.type_for, request.keep)
+    shapes = [tensor.shape for tensor in source.tensors]
+    choices = rules.choose(shapes, source.arch, asked, native.block_size)
+    types = {choice.name: choice.target for choice in choices}
+    _check_grids(types, method.rounding)
+    activation = recipes.ACTIVATIONS[method.activation]
+    return Plan(
+        source=model_files(request.source),
+        text=sha256,
+        samples=method.samples,
+        windows=n_windows,
+        ctx=request.ctx,
+        seed=request.seed,
+        base=method.type_name,
+        types=types,
+        fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
+        without_effect=rules.without_effect(shapes, source.arch, asked),
+        transform=method.transform,
+        transform_bits=method.transform_bits,
+        rounding=method.rounding,
+        activation=None if activation is None else list(activation),
+        blocks=blocks,
+        hidden=hidden,
+        device=request.device,
+        dtype=request.dtype,
+        versions=_versions(),
+    )
+
+
+def _check_grids(types: Mapping[str, str], rounding: str) -> None:
+    """Refuses types that a rounding cannot choose codes of, before anything is computed."""
+    if rounding not in ("gptq", "learned"):
+        return
+    for name, type_name in types.items():
+        if name.startswith("blk.") and type_name not in rules.FLOAT_TYPES and not grid.supports(type_name):
+            raise GgmlExtError(
+                f"--rounding {rounding}: knows no levels of type {type_name} ({name}); it knows "
+                f"{', '.join(grid.names())}, for others use --rounding imatrix"
+            )
+
+
+def _versions() -> dict[str, str]:
+    library = paths.library("ggml-base").resolve().stat()
+    return {
+        "ggml-ext": __version__,
+        "library": f"{library.st_size} bytes of {library.st_mtime_ns}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("numpy", "torch", "transformers")},
+    }
+
+
+def load(folder: Path) -> Plan | None:
+    """The folder's plan, None if it has none. Raises GgmlExtError for one that is no plan."""
+    path = folder / FILE
+    try:
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
+    except (ValueError, TypeError) as exc:
+        raise GgmlExtError(
+            f"{path}: not a plan of this version ({exc}); delete the folder and calibrate again"
+        ) from exc
+
+
+def require_equal(found: Plan, wanted: Plan, folder: Path) -> None:
+    """Raises GgmlExtError, naming what differs, unless the two plans are the same."""
+    differences = _differences(found, wanted)
+    if differences:
+        raise GgmlExtError(
+            f"{folder}: holds a calibration with other settings ({'; '.join(differences)}); repeat its "
+            "settings to go on, or delete the folder or choose another"
+        )
+
+
+def _differences(found: Plan, wanted: Plan) -> Sequence[str]:
+    lines = []
+    for name, old in asdict(found).items():
+        new = getattr(wanted, name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            there, here = (values.get(keys[0], "absent") for values in (old, new))
+            lines.append(f"{name}: {keys[0]} {there} there, {here} here{more}")
+        elif name in ("source", "text"):
+            lines.append(f"another {'model' if name == 'source' else 'calibration text'}")
+        else:
+            lines.append(f"{name} {old} there, {new} here")
+    return lines

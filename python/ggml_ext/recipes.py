@@ -1,0 +1,231 @@
+"""How a model is to be converted: transform x rounding x type x activation, from options and named recipes.
+
+A recipe is a TOML file in the folder recipes/. Options given beside it win. What cannot work is refused here,
+before any work is done; what works but may surprise is said in a line of remarks.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ggml_ext import mixes, native, paths
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.rules import FLOAT_TYPES, STOCK_MIXES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TRANSFORMS = ("none", "smoothquant", "awq", "hadamard", "flatquant")
+FOLDED = ("none", "smoothquant", "awq")
+"""Transforms that leave nothing to do at run time."""
+
+ROUNDINGS = ("rtn", "imatrix", "gptq", "learned")
+
+ACTIVATIONS: dict[str, tuple[int, int] | None] = {
+    "a8": None,
+    "a4": (4, 0),
+    "a4/32": (4, 32),
+    "a4/256": (4, 256),
+}
+"""Name -> (bits, values per scale, 0 for the whole token); a8 is llama.cpp's own, which the type decides."""
+
+_DIAGONAL = ("smoothquant", "awq", "flatquant")
+_FP4 = ("nvfp4", "mxfp4")
+_DEFAULT_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Method:
+    """``type_name``: a ggml type or a mix. ``transform``, ``rounding``, ``activation``: names of the tuples
+    above. ``transform_bits``: bits per weight that online factors may take, None for no limit. ``samples``:
+    windows of the calibration text."""
+
+    type_name: str = "fq4"
+    transform: str = "none"
+    rounding: str = "rtn"
+    activation: str = "a8"
+    transform_bits: float | None = None
+    samples: int = _DEFAULT_SAMPLES
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the model itself must run, block by block, to convert it."""
+        return self.transform != "none" or self.rounding in ("gptq", "learned")
+
+    @property
+    def online(self) -> bool:
+        """Whether something is left to do at run time, which only the patched llama.cpp does."""
+        return self.transform not in FOLDED or ACTIVATIONS[self.activation] is not None
+
+    def describe(self) -> str:
+        """The four axes in one phrase."""
+        return (
+            f"type {self.type_name}, transform {self.transform}, rounding {self.rounding}, "
+            f"activations {self.activation}"
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named method. ``description``: one line that says what it is for."""
+
+    name: str
+    description: str
+    method: Method
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; None where it says nothing."""
+
+    type_name: str | None = None
+    transform: str | None = None
+    rounding: str | None = None
+    activation: str | None = None
+    samples: int | None = None
+
+
+def names() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name. Raises GgmlExtError, naming those that exist."""
+    path = _folder() / f"{name}.toml"
+    if name not in names():
+        raise GgmlExtError(f"--recipe {name}: no such recipe; there are: {', '.join(names())}")
+    with path.open("rb") as file:
+        content: dict[str, Any] = tomllib.load(file)
+    description = content.pop("description")
+    method = Method(type_name=content.pop("type"), **content)
+    return Recipe(name, description, method)
+
+
+def _folder() -> Path:
+    return paths.PACKAGE / "recipes"
+
+
+def resolve(recipe: str | None, options: Options, *, importances: bool) -> Method:
+    """The method that a recipe (None: plain FQ4) and the options beside it describe.
+
+    importances: whether a calibration text or an importance matrix is given; without a recipe and --rounding
+    it decides between rtn and imatrix, and a transform's rounding is gptq. Raises GgmlExtError for unknown
+    names.
+    """
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    given = {key: value.lower() if isinstance(value, str) else value for key, value in given.items()}
+    base = Method() if recipe is None else load(recipe).method
+    for option, known in (
+        ("transform", TRANSFORMS),
+        ("rounding", ROUNDINGS),
+        ("activation", tuple(ACTIVATIONS)),
+    ):
+        if given.get(option, known[0]) not in known:
+            raise GgmlExtError(f"--{option} {given[option]}: unknown; there are: {', '.join(known)}")
+    if recipe is None and "rounding" not in given:
+        if given.get("transform", "none") != "none":
+            given["rounding"] = "gptq"
+        elif importances:
+            given["rounding"] = "imatrix"
+    return replace(base, **given)
+
+
+def check(
+    method: Method,
+    type_for: Sequence[tuple[str | re.Pattern[str], str]],
+    *,
+    folder: bool,
+    text: bool,
+    imatrix: bool,
+) -> None:
+    """Refuses what cannot work, with the reason.
+
+    folder: the source is a Hugging Face folder. text, imatrix: a calibration text, an importance matrix is
+    given. Raises GgmlExtError.
+    """
+    if imatrix and text:
+        raise GgmlExtError("--imatrix and --calibration: give one of the two")
+    _check_types(method, [name for _, name in type_for])
+    if method.blockwise:
+        _check_blockwise(method, folder=folder, text=text, imatrix=imatrix)
+    elif ACTIVATIONS[method.activation] is not None:
+        raise GgmlExtError(
+            f"--activation {method.activation}: nothing prepares this model for it; add --transform or "
+            "--rounding gptq, or switch a finished model with GGML_EXT_ACT"
+        )
+    elif method.rounding == "imatrix" and not (text or imatrix):
+        raise GgmlExtError("--rounding imatrix: there are no importances; add --calibration or --imatrix")
+    elif method.rounding == "rtn" and (text or imatrix):
+        raise GgmlExtError(
+            "--rounding rtn: without a transform it uses no calibration; leave out --calibration and "
+            "--imatrix, or use --rounding imatrix"
+        )
+
+
+def _check_types(method: Method, others: Sequence[str]) -> None:
+    plain = list(others)
+    if method.type_name not in STOCK_MIXES and method.type_name not in mixes.BODY:
+        plain.append(method.type_name)
+    for name in sorted(set(plain)):
+        try:
+            native.needs_imatrix(name)
+        except GgmlExtError as exc:
+            known = ", ".join(sorted(STOCK_MIXES))
+            raise GgmlExtError(
+                f"unknown type {name}; use fq4, f16, bf16, f32, another ggml type or, for the whole file, "
+                f"fq4_m or one of llama-quantize's: {known}"
+            ) from exc
+
+
+def _check_blockwise(method: Method, *, folder: bool, text: bool, imatrix: bool) -> None:
+    asked = f"--rounding {method.rounding}"
+    if method.transform != "none":
+        asked = f"--transform {method.transform}"
+    if not folder:
+        raise GgmlExtError(
+            f"{asked}: needs to run the model's blocks one by one, which a GGUF file does not allow; "
+            "give the Hugging Face folder"
+        )
+    if imatrix:
+        raise GgmlExtError(
+            f"{asked}: takes its statistics from the text, in the transformed basis; give --calibration TEXT "
+            "instead of --imatrix"
+        )
+    if not text:
+        raise GgmlExtError(f"{asked}: needs a text of the kind the model will meet; add --calibration TEXT")
+    if method.type_name in FLOAT_TYPES and method.rounding in ("gptq", "learned"):
+        raise GgmlExtError(
+            f"--rounding {method.rounding}: type {method.type_name} leaves nothing to round; "
+            "use --rounding rtn or a quantised type"
+        )
+    if method.type_name in STOCK_MIXES and method.type_name not in mixes.BODY:
+        try:
+            native.needs_imatrix(method.type_name)
+        except GgmlExtError as exc:
+            raise GgmlExtError(
+                f"--type {method.type_name}: only llama-quantize knows this mix and it rounds by itself; "
+                f"with {asked} use q4_k_m, fq4_m or a plain type, and --type-for"
+            ) from exc
+
+
+def remarks(method: Method, used_types: Sequence[str]) -> list[str]:
+    """What works but may surprise, a line each. ``used_types``: types of the quantised matrices."""
+    lines = []
+    fp4 = sorted(set(used_types) & set(_FP4))
+    if fp4 and method.transform in _DIAGONAL:
+        lines.append(
+            f"warning: diagonal scaling is known to hurt {', '.join(fp4)}, whose small groups have scales of "
+            "their own; compare with --transform none or hadamard"
+        )
+    if method.online and "fq4" not in used_types:
+        what = "the transform" if method.transform not in FOLDED else "4-bit activations"
+        lines.append(f"{what} happens at run time: stock llama.cpp will not run this file as it is meant")
+    return lines

@@ -1,0 +1,44 @@
+"""The parts of a calibration text that a model is calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.llama import Model
+
+
+def windows(
+    model: Path, text: Path, *, ctx: int, samples: int, seed: int, warn: Callable[[str], None]
+) -> NDArray[np.int64]:
+    """Token windows int64 [n, ctx] of the text, n at most ``samples``, spread evenly over it.
+
+    model: a GGUF file; its tokenizer is llama.cpp's, as at run time. warn: told when the text gives fewer.
+
+    The text's tokens are cut into n equal parts and a window is drawn within each, so windows do not overlap.
+    BOS stands at the start of each where the model wants one, as in llama-perplexity and in chat. Raises
+    GgmlExtError for a text shorter than one window.
+    """
+    with Model(model, weights=False) as loaded:
+        tokens = loaded.tokenize(text.read_bytes())
+        bos = loaded.bos
+    n = min(samples, len(tokens) // ctx)
+    if n == 0:
+        raise GgmlExtError(
+            f"{text}: only {len(tokens)} tokens, and a window needs {ctx}; "
+            "give a longer text or a smaller --ctx"
+        )
+    if n < samples:
+        warn(f"{text}: {len(tokens)} tokens give {n} windows of {ctx} tokens, not {samples}")
+    random = np.random.default_rng(seed)
+    edges = np.linspace(0, len(tokens), n + 1).astype(np.int64)
+    starts = [int(random.integers(low, high - ctx + 1)) for low, high in pairwise(edges)]
+    cut = np.stack([tokens[start : start + ctx] for start in starts]).astype(np.int64)
+    if bos is not None:
+        cut[:, 0] = bos
+    return cut

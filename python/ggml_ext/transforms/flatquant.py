@@ -1,0 +1,81 @@
+"""FlatQuant (arXiv 2410.09426): a learned Kronecker product and a diagonal per site, here from a closed-form loss
+without any forward pass. docs/flatquant.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.sites import Site, SiteStats, SiteTransform
+from ggml_ext.transforms.clip import with_best_clip
+from ggml_ext.transforms.diagonal import smooth
+from ggml_ext.transforms.kronecker import Factors
+from ggml_ext.transforms.loss import Loss
+from ggml_ext.transforms.matrices import spreading
+from ggml_ext.transforms.request import TransformRequest
+from ggml_ext.transforms.structure import Structure, folds_heads, largest, stored
+
+ALPHA = 0.3  # of the diagonal that the search starts from
+MAX_CONDITION = 100.0
+_LEARNING_RATE = 1e-2
+_CHECKS = 4  # times that the loss itself is looked at
+
+
+def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
+    """Minimises the closed-form loss from Hadamard factors and a SmoothQuant diagonal, with Adam.
+
+    Returns the best of the iterates looked at whose stored factors have condition numbers of at most
+    MAX_CONDITION; the start is one of them. notes: "loss_start", "loss", "condition" (the largest of a
+    factor), "rejected" (iterates that were ill-conditioned). Raises GgmlExtError for statistics with NaN or
+    Inf.
+    """
+    if not bool(torch.isfinite(stats.hessian).all()):
+        raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
+    alpha = ALPHA if request.alpha is None else request.alpha
+    start = initial(site, smooth(site, stats, alpha), largest(site, request.budget_bits))
+    loss = Loss(site, stats, request)
+    factors = Factors(site, start)
+    best = factors.transform()
+    first = lowest = loss.value(Factors(site, best))
+    rejected = 0
+    optimiser = torch.optim.Adam(list(factors.parameters.values()), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(request.steps, 1))
+    for step in range(1, request.steps + 1):
+        optimiser.zero_grad()
+        loss.surrogate(factors).backward()
+        optimiser.step()
+        schedule.step()
+        if step == request.steps or step % max(1, request.steps // _CHECKS) == 0:
+            candidate = factors.transform()
+            if condition(candidate) > MAX_CONDITION:
+                rejected += 1
+                continue
+            value = loss.value(Factors(site, candidate))
+            if value < lowest:
+                best, lowest = candidate, value
+    notes = {
+        "loss_start": first,
+        "loss": lowest,
+        "condition": condition(best),
+        "rejected": float(rejected),
+    }
+    return with_best_clip(replace(best, notes=notes), site, stats, request)
+
+
+def initial(site: Site, diag: torch.Tensor, structure: Structure) -> SiteTransform:
+    """Orthogonal factors with entries of equal size, where they exist, after the diagonal."""
+    return SiteTransform(
+        diag,
+        head=spreading(site.head_dim) if folds_heads(site) else None,
+        left=stored(spreading(structure.left)) if structure.left else None,
+        right=stored(spreading(structure.right)) if structure.right else None,
+        hadamard=structure.hadamard if structure.hadamard > 1 else 0,
+    )
+
+
+def condition(transform: SiteTransform) -> float:
+    """Largest condition number of a factor other than the diagonal."""
+    matrices = (transform.head, transform.left, transform.right)
+    return max((float(torch.linalg.cond(m)) for m in matrices if m is not None), default=1.0)
