@@ -65,9 +65,13 @@ def damaged(base: Path, path: Path, *tensors: str) -> Path:
     return path
 
 
+def ignore(_tokens: float, _note: str = "") -> None:
+    """Progress that nobody watches."""
+
+
 def errors_of(base: Path, model: Path, windows: NDArray[np.int32], threads: int = 1) -> ModelErrors:
-    with record(base, windows, lambda _: None, threads=threads) as outputs:
-        return outputs.errors(model, lambda _: None, threads=threads)
+    with record(base, windows, ignore, threads=threads) as outputs:
+        return outputs.errors(model, ignore, threads=threads)
 
 
 def rms_norm(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -403,10 +407,7 @@ def test_errors_of_tensors_are_read_from_the_file(tmp_path: Path) -> None:
     assert loss.tensor_table([{"tensor_errors": None}], ["base"]) is None
 
 
-@pytest.mark.parametrize("values", [[0.5], [0.5, float("nan")]])
-def test_damaged_errors_of_tensors(tmp_path: Path, values: list[float]) -> None:
-    path = add_errors(tmp_path / "model.gguf", ["a", "b"], values)
-    with pytest.raises(
-        GgmlExtError, match=r"model\.gguf: key ggml_ext\.error\.values does not hold one finite"
-    ):
+def test_errors_of_tensors_that_json_cannot_hold(tmp_path: Path) -> None:
+    path = add_errors(tmp_path / "model.gguf", ["a", "b"], [0.5, float("nan")])
+    with pytest.raises(GgmlExtError, match=r"model\.gguf: key ggml_ext\.error\.values holds NaN or Inf; "):
         file_facts(path)
