@@ -44,9 +44,12 @@ def fake_quant_activation(x: Tensor, spec: ActivationSpec, clip: float | Tensor 
     return (codes * scale).flatten(-2)[..., : x.shape[-1]]
 
 
-def group_power(x: Tensor, spec: ActivationSpec) -> Tensor:
-    """Mean over the tokens x [m, n] of each channel's squared scale base, the largest value of its group: [n].
-    Divided by 12 levels^2 it is the expected squared rounding error of the channel."""
+def expected_error(x: Tensor, spec: ActivationSpec, clip: float | Tensor) -> Tensor:
+    """Expected squared error of each channel, [n], of rounding the tokens x [m, n], differentiable: step^2 / 12 with
+    the step of the channel's group, plus what the clip cuts off."""
+    limit = x.abs().amax(-1, keepdim=True) * clip
     groups = grouped(x, spec.group)
-    power = groups.abs().amax(-1).square().mean(0)
-    return power.repeat_interleave(groups.shape[-1])[: x.shape[-1]]
+    largest = torch.minimum(groups.abs().amax(-1), limit)
+    rounding = largest.square().mean(0) / (12 * levels(spec) ** 2)
+    cut = (x.abs() - limit).clamp_min(0).square().mean(0)
+    return rounding.repeat_interleave(groups.shape[-1])[: x.shape[-1]] + cut

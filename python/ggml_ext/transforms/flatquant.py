@@ -4,6 +4,7 @@ without any forward pass. docs/flatquant.md."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,12 +20,14 @@ from ggml_ext.transforms.structure import Structure, folds_heads, largest, store
 
 ALPHA = 0.3  # of the diagonal that the search starts from
 MAX_CONDITION = 100.0
-_LEARNING_RATE = 1e-2
+_FACTOR_RATE = 1e-2
+_CLIP_RATE = 5e-2
+_START_CLIP = 0.85
 _CHECKS = 4  # times that the loss itself is looked at
 
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
-    """Minimises the closed-form loss from Hadamard factors and a SmoothQuant diagonal, with Adam.
+    """Minimises the closed-form loss with Adam, from Hadamard factors after a SmoothQuant diagonal or none.
 
     Returns the best of the iterates looked at whose stored factors have condition numbers of at most
     MAX_CONDITION; the start is one of them. notes: "loss_start", "loss", "condition" (the largest of a
@@ -33,18 +36,19 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
     """
     if not bool(torch.isfinite(stats.hessian).all()):
         raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
-    alpha = ALPHA if request.alpha is None else request.alpha
-    start = initial(site, smooth(site, stats, alpha), largest(site, request.budget_bits))
     loss = Loss(site, stats, request)
-    factors = Factors(site, start)
-    best = factors.transform()
-    first = lowest = loss.value(Factors(site, best))
-    rejected = 0
-    optimiser = torch.optim.Adam(list(factors.parameters.values()), lr=_LEARNING_RATE)
+    clip = torch.tensor(_START_CLIP if request.clips else 1.0).logit().requires_grad_(request.clips)
+    best, lowest = _start(site, stats, request, loss, float(clip.sigmoid()))
+    first, rejected = lowest, 0
+    factors = Factors(site, best)
+    groups: list[dict[str, Any]] = [{"params": list(factors.parameters.values()), "lr": _FACTOR_RATE}]
+    if request.clips:
+        groups.append({"params": [clip], "lr": _CLIP_RATE})
+    optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(request.steps, 1))
     for step in range(1, request.steps + 1):
         optimiser.zero_grad()
-        loss.surrogate(factors).backward()
+        loss.surrogate(factors, clip.sigmoid()).backward()
         optimiser.step()
         schedule.step()
         if step == request.steps or step % max(1, request.steps // _CHECKS) == 0:
@@ -52,7 +56,7 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
             if condition(candidate) > MAX_CONDITION:
                 rejected += 1
                 continue
-            value = loss.value(Factors(site, candidate))
+            value = loss.value(Factors(site, candidate), float(clip.sigmoid()))
             if value < lowest:
                 best, lowest = candidate, value
     notes = {
@@ -62,6 +66,18 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
         "rejected": float(rejected),
     }
     return with_best_clip(replace(best, notes=notes), site, stats, request)
+
+
+def _start(
+    site: Site, stats: SiteStats, request: TransformRequest, loss: Loss, clip: float
+) -> tuple[SiteTransform, float]:
+    """Hadamard factors after a SmoothQuant diagonal or none, whichever has the smaller loss; and that loss."""
+    structure = largest(site, request.budget_bits)
+    alpha = ALPHA if request.alpha is None else request.alpha
+    diagonals = [smooth(site, stats, alpha), torch.ones(site.n, dtype=torch.float64)]
+    starts = [Factors(site, initial(site, diag, structure)).transform() for diag in diagonals]
+    losses = [loss.value(Factors(site, start), clip) for start in starts]
+    return min(zip(starts, losses, strict=True), key=lambda pair: pair[1])
 
 
 def initial(site: Site, diag: torch.Tensor, structure: Structure) -> SiteTransform:

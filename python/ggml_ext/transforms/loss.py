@@ -3,7 +3,6 @@ activations, relative to the outputs, from second moments and a sample alone. do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ggml_ext import native
-from ggml_ext.sites import ActivationSpec, Site, SiteStats
-from ggml_ext.transforms.activation import FLOAT_BITS, group_power, grouped, levels
+from ggml_ext.sites import Site, SiteStats
+from ggml_ext.transforms.activation import FLOAT_BITS, expected_error, grouped
 from ggml_ext.transforms.kronecker import Factors
 from ggml_ext.transforms.request import TransformRequest
 
-SAMPLE_TOKENS = 512
+SAMPLE_TOKENS = 4096
+STEP_TOKENS = 1024  # drawn for a step: fewer than the sample, or the factors fit single tokens
 SAMPLE_ROWS = 2048  # of all matrices of a site together
 DAMPING = 0.01  # of the mean diagonal of H, as GPTQ has it
 _EXACT_ORDER = 1024  # up to this n, H is factored in each step
@@ -70,19 +70,20 @@ class Loss:
         self.sample = stats.sample[:: max(1, -(-len(stats.sample) // SAMPLE_TOKENS))].float()
         self.activation = request.activation
         self.residuals = request.rounding in ("gptq", "learned")
+        self._generator = generator
         self._rows = _sampled_rows(site, self.h, request, generator)
         self._step = 0
         self._frozen: tuple[Tensor, Tensor] | None = None
 
-    def value(self, factors: Factors) -> float:
-        """The loss itself."""
+    def value(self, factors: Factors, clip: float = 1.0) -> float:
+        """The loss itself, over the whole sample."""
         with torch.no_grad():
             noise, power = self._weight_terms(factors)
             residual = self._residual(self._moments(factors))
-            return float(residual @ noise + self._activation_term(factors, power))
+            return float(residual @ noise + self._activation_term(factors, power, self.sample, clip))
 
-    def surrogate(self, factors: Factors) -> Tensor:
-        """A scalar with the loss's gradient.
+    def surrogate(self, factors: Factors, clip: float | Tensor = 1.0) -> Tensor:
+        """A scalar with the loss's gradient, over tokens drawn from the sample.
 
         D_j = v_j^T H' v_j for the v_j that minimises it, so its derivative by H' is v_j v_j^T: no
         differentiation through a factorisation. For n > 1024, V and the noise that weighs it are those of
@@ -90,7 +91,8 @@ class Loss:
         """
         noise, power = self._weight_terms(factors)
         moments = self._moments(factors)
-        rest = self._activation_term(factors, power)
+        drawn = torch.randperm(len(self.sample), generator=self._generator)[:STEP_TOKENS]
+        rest = self._activation_term(factors, power, self.sample[drawn], clip)
         if not self.residuals:
             return moments.diagonal() @ noise + rest
         if self._frozen is None or moments.shape[0] <= _EXACT_ORDER or self._step % _REFRESH_STEPS == 0:
@@ -122,11 +124,12 @@ class Loss:
             return moments.diagonal()
         return _factored(moments)[1]
 
-    def _activation_term(self, factors: Factors, power: Tensor) -> Tensor:
+    def _activation_term(
+        self, factors: Factors, power: Tensor, sample: Tensor, clip: float | Tensor
+    ) -> Tensor:
         if self.activation.bits >= FLOAT_BITS:
             return torch.zeros(())
-        scales = group_power(factors.inputs(self.sample), self.activation)
-        return (scales @ power) / (12 * levels(self.activation) ** 2)
+        return expected_error(factors.inputs(sample), self.activation, clip) @ power
 
 
 def _sampled_rows(

@@ -1,0 +1,180 @@
+"""Transforms trained on a block's output, with the real quantisers and straight-through gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ggml_ext import native
+from ggml_ext.blocks import Block
+from ggml_ext.sites import Linear, Site, SiteKind, SiteTransform
+from ggml_ext.transforms.activation import fake_quant_activation
+from ggml_ext.transforms.flatquant import MAX_CONDITION, condition
+from ggml_ext.transforms.kronecker import Factors
+from ggml_ext.transforms.request import TransformRequest
+
+_FACTOR_RATE = 2e-3
+_CLIP_RATE = 5e-2
+_REFRESH_STEPS = 10  # the weights are encoded anew in every tenth step
+_CHECKS = 3  # times that an iterate is compared with the best one
+_CHECK_BATCHES = 8
+_LARGEST_CLIP = 0.99  # a clip of 1 has no gradient
+_FLOATS = ("f32", "f16", "bf16")
+
+
+def train(
+    block: Block,
+    transforms: Mapping[SiteKind, SiteTransform],
+    batches: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    request: TransformRequest,
+) -> dict[SiteKind, SiteTransform]:
+    """Transforms with a smaller mean squared error of the block's output, on batches of hidden states
+    [batch, tokens, hidden] against targets, what the block makes of them in float.
+
+    Returns the best of a few iterates and the transforms as given, by the loss over the first batches with
+    freshly encoded weights and factors as stored; iterates with ill-conditioned factors are left out.
+    notes: "block_loss_start" and "block_loss", relative to the targets' power. Deterministic for a seed.
+    """
+    state = _State(block, transforms, request)
+    checks = list(zip(batches, targets, strict=True))[:_CHECK_BATCHES]
+    best, start = dict(transforms), state.loss_of(transforms, checks)
+    lowest = start
+    optimiser = torch.optim.AdamW(state.groups(), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(request.train_steps, 1))
+    order = torch.Generator().manual_seed(request.seed)
+    queue: list[int] = []
+    for step in range(1, request.train_steps + 1):
+        if not queue:
+            queue = torch.randperm(len(batches), generator=order).tolist()
+        index = queue.pop()
+        if (step - 1) % _REFRESH_STEPS == 0:
+            state.encode(batches[index])
+        optimiser.zero_grad()
+        _relative_error(state.run(batches[index]), targets[index]).backward()
+        optimiser.step()
+        schedule.step()
+        if step == request.train_steps or step % max(1, request.train_steps // _CHECKS) == 0:
+            candidate = state.transforms()
+            if any(condition(transform) > MAX_CONDITION for transform in candidate.values()):
+                continue
+            loss = state.loss_of(candidate, checks)
+            if loss < lowest:
+                best, lowest = candidate, loss
+    figures = {"block_loss_start": start, "block_loss": lowest}
+    return {
+        kind: replace(transform, notes=transforms[kind].notes | figures) for kind, transform in best.items()
+    }
+
+
+@dataclass
+class _Learned:
+    """A site's parameters. ``noise``: what encoding left of each of its transformed matrices."""
+
+    site: Site
+    factors: Factors
+    clip: float | Tensor
+    noise: dict[str, Tensor]
+    power: Tensor | None = None
+
+    def clip_factor(self) -> float | Tensor:
+        return self.clip.sigmoid() if isinstance(self.clip, Tensor) else self.clip
+
+
+class _State:
+    """The block with rounded weights and activations as a function of its sites' parameters. It runs in the
+    transformed bases, as the file will: the matrices are W T^-T + noise and read the rounded x T."""
+
+    def __init__(
+        self, block: Block, transforms: Mapping[SiteKind, SiteTransform], request: TransformRequest
+    ) -> None:
+        self._block, self._request = block, request
+        self._learned = self._build(transforms)
+
+    def _build(self, transforms: Mapping[SiteKind, SiteTransform]) -> dict[SiteKind, _Learned]:
+        learned: dict[SiteKind, _Learned] = {}
+        for kind, transform in transforms.items():
+            site = self._block.sites[kind]
+            clip: float | Tensor = transform.clip
+            if self._request.clips:
+                factor = min(transform.clip, _LARGEST_CLIP)
+                device = site.linears[0].weight.device
+                clip = torch.tensor(math.log(factor / (1 - factor)), device=device, requires_grad=True)
+            learned[kind] = _Learned(site, Factors(site, transform), clip, {})
+        return learned
+
+    def groups(self) -> list[dict[str, object]]:
+        parts = self._learned.values()
+        factors = [p for part in parts for p in part.factors.parameters.values()]
+        clips = [part.clip for part in parts if isinstance(part.clip, Tensor)]
+        groups: list[dict[str, object]] = [{"params": factors, "lr": _FACTOR_RATE}] if factors else []
+        return [*groups, {"params": clips, "lr": _CLIP_RATE}] if clips else groups
+
+    def transforms(self) -> dict[SiteKind, SiteTransform]:
+        return {
+            kind: replace(part.factors.transform(), clip=float(part.clip_factor()))
+            for kind, part in self._learned.items()
+        }
+
+    @torch.no_grad()
+    def loss_of(
+        self, transforms: Mapping[SiteKind, SiteTransform], checks: Sequence[tuple[Tensor, Tensor]]
+    ) -> float:
+        """Mean relative error of the block's output with these transforms and weights encoded for them."""
+        current, self._learned = self._learned, self._build(transforms)
+        for kind, part in self._learned.items():
+            part.clip = transforms[kind].clip
+        self.encode(checks[0][0])
+        errors = [float(_relative_error(self.run(hidden), target)) for hidden, target in checks]
+        self._learned = current
+        return sum(errors) / len(errors)
+
+    @torch.no_grad()
+    def encode(self, hidden: Tensor) -> None:
+        """Rounds the transformed matrices with the real encoder, importances being those of a batch."""
+        for part in self._learned.values():
+            part.noise = {}
+        self.run(hidden)
+        for part in self._learned.values():
+            for linear in part.site.linears:
+                w = part.factors.weights(linear.weight)
+                part.noise[linear.tensor] = self._rounded(linear, w, part.power) - w
+
+    def run(self, hidden: Tensor) -> Tensor:
+        weights = {}
+        for part in self._learned.values():
+            for linear in part.site.linears:
+                w = part.factors.weights(linear.weight)
+                weights[linear.tensor] = w + part.noise[linear.tensor] if part.noise else w
+        inputs = {kind: self._reader(part) for kind, part in self._learned.items()}
+        return self._block.run(hidden, weights=weights, inputs=inputs)
+
+    def _reader(self, part: _Learned):  # type: ignore[no-untyped-def]
+        def read(x: Tensor) -> Tensor:
+            moved = part.factors.inputs(x.float())
+            if not part.noise:
+                part.power = moved.detach().flatten(0, -2).square().mean(0)
+            return fake_quant_activation(moved, self._request.activation, part.clip_factor()).to(x.dtype)
+
+        return read
+
+    def _rounded(self, linear: Linear, w: Tensor, power: Tensor | None) -> Tensor:
+        type_name = self._request.type_of(linear)
+        if type_name.lower() in _FLOATS:
+            return w
+        rows = np.ascontiguousarray(w.reshape(-1, w.shape[-1]).cpu().numpy())
+        importance = None
+        if power is not None and (self._request.rounding != "rtn" or native.needs_imatrix(type_name)):
+            importance = power.cpu().numpy()
+        data = native.quantize(type_name, rows, importance, threads=1)
+        decoded = torch.from_numpy(native.dequantize(type_name, data, rows.shape[1]))
+        return decoded.view(w.shape).to(w.device)
+
+
+def _relative_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).square().mean() / target.float().square().mean()
