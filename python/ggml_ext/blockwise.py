@@ -72,8 +72,7 @@ def encode_block(
                     data[name] = learned.data[name]
                     errors[name] = _error(weights[name], data[name], job.types[name], hessians)
     packed = {name: Packed(job.types[name], _dims(weights[name]), data[name]) for name in data}
-    for kind in SITE_KINDS:
-        packed.update(_factors(sites[kind], transforms[kind]))
+    packed.update(_all_factors(sites, transforms, job))
     packed.update({name: _float_tensor(tensor, "f32") for name, tensor in others.items()})
     findings = Findings(
         hadamard=tuple(transforms[kind].hadamard for kind in SITE_KINDS),
@@ -227,6 +226,24 @@ def _dims(tensor: Tensor) -> tuple[int, ...]:
 def _float_tensor(tensor: Tensor, type_name: str) -> Packed:
     rows = np.ascontiguousarray(tensor.reshape(-1, tensor.shape[-1]).numpy(), np.float32)
     return Packed(type_name, _dims(tensor), native.quantize(type_name, rows))
+
+
+def _all_factors(
+    sites: Mapping[SiteKind, Site], transforms: Mapping[SiteKind, SiteTransform], job: Job
+) -> dict[str, Packed]:
+    factors: dict[str, Packed] = {}
+    for kind in SITE_KINDS:
+        factors.update(_factors(sites[kind], transforms[kind]))
+    rotated = [kind for kind in SITE_KINDS if transforms[kind].hadamard > 1]
+    first = sites["attn_in"].anchor.startswith("blk.0.")
+    if first and rotated and not factors and "fq4" not in job.types.values():
+        # Stock llama.cpp would run a file of its own types whose only transforms are Hadamard matrices, and
+        # wrongly (docs/gguf.md). One stored factor makes it refuse: the smallest that is an identity.
+        orders = {kind: sites[kind].n // transforms[kind].hadamard for kind in rotated}
+        kind = min(orders, key=lambda kind: orders[kind])
+        eye = torch.eye(orders[kind], dtype=torch.float64)
+        factors = _factors(sites[kind], replace(transforms[kind], left=eye))
+    return factors
 
 
 def _factors(site: Site, transform: SiteTransform) -> dict[str, Packed]:

@@ -34,6 +34,7 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
 from ggml_ext.progress import track
+from ggml_ext.recipes import Method
 from ggml_ext.rounding.learned import Learned, Matrix, refine_block
 from ggml_ext.samples import windows
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
@@ -168,7 +169,7 @@ def _run(
     try:
         if missing[0] == 0 and not states[0].exists():
             with states[0].writing() as put:
-                for batch in torch.split(torch.from_numpy(tokens), _batch_size(plan.ctx)):
+                for batch in torch.split(torch.from_numpy(tokens), batch_size(plan.ctx)):
                     put(model.embed(batch))
         with track(len(missing), "calibration", "blocks") as advance:
             for index in missing:
@@ -189,7 +190,8 @@ def _run(
     return errors
 
 
-def _batch_size(ctx: int) -> int:
+def batch_size(ctx: int) -> int:
+    """Windows that go through a block at a time."""
     return max(1, _BATCH_TOKENS // ctx)
 
 
@@ -198,7 +200,7 @@ def _block(
 ) -> dict[str, float]:
     """Calibrates one block, writes its file, and returns the errors of its matrices."""
     before, after = states[block.index], states[block.index + 1]
-    size = _batch_size(plan.ctx)
+    size = batch_size(plan.ctx)
     torch.manual_seed(plan.seed)
     with after.writing() as put:
         stats = block.collect(before.batches(size), put)
@@ -223,6 +225,12 @@ def _block(
     if block.index == plan.blocks - 1:
         after.remove()
     return findings.errors
+
+
+def trains(method: Method) -> bool:
+    """Whether the transforms are trained on the block's output after they have been solved. It pays for
+    activations of 4 bits only (docs/flatquant.md)."""
+    return method.transform == "flatquant" and recipes.ACTIVATIONS[method.activation] is not None
 
 
 def _activation(plan: Plan) -> ActivationSpec:

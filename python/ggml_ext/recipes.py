@@ -6,6 +6,7 @@ before any work is done; what works but may surprise is said in a line of remark
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -185,7 +186,15 @@ def _check_types(method: Method, others: Sequence[str]) -> None:
             ) from exc
 
 
+def require_packages() -> None:
+    """Raises GgmlExtError if a package that running a model takes is not installed."""
+    for name in ("torch", "transformers", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            raise GgmlExtError(f"calibration needs the package {name}; pip install 'ggml-ext[calibrate]'")
+
+
 def _check_blockwise(method: Method, *, folder: bool, text: bool, imatrix: bool) -> None:
+    require_packages()
     asked = f"--rounding {method.rounding}"
     if method.transform != "none":
         asked = f"--transform {method.transform}"

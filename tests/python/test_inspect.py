@@ -65,6 +65,38 @@ def test_json_is_plain_and_complete(tiny: Path) -> None:
     assert plain["ext"]["calibration"]["seed"] == 42
 
 
+def test_how_the_file_was_made_is_shown(tiny: Path) -> None:
+    text = printed(inspect(tiny))
+    for part in (
+        "order 16 at 1 sites, order 4 at 1 sites, order 256 at 1 sites",
+        "0.500 to 0.750 at 2 sites",
+        "4 bits, one scale per 32",
+        "mean 0.375, largest 0.5 (blk.0.attn_k.weight)",
+    ):
+        assert part in text
+    (row,) = (line for line in printed(inspect(tiny), tensors=True).splitlines() if "attn_q.weight" in line)
+    assert row.split()[-1] == "0.25"
+
+
+def test_factors_are_no_weights(tmp_path: Path) -> None:
+    """Bits per weight count a transform's bytes, and the model's weights only."""
+    factors = {f"blk.{i}.attn_q.fq_l": np.eye(4, dtype=np.float16) for i in range(3)}
+    tensors = {"blk.0.attn_q.weight": np.zeros((3, 64), np.float16), **factors}
+    result = inspect(models.write_gguf(tmp_path / "f.gguf", tensors))
+    assert result.parameters == 3 * 64
+    assert result.bits_per_weight == 16 + 8 * 3 * 32 / (3 * 64)
+    assert result.quantized_bits_per_weight is None
+    (factor,) = result.factors
+    assert (factor.site, factor.kind, factor.order, factor.type, factor.blocks) == (
+        "attn_q",
+        "fq_l",
+        4,
+        "F16",
+        3,
+    )
+    assert "attn_q.fq_l 4 x 4 F16 in 3" not in printed(result), "without keys nothing says how it was made"
+
+
 def test_stock_file(tmp_path: Path) -> None:
     path = models.write_gguf(tmp_path / "stock.gguf", {"a.weight": np.zeros((3, 64), np.float16)})
     result = inspect(path)
