@@ -153,8 +153,8 @@ GGML_EXT_AVX2 static void product_avx2(const struct ggml_ext_kron_product * p) {
         struct ggml_ext_kron_product rest = *p;
 
         rest.cols = p->cols - col;
-        rest.b  = (const char *) p->b + col * (p->b_f16 ? 2 : 4);
-        rest.c  = p->c + col;
+        rest.b    = (const char *) p->b + col * (p->b_f16 ? 2 : 4);
+        rest.c    = p->c + col;
         ggml_ext_kron_generic.product(&rest);
     }
 }
