@@ -116,11 +116,11 @@ void ggml_ext_llama_cache(const llama_model & model, const llama_model * source,
     }
     if (learned_k(model, type_k)) {
         rotate_k = false;
-        LLAMA_LOG_INFO("%s: ggml-ext: learned transform of K in the place of attention rotation\n", __func__);
+        LLAMA_LOG_INFO("ggml-ext: learned transform of K in the place of attention rotation\n");
     }
     if (learned_v(model, type_v)) {
         rotate_v = false;
-        LLAMA_LOG_INFO("%s: ggml-ext: learned transform of V in the place of attention rotation\n", __func__);
+        LLAMA_LOG_INFO("ggml-ext: learned transform of V in the place of attention rotation\n");
     }
 }
 

@@ -1,6 +1,6 @@
 """Program: the logits of a model under the llama.cpp of a folder, as raw float32.
 
-    python logits.py LIB_DIR MODEL.gguf OUT.npy [--flash] [--rpc ADDRESS] [--cache K V] [--lora GGUF] [--shift]
+    python logits.py LIB_DIR MODEL OUT.npy [--flash] [--rpc ADDRESS] [--cache K V] [--lora GGUF] [--shift]
 
 Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
 process of its own, since a process holds one llama.cpp. --cache: ggml types of K and V.
