@@ -153,7 +153,7 @@ def check(
     given. Raises GgmlExtError.
     """
     if imatrix and text:
-        raise GgmlExtError("--imatrix and --calibration: give one of the two")
+        raise GgmlExtError("--imatrix and --calibration are two sources of importances; give one of the two")
     _check_types(method, [name for _, name in type_for])
     if method.blockwise:
         _check_blockwise(method, folder=folder, text=text, imatrix=imatrix)
