@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.sites import Site, SiteStats, SiteTransform
-from ggml_ext.transforms import flatquant, hadamard, none, smoothquant
+from ggml_ext.transforms import awq, flatquant, hadamard, none, smoothquant
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
 from ggml_ext.transforms.structure import split_budget
@@ -24,6 +24,7 @@ __all__ = [
 _SOLVERS: dict[str, Callable[[Site, SiteStats, TransformRequest], SiteTransform]] = {
     "none": none.solve,
     "smoothquant": smoothquant.solve,
+    "awq": awq.solve,
     "hadamard": hadamard.solve,
     "flatquant": flatquant.solve,
 }
