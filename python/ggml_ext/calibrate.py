@@ -40,6 +40,7 @@ from ggml_ext.samples import windows
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
 from ggml_ext.source import Source, open_gguf
 from ggml_ext.transforms import TransformRequest, fake_quant_activation
+from ggml_ext.transforms.official import load_official
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -207,9 +208,12 @@ def _block(
     torch.manual_seed(plan.seed)
     with after.writing() as put:
         stats = block.collect(before.batches(size), put)
-    solved = _solve(plan, block, stats)
     device = torch.device(plan.device)
-    if trains(request.method):
+    if request.matrices is not None:
+        solved = _given(request.matrices, plan, block)
+    else:
+        solved = _solve(plan, block, stats)
+    if request.matrices is None and trains(request.method):
         wanted = _transform_request(plan)
         solved = transforms.train(block, solved, before.on(device, 1), after.on(device, 1), wanted)
 
@@ -250,6 +254,26 @@ def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[S
         kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
         for kind, site in block.sites.items()
     }
+
+
+def _given(matrices: Path, plan: Plan, block: Block) -> dict[SiteKind, SiteTransform]:
+    """The block's transforms as the official code saved them. Its clips were learned for activations of few
+    bits; at 8 bits they would only cut."""
+    saved = load_official(matrices)
+    if len(saved) != plan.blocks:
+        raise GgmlExtError(
+            f"{matrices}: transforms of {len(saved)} blocks for a model of {plan.blocks}; give this model's"
+        )
+    found = saved[block.index]
+    for kind, site in block.sites.items():
+        if found[kind].n != site.n:
+            raise GgmlExtError(
+                f"{matrices}: block {block.index}: {kind} has {found[kind].n} channels, the model {site.n}; "
+                "give this model's transforms"
+            )
+    if plan.activation is not None:
+        return found
+    return {kind: replace(transform, clip=1.0) for kind, transform in found.items()}
 
 
 def _transform_request(plan: Plan) -> TransformRequest:

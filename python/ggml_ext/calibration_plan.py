@@ -20,6 +20,7 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.recipes import Method
 from ggml_ext.rounding import grid
 from ggml_ext.source import Source
+from ggml_ext.transforms import official
 
 FILE = "plan.json"
 SOURCE = "source.gguf"
@@ -29,7 +30,8 @@ SOURCE = "source.gguf"
 class Request:
     """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
     ``dtype``: "f32" or "bf16", what the model computes in. ``threads``: 0 for all; the result does not depend
-    on it where sums do not."""
+    on it where sums do not. ``matrices``: transforms that the official FlatQuant code saved, a file
+    flat_matrices.pth or its folder, to use instead of solved ones."""
 
     source: Path
     text: Path
@@ -41,6 +43,7 @@ class Request:
     device: str = "cpu"
     dtype: str = "f32"
     threads: int = 0
+    matrices: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Plan:
     ``windows``: sequences of ``ctx`` tokens that the text gave, at most ``samples``. ``base``: the type or
     mix that was asked for. ``types``: tensor -> type, all tensors of the model. ``fallbacks``: tensor -> type
     that did not fit its rows. ``without_effect``: tensors that --type-for names in vain.
-    ``activation``: bits and group, None for llama.cpp's own. ``dtype``: of the
-    hidden states. ``versions``: of the programs involved."""
+    ``matrices``: SHA-256 of the transforms that were given, None where they are solved. ``activation``:
+    bits and group, None for llama.cpp's own. ``dtype``: of the hidden states. ``versions``: of the
+    programs involved."""
 
     source: list[list[Any]]
     text: str
@@ -64,6 +68,7 @@ class Plan:
     without_effect: list[str]
     transform: str
     transform_bits: float | None
+    matrices: str | None
     rounding: str
     activation: list[int] | None
     blocks: int
@@ -126,6 +131,7 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
         without_effect=rules.without_effect(shapes, source.arch, asked),
         transform=method.transform,
         transform_bits=method.transform_bits,
+        matrices=None if request.matrices is None else official.sha256(request.matrices),
         rounding=method.rounding,
         activation=None if activation is None else list(activation),
         blocks=blocks,
@@ -141,8 +147,8 @@ def _check_grid(base: str, rounding: str) -> None:
     type_name = mixes.BODY.get(base, base)
     if rounding in ("gptq", "learned") and not grid.supports(type_name):
         raise GgmlExtError(
-            f"--rounding {rounding}: knows no levels of type {type_name}; it knows {', '.join(grid.names())}, "
-            "for others use --rounding imatrix"
+            f"--rounding {rounding}: knows no levels of type {type_name}; "
+            f"it knows {', '.join(grid.names())}, for others use --rounding imatrix"
         )
 
 

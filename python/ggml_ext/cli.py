@@ -138,6 +138,10 @@ DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the m
 DtypeOption = Annotated[
     str | None, typer.Option(metavar="f32|bf16", help="What they compute in; bf16 by default on cuda.")
 ]
+MatricesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Use the transforms in flat_matrices.pth of FlatQuant's own code."),
+]
 AllThreadsOption = Annotated[int, typer.Option("-t", "--threads", min=0, help="Threads; 0 for all.")]
 
 
@@ -169,6 +173,7 @@ def convert(
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    matrices: MatricesOption = None,
     threads: AllThreadsOption = 0,
 ) -> None:
     """Convert a model to a GGUF file: transform x rounding x type, or a recipe that names all three."""
@@ -177,7 +182,9 @@ def convert(
     from ggml_ext.recipes import Options
 
     options = Options(type_name, transform, rounding, activation, samples)
-    if calibrated is not None and (recipe or calibration or imatrix or rules or keep or options != Options()):
+    if calibrated is not None and (
+        recipe or calibration or imatrix or matrices or rules or keep or options != Options()
+    ):
         raise typer.BadParameter("the calibration has decided this already", param_hint="--calibrated")
     result = run_convert(
         source,
@@ -193,6 +200,7 @@ def convert(
         seed=seed,
         device=_device(device),
         dtype=_dtype(dtype, device),
+        matrices=matrices,
         threads=threads,
     )
     print(result.summary())
@@ -215,6 +223,7 @@ def calibrate(
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    matrices: MatricesOption = None,
     threads: AllThreadsOption = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what memory, disk and time it would take.")
@@ -230,6 +239,7 @@ def calibrate(
 
     options = recipes.Options(type_name, transform, rounding, activation, samples)
     method = recipes.resolve(recipe, options, importances=True)
+    method = recipes.with_matrices(method, options, matrices)
     request = Request(
         source,
         calibration,
@@ -241,6 +251,7 @@ def calibrate(
         _device(device),
         _dtype(dtype, device),
         threads,
+        matrices,
     )
     if dry_run:
         from ggml_ext.estimate import estimate

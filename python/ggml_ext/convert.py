@@ -106,6 +106,7 @@ def convert(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "f32",
+    matrices: Path | None = None,
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
@@ -116,8 +117,8 @@ def convert(
     imatrix: importance matrix of llama-imatrix. calibration: text to compute one from, or to calibrate on.
     calibrated: folder of a finished calibration of this model, which then decides everything else.
     type_for: (pattern, type) pairs; keep: patterns of tensors that stay as they are (re.search, names).
-    threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype: see
-    calibrate.Request. warn: gets one line at a time.
+    threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype,
+    matrices: see calibration_plan.Request. warn: gets one line at a time.
     Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
@@ -126,6 +127,7 @@ def convert(
         return _from_folder(source, calibrated, out, threads, started, warn)
     options = options or Options(type_name=type_name)
     method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration))
+    method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
     recipes.check(
         method, request.type_for, folder=source.is_dir(), text=calibration is not None, imatrix=bool(imatrix)
@@ -136,7 +138,9 @@ def convert(
         from ggml_ext.calibration_plan import Request
 
         folder = out.with_name(f"{out.name}.calibration")
-        wanted = Request(source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads)
+        wanted = Request(
+            source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads, matrices
+        )
         calibrate(wanted, folder, warn=warn)
         result = _from_folder(source, folder, out, threads, started, warn)
         shutil.rmtree(folder)

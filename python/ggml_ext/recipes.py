@@ -139,6 +139,18 @@ def resolve(recipe: str | None, options: Options, *, importances: bool) -> Metho
     return replace(base, **given)
 
 
+def with_matrices(method: Method, options: Options, matrices: Path | None) -> Method:
+    """The method when transforms are given in a file: flatquant. Raises GgmlExtError for another one."""
+    if matrices is None or method.transform == "flatquant":
+        return method
+    if options.transform is not None:
+        raise GgmlExtError(
+            f"--matrices {matrices}: holds FlatQuant's transforms; leave out --transform {options.transform}"
+        )
+    rounding = method.rounding if options.rounding is not None else "gptq"
+    return replace(method, transform="flatquant", rounding=rounding)
+
+
 def check(
     method: Method,
     type_for: Sequence[tuple[str | re.Pattern[str], str]],
