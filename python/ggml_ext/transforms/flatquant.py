@@ -38,7 +38,7 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
         raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
     loss = Loss(site, stats, request)
     clip = torch.tensor(_START_CLIP if request.clips else 1.0).logit().requires_grad_(request.clips)
-    best, lowest = _start(site, stats, request, loss, float(clip.sigmoid()))
+    best, lowest = _start(site, stats, request, loss, float(clip.detach().sigmoid()))
     first, rejected = lowest, 0
     factors = Factors(site, best)
     groups: list[dict[str, Any]] = [{"params": list(factors.parameters.values()), "lr": _FACTOR_RATE}]
@@ -56,7 +56,7 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
             if condition(candidate) > MAX_CONDITION:
                 rejected += 1
                 continue
-            value = loss.value(Factors(site, candidate), float(clip.sigmoid()))
+            value = loss.value(Factors(site, candidate), float(clip.detach().sigmoid()))
             if value < lowest:
                 best, lowest = candidate, value
     notes = {
