@@ -15,7 +15,7 @@ from ggml_ext import native
 from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.fold import fold, unfold
-from ggml_ext.rounding import Rounded, relative_error, round_matrix
+from ggml_ext.rounding import Rounded, grid, relative_error, round_matrix
 from ggml_ext.rounding.learned import Learned, Matrix
 from ggml_ext.rules import FLOAT_TYPES
 from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteKind, SiteStats, SiteTransform
@@ -160,6 +160,8 @@ class _Hessians:
 def _rounded(weight: Tensor, name: str, hessians: _Hessians, job: Job) -> tuple[Bytes, float]:
     """The matrix's encoding, and its error: the mean over the experts if there are several."""
     method = "gptq" if job.rounding == "learned" else job.rounding
+    if method == "gptq" and not _has_grid(job.types[name]):
+        method = "imatrix"
     parts: list[Rounded] = []
     for w, hessian in hessians.matrices(weight):
         try:
@@ -167,6 +169,10 @@ def _rounded(weight: Tensor, name: str, hessians: _Hessians, job: Job) -> tuple[
         except GgmlExtError as exc:
             raise GgmlExtError(f"{name}: {exc}") from exc
     return np.concatenate([part.data for part in parts]), float(np.mean([part.error for part in parts]))
+
+
+def _has_grid(type_name: str) -> bool:
+    return type_name not in FLOAT_TYPES and grid.supports(type_name)
 
 
 def _error(weight: Tensor, data: Bytes, type_name: str, hessians: _Hessians) -> float:
@@ -191,7 +197,7 @@ def _matrices(
     for kind in SITE_KINDS:
         for linear in sites[kind].linears:
             name = linear.tensor
-            if job.types[name] in FLOAT_TYPES:
+            if not _has_grid(job.types[name]):
                 continue
             folds = [
                 (site, transforms[site.kind])

@@ -30,7 +30,7 @@ from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
 from ggml_ext.calibration_plan import Plan, Request
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
 from ggml_ext.progress import track
@@ -107,6 +107,9 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
             plans.require_equal(found, plan, folder)
         for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
             warn(line)
+        if plan.without_grid:
+            kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
+            warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
         errors = _run(request, folder, plan, source, model, tokens, warn)
         done = len(errors)
     mean = float(np.mean([error for block in errors for error in block])) if done else None

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import __version__, hf, native, paths, recipes, rules
+from ggml_ext import __version__, hf, mixes, native, paths, recipes, rules
 from ggml_ext.atomic import write_text
 from ggml_ext.block_file import block_path
 from ggml_ext.errors import GgmlExtError
@@ -76,6 +76,17 @@ class Plan:
         """Writes the plan atomically."""
         write_text(folder / FILE, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
+    @property
+    def without_grid(self) -> list[str]:
+        """Matrices of blocks whose type has no levels to choose from; importances round them instead."""
+        if self.rounding not in ("gptq", "learned"):
+            return []
+        return [
+            name
+            for name, kind in self.types.items()
+            if name.startswith("blk.") and kind not in rules.FLOAT_TYPES and not grid.supports(kind)
+        ]
+
     def missing(self, folder: Path) -> list[int]:
         """Blocks that have no checkpoint yet."""
         return [index for index in range(self.blocks) if not block_path(folder, index).is_file()]
@@ -100,7 +111,7 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
     shapes = [tensor.shape for tensor in source.tensors]
     choices = rules.choose(shapes, source.arch, asked, native.block_size)
     types = {choice.name: choice.target for choice in choices}
-    _check_grids(types, method.rounding)
+    _check_grid(method.type_name, method.rounding)
     activation = recipes.ACTIVATIONS[method.activation]
     return Plan(
         source=model_files(request.source),
@@ -125,16 +136,14 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
     )
 
 
-def _check_grids(types: Mapping[str, str], rounding: str) -> None:
-    """Refuses types that a rounding cannot choose codes of, before anything is computed."""
-    if rounding not in ("gptq", "learned"):
-        return
-    for name, type_name in types.items():
-        if name.startswith("blk.") and type_name not in rules.FLOAT_TYPES and not grid.supports(type_name):
-            raise GgmlExtError(
-                f"--rounding {rounding}: knows no levels of type {type_name} ({name}); it knows "
-                f"{', '.join(grid.names())}, for others use --rounding imatrix"
-            )
+def _check_grid(base: str, rounding: str) -> None:
+    """Refuses a main type that the rounding cannot choose codes of, before anything is computed."""
+    type_name = mixes.BODY.get(base, base)
+    if rounding in ("gptq", "learned") and not grid.supports(type_name):
+        raise GgmlExtError(
+            f"--rounding {rounding}: knows no levels of type {type_name}; it knows {', '.join(grid.names())}, "
+            "for others use --rounding imatrix"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext import encode, hf, importance, native, recipes, rules, stock
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
@@ -67,27 +67,22 @@ class ConvertResult:
         lines = []
         for wanted, used in sorted(set(self.fallbacks.values())):
             names = [name for name, pair in self.fallbacks.items() if pair == (wanted, used)]
-            lines.append(f"rows do not fit the blocks of {wanted}, used {used} for {_listed(names)}")
+            lines.append(f"rows do not fit the blocks of {wanted}, used {used} for {listed(names)}")
         uncollected = [name for name in self.without_importance if name in _UNCOLLECTED]
         missing = [name for name in self.without_importance if name not in _UNCOLLECTED]
         if missing:
-            lines.append(f"warning: no importances for {_listed(missing)}; rounded without")
+            lines.append(f"warning: no importances for {listed(missing)}; rounded without")
         if uncollected:
-            lines.append(f"llama-imatrix collects no importances for {_listed(uncollected)}; rounded without")
+            lines.append(f"llama-imatrix collects no importances for {listed(uncollected)}; rounded without")
         if self.without_effect:
             lines.append(
-                f"warning: --type-for does nothing for {_listed(self.without_effect)}; never quantised"
+                f"warning: --type-for does nothing for {listed(self.without_effect)}; never quantised"
             )
         return lines
 
 
 # Looked up row by row, or left out by llama-imatrix unless asked for.
 _UNCOLLECTED = rules.EMBEDDINGS | {rules.HEAD}
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:most])}{more}"
 
 
 def _warn(line: str) -> None:

@@ -266,9 +266,22 @@ def test_damaged_and_busy_folders(base: Path, text: Path, finished: Path, tmp_pa
 def test_types_that_the_rounding_does_not_know_are_refused_at_once(
     base: Path, text: Path, tmp_path: Path
 ) -> None:
-    request = request_for(base, text, type_for=[("attn_v", "iq3_s")])
-    refused(request, tmp_path / "c", r"--rounding gptq: knows no levels of type iq3_s \(blk\.0\.attn_v")
+    request = request_for(base, text)
+    other = replace(request, method=replace(request.method, type_name="iq3_s"))
+    refused(other, tmp_path / "c", "--rounding gptq: knows no levels of type iq3_s; it knows fq4")
     assert not (tmp_path / "c" / "plan.json").exists()
+
+
+@pytest.mark.usefixtures("converted")
+def test_other_types_are_rounded_by_importance(base: Path, text: Path, tmp_path: Path) -> None:
+    """Q8_0, which Q4_K_M gives mixtures of eight experts, and types for rows that do not fit."""
+    lines: list[str] = []
+    request = request_for(base, text, type_for=[("0.attn_v", "q8_0")])
+    calibrate.calibrate(request, tmp_path / "c", warn=lines.append)
+    assert lines == ["gptq knows no levels of q8_0: imatrix for 1 tensor: blk.0.attn_v.weight"]
+    stored, findings = load(block_path(tmp_path / "c", 0))
+    assert stored["blk.0.attn_v.weight"].type_name == "q8_0"
+    assert findings.errors["blk.0.attn_v.weight"] < 1e-4
 
 
 @pytest.mark.usefixtures("converted")
