@@ -125,8 +125,10 @@ Model make_model(const std::string & weights, const std::string & factors) {
 // Clock readings of one pass: op 2 i before the transform of site i, op 2 i + 1 after it.
 std::vector<double> stamps;
 
-void stamp(ggml_tensor *, int, int, void *) {
-    stamps.push_back(now());
+void stamp(ggml_tensor *, int ith, int, void *) {
+    if (ith == 0) {  // every thread comes by
+        stamps.push_back(now());
+    }
 }
 
 // One token through all sites, or their transforms alone. Results share memory, as llama.cpp's allocator
