@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ggml_ext import calibration_plan as plans
-from ggml_ext import hf, recipes, transforms
+from ggml_ext import given, hf, recipes, transforms
 from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
@@ -40,7 +40,6 @@ from ggml_ext.samples import windows
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
 from ggml_ext.source import Source, open_gguf
 from ggml_ext.transforms import TransformRequest, fake_quant_activation
-from ggml_ext.transforms.official import load_official
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -210,7 +209,7 @@ def _block(
         stats = block.collect(before.batches(size), put)
     device = torch.device(plan.device)
     if request.matrices is not None:
-        solved = _given(request.matrices, plan, block)
+        solved = given.sites(request.matrices, block, plan.blocks, clips=plan.activation is not None)
     else:
         solved = _solve(plan, block, stats)
     if request.matrices is None and trains(request.method):
@@ -230,6 +229,8 @@ def _block(
     learned = refine if plan.rounding == "learned" else None
     job = Job(plan.types, plan.rounding, request.threads, learned)
     packed, findings = encode_block(block.sites, stats, solved, source, job)
+    if request.matrices is not None:
+        packed |= given.cache_tensors(request.matrices, block)
     save(block_path(folder, block.index), packed, findings)
     before.remove()
     if block.index == plan.blocks - 1:
@@ -238,9 +239,8 @@ def _block(
 
 
 def trains(method: Method) -> bool:
-    """Whether the transforms are trained on the block's output after they have been solved. It pays for
-    activations of 4 bits only (docs/flatquant.md)."""
-    return method.transform == "flatquant" and recipes.ACTIVATIONS[method.activation] is not None
+    """Whether the transforms are trained on the block's output after they have been solved."""
+    return method.transform == "flatquant" and method.train_steps > 0
 
 
 def _activation(plan: Plan) -> ActivationSpec:
@@ -256,32 +256,13 @@ def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[S
     }
 
 
-def _given(matrices: Path, plan: Plan, block: Block) -> dict[SiteKind, SiteTransform]:
-    """The block's transforms as the official code saved them. Its clips were learned for activations of few
-    bits; at 8 bits they would only cut."""
-    saved = load_official(matrices)
-    if len(saved) != plan.blocks:
-        raise GgmlExtError(
-            f"{matrices}: transforms of {len(saved)} blocks for a model of {plan.blocks}; give this model's"
-        )
-    found = saved[block.index]
-    for kind, site in block.sites.items():
-        if found[kind].n != site.n:
-            raise GgmlExtError(
-                f"{matrices}: block {block.index}: {kind} has {found[kind].n} channels, the model {site.n}; "
-                "give this model's transforms"
-            )
-    if plan.activation is not None:
-        return found
-    return {kind: replace(transform, clip=1.0) for kind, transform in found.items()}
-
-
 def _transform_request(plan: Plan) -> TransformRequest:
     return TransformRequest(
         name=plan.transform,
         types=plan.types,
         activation=_activation(plan),
         rounding=plan.rounding,
+        train_steps=plan.train_steps,
         seed=plan.seed,
     )
 

@@ -68,6 +68,7 @@ class Plan:
     without_effect: list[str]
     transform: str
     transform_bits: float | None
+    train_steps: int
     matrices: str | None
     rounding: str
     activation: list[int] | None
@@ -131,6 +132,7 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
         without_effect=rules.without_effect(shapes, source.arch, asked),
         transform=method.transform,
         transform_bits=method.transform_bits,
+        train_steps=method.train_steps,
         matrices=None if request.matrices is None else official.sha256(request.matrices),
         rounding=method.rounding,
         activation=None if activation is None else list(activation),

@@ -134,6 +134,10 @@ SamplesOption = Annotated[
     int | None, typer.Option(min=1, help="Windows of the calibration text; 128 by default.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+TrainStepsOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Steps that train flatquant's transforms on each block's output; 0 by default."),
+]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model's blocks run.")]
 DtypeOption = Annotated[
     str | None, typer.Option(metavar="f32|bf16", help="What they compute in; bf16 by default on cuda.")
@@ -170,6 +174,7 @@ def convert(
     keep: KeepOption = None,
     ctx: CalibrationCtxOption = 512,
     samples: SamplesOption = None,
+    train_steps: TrainStepsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
@@ -181,7 +186,7 @@ def convert(
     from ggml_ext.convert import convert as run_convert
     from ggml_ext.recipes import Options
 
-    options = Options(type_name, transform, rounding, activation, samples)
+    options = Options(type_name, transform, rounding, activation, samples, train_steps)
     if calibrated is not None and (
         recipe or calibration or imatrix or matrices or rules or keep or options != Options()
     ):
@@ -220,6 +225,7 @@ def calibrate(
     keep: KeepOption = None,
     ctx: CalibrationCtxOption = 512,
     samples: SamplesOption = None,
+    train_steps: TrainStepsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
@@ -237,7 +243,7 @@ def calibrate(
     from ggml_ext.calibrate import calibrate as run_calibrate
     from ggml_ext.calibration_plan import Request
 
-    options = recipes.Options(type_name, transform, rounding, activation, samples)
+    options = recipes.Options(type_name, transform, rounding, activation, samples, train_steps)
     method = recipes.resolve(recipe, options, importances=True)
     method = recipes.with_matrices(method, options, matrices)
     request = Request(

@@ -85,7 +85,7 @@ def estimate(request: Request, folder: Path) -> Estimate:
     weights = hf.check(request.source)
     steps = _LEARNED_STEPS if method.rounding == "learned" else 0
     training = trains(method)
-    steps += transforms.TransformRequest("flatquant", {}).train_steps if training else 0
+    steps += method.train_steps if training else 0
     dtype = DTYPES[request.dtype]
     found = plan.plan(
         request.source,

@@ -46,7 +46,8 @@ _DEFAULT_SAMPLES = 128
 class Method:
     """``type_name``: a ggml type or a mix. ``transform``, ``rounding``, ``activation``: names of the tuples
     above. ``transform_bits``: bits per weight that online factors may take, None for no limit. ``samples``:
-    windows of the calibration text."""
+    windows of the calibration text. ``train_steps``: steps that train flatquant's transforms on each block's
+    output after they were solved."""
 
     type_name: str = "fq4"
     transform: str = "none"
@@ -54,6 +55,7 @@ class Method:
     activation: str = "a8"
     transform_bits: float | None = None
     samples: int = _DEFAULT_SAMPLES
+    train_steps: int = 0
 
     @property
     def blockwise(self) -> bool:
@@ -91,6 +93,7 @@ class Options:
     rounding: str | None = None
     activation: str | None = None
     samples: int | None = None
+    train_steps: int | None = None
 
 
 def names() -> list[str]:

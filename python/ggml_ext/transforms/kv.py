@@ -43,5 +43,7 @@ def _damped(moments: Tensor) -> Tensor:
     h = moments.double()
     mean = h.diagonal().mean()
     if not bool(h.isfinite().all()) or not mean > 0:
-        raise GgmlExtError("moments of the KV cache hold NaN, Inf or only zeros; check the model and the text")
+        raise GgmlExtError(
+            "moments of the KV cache hold NaN, Inf or only zeros; check the model and the text"
+        )
     return (h + h.T) / (2 * mean) + _DAMPING * torch.eye(len(h), dtype=torch.float64, device=h.device)
