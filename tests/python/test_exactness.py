@@ -11,6 +11,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -67,6 +68,7 @@ def saved_matrices(path: Path, layers: int, n: int, ffn: int, heads: int, head_d
         **site("mlp.down_trans", 16, ffn // 16),
         "self_attn.o_trans.matrix": matrix(heads),
         "self_attn.vcache_trans.matrix": matrix(head_dim),
+        "self_attn.kcache_trans.matrix": matrix(head_dim),
         "self_attn.q_proj.act_quantizer.clip_factor_a_max": torch.tensor(0.5),
     }
     torch.save(dict.fromkeys(range(layers), block), path)
@@ -104,6 +106,12 @@ def test_imported_transforms_keep_the_function(
     before, after = (families.llama_logits(path, tokens) for path in (ggufs["llama"], out))
     families.assert_same_logits(before, after)
     assert (before != after).any()
+    # llama.cpp keeps the pairs of a rotation side by side, Hugging Face half a head apart.
+    saved = torch.load(tmp_path / "flat_matrices.pth")[0]["self_attn.kcache_trans.matrix"].numpy()
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(out).tensors}
+    keys, queries = (tensors[f"blk.0.attn_{name}.fq_h"] for name in ("k", "q"))
+    np.testing.assert_array_equal(keys, saved.reshape(2, 32, 64).swapaxes(0, 1).reshape(64, 64))
+    np.testing.assert_allclose(keys @ queries.T, np.eye(64), atol=1e-5)
 
 
 @pytest.mark.parametrize("transform", recipes.TRANSFORMS)
