@@ -14,7 +14,7 @@ import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from ggml_ext.recipes import Method
 from ggml_ext.rounding.learned import Learned, Matrix, refine_block
 from ggml_ext.samples import windows
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
+from ggml_ext.skeleton import open_skeleton
 from ggml_ext.source import Source, open_gguf
 from ggml_ext.transforms import TransformRequest, fake_quant_activation
 
@@ -81,6 +82,7 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
     started = time.monotonic()
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
     hf.check(request.source)
+    open_skeleton(request.source)  # an unknown family is refused before the model is converted
     sha256 = text_sha256(request.text)
     torch.manual_seed(request.seed)
     with _locked(folder):
@@ -131,7 +133,15 @@ def _locked(folder: Path) -> Iterator[None]:
             raise GgmlExtError(f"{folder}: another run is using it; wait for it or stop it") from exc
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
-        yield
+        try:
+            yield
+        except BaseException:
+            if not (folder / plans.FILE).exists():  # refused before it began: nothing to go on with
+                (folder / plans.SOURCE).unlink(missing_ok=True)
+                (folder / "lock").unlink()
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
 
 
 @contextmanager
