@@ -55,8 +55,8 @@ def spread(weights: dict[str, Tensor], layer: str, share: float, generator: torc
 
 
 def make_variant(source: Path, out: Path, *, share: float = 0.02, seed: int = 0) -> None:
-    """Writes the variant of the folder ``source`` to the new folder ``out``. Exits with a message for a model of
-    another family and for an existing ``out``."""
+    """Writes the variant of the folder ``source`` to the new folder ``out``. Exits with a message for a model
+    of another family and for an existing ``out``."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if not set(config.get("architectures", [])) & set(_FAMILIES):
         sys.exit(f"{source}: architecture {config.get('architectures')}; give one of {', '.join(_FAMILIES)}")
@@ -67,7 +67,9 @@ def make_variant(source: Path, out: Path, *, share: float = 0.02, seed: int = 0)
         for path in sorted(source.glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
-    layers = sorted({int(found[1]) for name in weights if (found := re.match(r"model\.layers\.(\d+)\.", name))})
+    layers = sorted(
+        {int(found[1]) for name in weights if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    )
     generator = torch.Generator().manual_seed(seed)
     for index in layers:
         spread(weights, _LAYER.format(index), share, generator)
@@ -85,7 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--share", type=float, default=0.02, help="share of the channels that become outliers")
+    parser.add_argument(
+        "--share", type=float, default=0.02, help="share of the channels that become outliers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make_variant(options.source, options.out, share=options.share, seed=options.seed)
