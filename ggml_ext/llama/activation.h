@@ -9,8 +9,8 @@ struct gguf_context;
 struct ggml_tensor;
 
 struct ggml_ext_activation {
-    uint32_t bits  = 8;  // 8: llama.cpp's own rounding, nothing is added
-    uint32_t group = 0;  // values that share a scale, 0 for a whole token; with 4 bits only
+    uint32_t bits  = 8;        // 8: llama.cpp's own rounding, nothing is added
+    uint32_t group = 0;        // values that share a scale, 0 for a whole token; with 4 bits only
 
     std::string name() const;  // as in GGML_EXT_ACT: "a8", "a4", "a4/32", "a4/256"
 };

@@ -72,8 +72,7 @@ void ggml_ext_factor_buffers::upload(std::vector<ggml_context_ptr> &        cont
             ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), type));
             ggml_tensor *           tensor = ggml_get_first_tensor(context.get());
             if (!buffer) {
-                ggml_ext_refuse_tensor(tensor->name,
-                                       std::string("finds no memory in ") + ggml_backend_buft_name(type));
+                ggml_ext_refuse_tensor(tensor->name, std::string("finds no memory in ") + ggml_backend_buft_name(type));
             }
             ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));

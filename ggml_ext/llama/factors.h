@@ -29,7 +29,7 @@ class ggml_ext_factor_file {
   public:
     explicit ggml_ext_factor_file(llama_model_loader & ml);
 
-    bool empty() const { return names.empty(); }
+    bool                empty() const { return names.empty(); }
     const std::string & first() const { return *names.begin(); }
 
     // Reads a factor and counts it as consumed. Throws std::runtime_error, which names the tensor, unless

@@ -23,20 +23,20 @@ struct known_key {
 constexpr char prefix[] = "ggml_ext.";
 
 constexpr known_key known_keys[] = {
-    { "ggml_ext.version",             GGUF_TYPE_UINT32                    },
-    { "ggml_ext.rounding",            GGUF_TYPE_STRING                    },
-    { "ggml_ext.transform.name",      GGUF_TYPE_STRING                    },
-    { "ggml_ext.transform.hadamard",  GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32   },
-    { "ggml_ext.transform.clip",      GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32  },
-    { "ggml_ext.activation.bits",     GGUF_TYPE_UINT32                    },
-    { "ggml_ext.activation.group",    GGUF_TYPE_UINT32                    },
-    { "ggml_ext.calibration.hash",    GGUF_TYPE_STRING                    },
-    { "ggml_ext.calibration.samples", GGUF_TYPE_UINT32                    },
-    { "ggml_ext.calibration.length",  GGUF_TYPE_UINT32                    },
-    { "ggml_ext.calibration.seed",    GGUF_TYPE_UINT32                    },
-    { "ggml_ext.error.tensors",       GGUF_TYPE_ARRAY, GGUF_TYPE_STRING   },
-    { "ggml_ext.error.values",        GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32  },
-    { "ggml_ext.error.kind",          GGUF_TYPE_STRING                    },
+    { "ggml_ext.version", GGUF_TYPE_UINT32 },
+    { "ggml_ext.rounding", GGUF_TYPE_STRING },
+    { "ggml_ext.transform.name", GGUF_TYPE_STRING },
+    { "ggml_ext.transform.hadamard", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.transform.clip", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
+    { "ggml_ext.activation.bits", GGUF_TYPE_UINT32 },
+    { "ggml_ext.activation.group", GGUF_TYPE_UINT32 },
+    { "ggml_ext.calibration.hash", GGUF_TYPE_STRING },
+    { "ggml_ext.calibration.samples", GGUF_TYPE_UINT32 },
+    { "ggml_ext.calibration.length", GGUF_TYPE_UINT32 },
+    { "ggml_ext.calibration.seed", GGUF_TYPE_UINT32 },
+    { "ggml_ext.error.tensors", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
+    { "ggml_ext.error.values", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
+    { "ggml_ext.error.kind", GGUF_TYPE_STRING },
 };
 
 constexpr const char * transform_names[] = { "none", "smoothquant", "awq", "hadamard", "flatquant" };
@@ -56,8 +56,8 @@ void check_known(const gguf_context * metadata, int64_t id) {
             const gguf_type type    = gguf_get_kv_type(metadata, id);
             const gguf_type element = type == GGUF_TYPE_ARRAY ? gguf_get_arr_type(metadata, id) : GGUF_TYPE_COUNT;
             if (type != known.type || element != known.element) {
-                refuse(key, "must be of type " + type_name(known.type, known.element) + ", is " +
-                                type_name(type, element));
+                refuse(key,
+                       "must be of type " + type_name(known.type, known.element) + ", is " + type_name(type, element));
             }
             return;
         }
@@ -80,7 +80,7 @@ void check_version(const gguf_context * metadata) {
 
 // A transform that is not undone at run time gives wrong logits, so an unknown one is refused.
 void check_transform(const gguf_context * metadata) {
-    const std::string name = ggml_ext_transform_name(metadata);
+    const std::string name  = ggml_ext_transform_name(metadata);
     bool              known = false;
     for (const char * candidate : transform_names) {
         known = known || name == candidate;

@@ -49,7 +49,8 @@ ggml_tensor * ggml_ext_graph::input(ggml_context * ctx, ggml_tensor * w, ggml_te
         const ggml_ext_site & site   = *weight->site;
         ggml_tensor *&        shared = transformed[{ x, &site }];
         if (!shared) {
-            shared = ggml_ext_kron(ctx, ggml_ext_with_adjacent_values(ctx, x), site.left, site.right, site.hadamard, site.clip);
+            shared = ggml_ext_kron(ctx, ggml_ext_with_adjacent_values(ctx, x), site.left, site.right, site.hadamard,
+                                   site.clip);
         }
         x = shared;
     }
@@ -68,14 +69,15 @@ ggml_tensor * ggml_ext_graph::input(ggml_context * ctx, ggml_tensor * w, ggml_te
 void ggml_ext_graph::check_weights(const ggml_tensor * node) const {
     for (const ggml_tensor * source : node->src) {
         const ggml_ext_weight * weight = source ? find(*ext, source) : nullptr;
-        if (!weight || (is_product(node) && source == node->src[0] && products.count({ ggml_ext_root(source), node->src[1] }))) {
+        if (!weight ||
+            (is_product(node) && source == node->src[0] && products.count({ ggml_ext_root(source), node->src[1] }))) {
             continue;
         }
         // Rounding concerns products only; a transform concerns whatever reads the weight.
         if (weight->site || (is_product(node) && source == node->src[0])) {
             throw std::runtime_error(std::string("ggml-ext: architecture '") + llm_arch_name(model.arch) +
-                                     "' uses tensor '" + ggml_ext_root(source)->name +
-                                     "' in a way that " + (weight->site ? "its transform" : "GGML_EXT_ACT=a4") +
+                                     "' uses tensor '" + ggml_ext_root(source)->name + "' in a way that " +
+                                     (weight->site ? "its transform" : "GGML_EXT_ACT=a4") +
                                      " cannot reach; convert the model without online transforms and run it with a8");
         }
     }

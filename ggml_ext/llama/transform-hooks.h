@@ -56,7 +56,7 @@ class ggml_ext_graph {
 
     std::map<std::pair<const ggml_tensor *, const ggml_ext_site *>, ggml_tensor *> transformed;  // by input
     std::map<const ggml_tensor *, ggml_tensor *>                                   rounded;      // by input
-    std::set<std::pair<const ggml_tensor *, const ggml_tensor *>> products;  // weight, what it multiplies
+    std::set<std::pair<const ggml_tensor *, const ggml_tensor *>> products;            // weight, what it multiplies
     std::set<const ggml_tensor *>                                 k_caches, v_caches;  // of transformed rows
     std::set<const ggml_tensor *>                                 queries;             // transformed
     std::set<const ggml_tensor *>                                 results;             // of attention, before P_v^-1

@@ -76,12 +76,13 @@ void ggml_ext_graph::check_caches(const ggml_tensor * node) const {
             continue;
         }
         const bool flash = node->op == GGML_OP_FLASH_ATTN_EXT;
-        const bool known = is_k ? (flash && i == 1 && queries.count(ggml_ext_root(node->src[0]))) ||
-                                      (node->op == GGML_OP_MUL_MAT && i == 0 && queries.count(ggml_ext_root(node->src[1]))) :
-                                  flash && i == 2 && results.count(node);
+        const bool known =
+            is_k ? (flash && i == 1 && queries.count(ggml_ext_root(node->src[0]))) ||
+                       (node->op == GGML_OP_MUL_MAT && i == 0 && queries.count(ggml_ext_root(node->src[1]))) :
+                   flash && i == 2 && results.count(node);
         if (!known) {
-            throw std::runtime_error(std::string("ggml-ext: architecture '") + llm_arch_name(model.arch) +
-                                     "' reads '" + cache->name +
+            throw std::runtime_error(std::string("ggml-ext: architecture '") + llm_arch_name(model.arch) + "' reads '" +
+                                     cache->name +
                                      "' in a way that learned KV transforms cannot reach; use an f16 cache");
         }
     }
@@ -115,11 +116,11 @@ void ggml_ext_llama_cache(const llama_model & model, const llama_model * source,
     }
     if (learned_k(model, type_k)) {
         rotate_k = false;
-        LLAMA_LOG_INFO("%s: ggml-ext: learned transform of K in the place of attention rotation\n", __func__);
+        LLAMA_LOG_INFO("ggml-ext: learned transform of K in the place of attention rotation\n");
     }
     if (learned_v(model, type_v)) {
         rotate_v = false;
-        LLAMA_LOG_INFO("%s: ggml-ext: learned transform of V in the place of attention rotation\n", __func__);
+        LLAMA_LOG_INFO("ggml-ext: learned transform of V in the place of attention rotation\n");
     }
 }
 

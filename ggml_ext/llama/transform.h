@@ -37,14 +37,14 @@ struct ggml_ext_weight {
 };
 
 struct ggml_ext_model {
-    std::vector<std::unique_ptr<ggml_ext_site>>                sites;
-    std::unordered_map<const ggml_tensor *, ggml_ext_weight>   weights;
-    std::vector<ggml_ext_heads>                                heads;  // per layer; empty: none
-    ggml_ext_activation                                        activation;
-    bool                                                       has_k = false;
-    bool                                                       has_v = false;
-    std::vector<ggml_context_ptr>                              contexts;
-    std::vector<ggml_backend_buffer_ptr>                       buffers;
+    std::vector<std::unique_ptr<ggml_ext_site>>              sites;
+    std::unordered_map<const ggml_tensor *, ggml_ext_weight> weights;
+    std::vector<ggml_ext_heads>                              heads;  // per layer; empty: none
+    ggml_ext_activation                                      activation;
+    bool                                                     has_k = false;
+    bool                                                     has_v = false;
+    std::vector<ggml_context_ptr>                            contexts;
+    std::vector<ggml_backend_buffer_ptr>                     buffers;
 };
 
 // The tensor that owns the data of a view.

@@ -133,16 +133,14 @@ static const float * kron_token(const struct kron_op * op, int64_t token) {
     return (const float *) ((const char *) x->data + i1 * x->nb[1] + i2 * x->nb[2] + i3 * x->nb[3]);
 }
 
-// Whole tokens per thread where that balances well, else every thread takes some rows of each token.
-static bool kron_by_token(const struct kron_op * op, int n_threads) {
-    return op->tokens % n_threads == 0 || op->tokens >= 8 * (int64_t) n_threads;
+// Floats of scratch per thread: its rows of Z, then its columns of an F16 left as F32.
+static int64_t kron_z_size(const struct kron_op * op) {
+    return op->left && op->right ? op->n1 * op->n2 : 0;
 }
 
-// Floats of scratch per thread: its columns of an F16 left as F32, and its rows of Z.
 static int64_t kron_scratch(const struct kron_op * op) {
     const int64_t columns = op->left && op->left->type == GGML_TYPE_F16 ? op->n1 * op->n1 : 0;
-    const int64_t z       = op->left && op->right ? op->n1 * op->n2 : 0;
-    return GGML_PAD(columns + z, 16);
+    return GGML_PAD(kron_z_size(op) + columns, 16);
 }
 
 static size_t work_size(const struct ggml_tensor * dst, int n_tasks) {
@@ -151,75 +149,102 @@ static size_t work_size(const struct ggml_tensor * dst, int n_tasks) {
     return sizeof(float) * n_tasks * (kron_scratch(&op) + maxima);
 }
 
-// Columns [row0, row1) of left, which make those rows of Z: element (i, a - row0) at i * *stride + a - row0.
-static const float * kron_left_columns(const struct kron_op * op, int64_t row0, int64_t row1, float * scratch,
-                                       int64_t * stride) {
-    if (op->left->type == GGML_TYPE_F32) {
-        *stride = op->n1;
-        return (const float *) op->left->data + row0;
-    }
-    *stride = row1 - row0;
+// One thread's part: some rows of X of the tokens first, first + step, ...
+struct kron_share {
+    int64_t       first, step, row0, rows;
+    bool          whole;  // all rows
+    const float * left;   // columns row0.. of left, which make those rows of Z: (i, a) at i * left_stride + a - row0
+    int64_t       left_stride;
+    float *       z;
+};
+
+static const float * kron_convert_columns(const struct kron_op * op, int64_t row0, int64_t rows, float * columns) {
+    const ggml_fp16_t * left = op->left->data;
     for (int64_t i = 0; i < op->n1; i++) {
-        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) op->left->data + i * op->n1 + row0, scratch + i * *stride, *stride);
+        ggml_cpu_fp16_to_fp32(left + i * op->n1 + row0, columns + i * rows, rows);
     }
-    return scratch;
+    return columns;
+}
+
+// Whole tokens per thread where that balances well, else every thread takes some rows of each token.
+static struct kron_share kron_share(const struct kron_op * op, const struct ggml_compute_params * params) {
+    const int64_t     ith = params->ith, nth = params->nth;
+    struct kron_share share = { ith, nth, 0, op->n1, true, NULL, op->n1, NULL };
+    if (op->tokens % nth != 0 && op->tokens < 8 * nth) {
+        const int64_t end = op->n1 * (ith + 1) / nth;
+
+        share.first = 0;
+        share.step  = 1;
+        share.row0  = op->n1 * ith / nth;
+        share.rows  = end - share.row0;
+        share.whole = false;
+    }
+    share.z = (float *) params->wdata + ith * kron_scratch(op);
+    if (op->left && op->left->type == GGML_TYPE_F16) {
+        share.left_stride = share.rows;
+        share.left        = kron_convert_columns(op, share.row0, share.rows, share.z + kron_z_size(op));
+    } else if (op->left) {
+        share.left = (const float *) op->left->data + share.row0;
+    }
+    return share;
+}
+
+static float * kron_result(const struct kron_op * op, const struct kron_share * share, struct ggml_tensor * dst,
+                           int64_t token) {
+    return (float *) dst->data + (token * op->n1 + share->row0) * op->n2;
+}
+
+// The share's rows of one token, not clipped.
+static void kron_transform(const struct kron_op * op, const struct kron_share * share,
+                           const struct ggml_ext_kron_path * path, const float * x, float * y) {
+    const float * z = x + share->row0 * op->n2;
+    if (op->left) {
+        float * c = op->right ? share->z : y;
+        path->product(&(struct ggml_ext_kron_product) { share->rows, op->n2, op->n1, share->left, 1, share->left_stride,
+                                                        x, false, op->n2, c, op->n2 });
+        z = c;
+    }
+    if (op->right) {
+        path->product(&(struct ggml_ext_kron_product) { share->rows, op->n2, op->n2, z, op->n2, 1, op->right->data,
+                                                        op->right->type == GGML_TYPE_F16, op->n2, y, op->n2 });
+    } else if (z != y) {
+        memcpy(y, z, share->rows * op->n2 * sizeof(float));
+    }
+    if (op->hadamard > 1) {
+        path->hadamard(share->rows * op->n2, op->hadamard, y);
+    }
+}
+
+static void kron_clip(const struct kron_op * op, const struct kron_share * share,
+                      const struct ggml_ext_kron_path * path, const struct ggml_compute_params * params,
+                      struct ggml_tensor * dst) {
+    // maxima[thread][token]: each thread writes those of its own rows.
+    float *       maxima = (float *) params->wdata + params->nth * kron_scratch(op);
+    const int64_t n      = share->rows * op->n2;
+    for (int64_t token = share->first; token < op->tokens; token += share->step) {
+        maxima[params->ith * op->tokens + token] = path->abs_max(n, kron_result(op, share, dst, token));
+    }
+    if (!share->whole) {
+        ggml_barrier(params->threadpool);
+    }
+    for (int64_t token = share->first; token < op->tokens; token += share->step) {
+        float max = maxima[params->ith * op->tokens + token];
+        for (int thread = 0; !share->whole && thread < params->nth; thread++) {
+            max = MAX(max, maxima[thread * op->tokens + token]);
+        }
+        path->clamp(n, op->clip * max, kron_result(op, share, dst, token));
+    }
 }
 
 static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    const struct kron_op              op       = kron_describe(dst);
-    const struct ggml_ext_kron_path * path     = kron_path(params->use_ref);
-    const bool                        by_token = kron_by_token(&op, params->nth);
-    const int64_t                     row0     = by_token ? 0 : op.n1 * params->ith / params->nth;
-    const int64_t                     row1     = by_token ? op.n1 : op.n1 * (params->ith + 1) / params->nth;
-    const int64_t                     rows     = row1 - row0;
-    const int64_t                     share    = rows * op.n2;  // values of a token's result
-    const int64_t                     first    = by_token ? params->ith : 0;
-    const int64_t                     step     = by_token ? params->nth : 1;
-
-    float *       scratch     = (float *) params->wdata + params->ith * kron_scratch(&op);
-    int64_t       left_stride = 0;
-    const float * left        = op.left ? kron_left_columns(&op, row0, row1, scratch, &left_stride) : NULL;
-    float *       z_rows      = scratch + (left == scratch ? rows * op.n1 : 0);
-
-    for (int64_t token = first; token < op.tokens; token += step) {
-        const float * x = kron_token(&op, token);
-        float *       y = (float *) dst->data + token * op.n1 * op.n2 + row0 * op.n2;
-        const float * z = x + row0 * op.n2;
-        if (op.left) {
-            float * c = op.right ? z_rows : y;
-            path->product(&(struct ggml_ext_kron_product) { rows, op.n2, op.n1, left, 1, left_stride, x, false, op.n2,
-                                                            c, op.n2 });
-            z = c;
-        }
-        if (op.right) {
-            path->product(&(struct ggml_ext_kron_product) { rows, op.n2, op.n2, z, op.n2, 1, op.right->data,
-                                                            op.right->type == GGML_TYPE_F16, op.n2, y, op.n2 });
-        } else if (z != y) {
-            memcpy(y, z, share * sizeof(float));
-        }
-        if (op.hadamard > 1) {
-            path->hadamard(share, op.hadamard, y);
-        }
+    const struct kron_op              op    = kron_describe(dst);
+    const struct kron_share           share = kron_share(&op, params);
+    const struct ggml_ext_kron_path * path  = kron_path(params->use_ref);
+    for (int64_t token = share.first; token < op.tokens; token += share.step) {
+        kron_transform(&op, &share, path, kron_token(&op, token), kron_result(&op, &share, dst, token));
     }
-    if (op.clip == 1.0f) {
-        return;
-    }
-
-    // maxima[thread][token]: of the thread's own rows, the other threads' follow after the barrier.
-    float * maxima = (float *) params->wdata + params->nth * kron_scratch(&op);
-    for (int64_t token = first; token < op.tokens; token += step) {
-        const float * y                         = (const float *) dst->data + (token * op.n1 + row0) * op.n2;
-        maxima[params->ith * op.tokens + token] = path->abs_max(share, y);
-    }
-    if (!by_token) {
-        ggml_barrier(params->threadpool);
-    }
-    for (int64_t token = first; token < op.tokens; token += step) {
-        float max = maxima[params->ith * op.tokens + token];
-        for (int thread = 0; !by_token && thread < params->nth; thread++) {
-            max = MAX(max, maxima[thread * op.tokens + token]);
-        }
-        path->clamp(share, op.clip * max, (float *) dst->data + (token * op.n1 + row0) * op.n2);
+    if (op.clip < 1.0f) {
+        kron_clip(&op, &share, path, params, dst);
     }
 }
 

@@ -81,6 +81,7 @@ GGML_EXT_AVX2 EXPAND void tile_avx2(const struct ggml_ext_kron_product * p, int6
         for (int v = 0; v < vecs; v++) {
             bv[v] = f16 ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) ((const uint16_t *) b + 8 * v))) :
                           _mm256_loadu_ps((const float *) b + 8 * v);
+            __asm__("" : "+x"(bv[v]));  // one load for all rows: GCC would load again in every multiply-add
         }
 #    pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -153,8 +154,8 @@ GGML_EXT_AVX2 static void product_avx2(const struct ggml_ext_kron_product * p) {
         struct ggml_ext_kron_product rest = *p;
 
         rest.cols = p->cols - col;
-        rest.b  = (const char *) p->b + col * (p->b_f16 ? 2 : 4);
-        rest.c  = p->c + col;
+        rest.b    = (const char *) p->b + col * (p->b_f16 ? 2 : 4);
+        rest.c    = p->c + col;
         ggml_ext_kron_generic.product(&rest);
     }
 }

@@ -13,52 +13,54 @@ static const float factors[] = { 0.80f, 0.90f, 0.95f, 1.00f, 1.05f, 1.10f, 1.15f
 #define N_FACTORS ((int) (sizeof(factors) / sizeof(factors[0])))
 #define N_REFITS  2
 
+// One lane per row of the table (GCC and Clang vector extensions; without the hardware, plain code).
+typedef float   f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+
+// The table turned on its side: for each code, the values of the 16 rows.
+struct row_tables {
+    f32x16 value[16];
+    f32x16 step[15];    // value[i + 1] - value[i]
+    f32x16 middle[15];  // (value[i] + value[i + 1]) / 2
+};
+
 struct choice {
     float   d;  // a value that fp16 represents; 0: nothing chosen
     float   cost;
     float   err[QK_FQ4];
     float   value[QK_FQ4];  // of the table, so that the weight is d * value
-    uint8_t code[QK_FQ4];
     uint8_t row[16];
 };
 
-// One sub-block, the 16 table rows side by side: lane = row. x: the sub-block's weights; u: from its first diagonal
-// element on, rows of QK_FQ4. Leaves the best row's errors, values and codes.
-static inline __attribute__((always_inline)) float round_sub_block(const struct ggml_ext_fq4_nearest * nearest,
-                                                                   const float * x, const float * u, float d,
-                                                                   float * err, float * value, uint8_t * code,
+// v = the table values nearest to t, row by row. By pointer: vectors by value would change the calling convention.
+static inline __attribute__((always_inline)) void nearest_values(const struct row_tables * tables, const f32x16 * t,
+                                                                 f32x16 * v) {
+    *v = tables->value[0];
+    for (int i = 0; i < 15; i++) {
+        *v += (f32x16) ((i32x16) tables->step[i] & (*t > tables->middle[i]));
+    }
+}
+
+// One sub-block, the 16 table rows side by side. x: the sub-block's weights; u: from its first diagonal element
+// on, rows of QK_FQ4. Leaves the best row's errors and values.
+static inline __attribute__((always_inline)) float round_sub_block(const struct row_tables * tables, const float * x,
+                                                                   const float * u, float d, float * err, float * value,
                                                                    uint8_t * row) {
     const float inv = 1.0f / d;
-    float       t[16][16];  // [weight][table row]
-    float       e[16][16];
-    float       v[16][16];
-    int32_t     cell[16][16];
-    float       cost[16] = { 0.0f };
+    f32x16      t[16];
+    f32x16      e[16];
+    f32x16      v[16];
+    f32x16      cost = { 0.0f };
     for (int j = 0; j < 16; j++) {
-        for (int r = 0; r < 16; r++) {
-            t[j][r] = x[j];
-        }
+        t[j] = x[j] - (f32x16) { 0.0f };
     }
     for (int j = 0; j < 16; j++) {
-        const float u_inv = 1.0f / u[j * QK_FQ4 + j];
-        for (int r = 0; r < 16; r++) {
-            float where = t[j][r] * inv * 2.0f + 256.0f;
-            where       = where > 0.0f ? where : 0.0f;
-            where       = where < 511.0f ? where : 511.0f;
-            cell[j][r]  = (int32_t) where;
-        }
-        for (int r = 0; r < 16; r++) {
-            v[j][r] = nearest->value[0][cell[j][r] * 16 + r];
-        }
-        for (int r = 0; r < 16; r++) {
-            e[j][r] = (t[j][r] - d * v[j][r]) * u_inv;
-            cost[r] += e[j][r] * e[j][r];
-        }
+        const f32x16 scaled = t[j] * inv;
+        nearest_values(tables, &scaled, &v[j]);
+        e[j] = (t[j] - d * v[j]) * (1.0f / u[j * QK_FQ4 + j]);
+        cost += e[j] * e[j];
         for (int k = j + 1; k < 16; k++) {
-            const float ujk = u[j * QK_FQ4 + k];
-            for (int r = 0; r < 16; r++) {
-                t[k][r] -= e[j][r] * ujk;
-            }
+            t[k] -= e[j] * u[j * QK_FQ4 + k];
         }
     }
     int best = 0;
@@ -68,23 +70,22 @@ static inline __attribute__((always_inline)) float round_sub_block(const struct 
     for (int j = 0; j < 16; j++) {
         err[j]   = e[j][best];
         value[j] = v[j][best];
-        code[j]  = nearest->code[cell[j][best]][best];
     }
     *row = (uint8_t) best;
     return cost[best];
 }
 
 // All sub-blocks for a given d; gives up when the cost passes the best so far.
-GGML_EXT_CLONES static void try_scale(const struct ggml_ext_fq4_nearest * nearest, const float * w, const float * u,
-                                      float d, struct choice * next, float limit) {
+GGML_EXT_CLONES static void try_scale(const struct row_tables * tables, const float * w, const float * u, float d,
+                                      struct choice * next, float limit) {
     float x[QK_FQ4];
     memcpy(x, w, sizeof(x));
     next->d    = d;
     next->cost = 0.0f;
     for (int b = 0; b < 16; b++) {
         const int first = 16 * b;
-        next->cost += round_sub_block(nearest, x + first, u + first * QK_FQ4 + first, d, next->err + first,
-                                      next->value + first, next->code + first, next->row + b);
+        next->cost += round_sub_block(tables, x + first, u + first * QK_FQ4 + first, d, next->err + first,
+                                      next->value + first, next->row + b);
         if (!(next->cost < limit)) {
             return;
         }
@@ -118,16 +119,37 @@ GGML_EXT_CLONES static float refit_scale(const float * w, const float * u_inv, c
     return den > 0.0f ? num / den : 0.0f;
 }
 
-static void keep_better(const struct ggml_ext_fq4_nearest * nearest, const float * w, const float * u, float d,
+static void keep_better(const struct row_tables * tables, const float * w, const float * u, float d,
                         struct choice * best) {
     struct choice next;
     d = ggml_ext_fq4_round_d(d);
     if (d > 0.0f) {
-        try_scale(nearest, w, u, d, &next, best->cost);
+        try_scale(tables, w, u, d, &next, best->cost);
         if (next.cost < best->cost) {
             *best = next;
         }
     }
+}
+
+static void fill_tables(struct row_tables * tables) {
+    for (int r = 0; r < 16; r++) {
+        for (int i = 0; i < 16; i++) {
+            tables->value[i][r] = (float) ggml_ext_fq4_table[r][i];
+        }
+        for (int i = 0; i < 15; i++) {
+            tables->step[i][r]   = tables->value[i + 1][r] - tables->value[i][r];
+            tables->middle[i][r] = 0.5f * (tables->value[i + 1][r] + tables->value[i][r]);
+        }
+    }
+}
+
+static uint8_t code_of(const struct choice * choice, int i) {
+    const int8_t * values = ggml_ext_fq4_table[choice->row[i / 16]];
+    uint8_t        code   = 0;
+    while ((float) values[code] < choice->value[i]) {
+        code++;
+    }
+    return code;
 }
 
 static void pack(const struct choice * choice, ggml_ext_block_fq4 * block) {
@@ -137,7 +159,7 @@ static void pack(const struct choice * choice, ggml_ext_block_fq4 * block) {
     }
     for (int h = 0; h < 2; h++) {
         for (int j = 0; j < 64; j++) {
-            block->q[64 * h + j] = (uint8_t) (choice->code[128 * h + j] | choice->code[128 * h + 64 + j] << 4);
+            block->q[64 * h + j] = (uint8_t) (code_of(choice, 128 * h + j) | code_of(choice, 128 * h + 64 + j) << 4);
         }
     }
 }
@@ -147,7 +169,8 @@ int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const
     if (nrows < 0 || stride < (int64_t) sizeof(ggml_ext_block_fq4)) {
         return GGML_EXT_E_SHAPE;
     }
-    const struct ggml_ext_fq4_nearest * nearest = ggml_ext_fq4_get_nearest();
+    struct row_tables tables;
+    fill_tables(&tables);
     for (int64_t row = 0; row < nrows; row++) {
         const float * x    = w + row * QK_FQ4;
         float         amax = 0.0f;
@@ -161,10 +184,10 @@ int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const
         // A block of zeros, or of weights too small for any d, keeps d = 0 and passes no error on.
         struct choice best = { .cost = INFINITY };
         for (int k = 0; k < N_FACTORS; k++) {
-            keep_better(nearest, x, u, amax * (factors[k] / 127.0f), &best);
+            keep_better(&tables, x, u, amax * (factors[k] / 127.0f), &best);
         }
         for (int k = 0; k < N_REFITS && best.d > 0.0f; k++) {
-            keep_better(nearest, x, u, refit_scale(x, u_inv, &best), &best);
+            keep_better(&tables, x, u, refit_scale(x, u_inv, &best), &best);
         }
         if (!(best.d > 0.0f)) {
             best.cost = 0.0f;

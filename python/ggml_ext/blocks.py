@@ -248,7 +248,7 @@ class Block:
                 normed = self._layer.input_layernorm(self._to_model(hidden))
                 self._layer.self_attn(hidden_states=normed, **self._kwargs(hidden))
         q, k, v = sums / torch.tensor(counts, device=sums.device).clamp(min=1)[:, None, None]
-        order = torch.from_numpy(self._head_order()).to(sums.device)
+        order = torch.from_numpy(self.head_order()).to(sums.device)
         return KvMoments(k=k[order][:, order], q=q[order][:, order], v=v)
 
     def _forward(self, hidden: Tensor, replaced: dict[str, Tensor]) -> Tensor:
@@ -261,8 +261,10 @@ class Block:
     def _kwargs(self, hidden: Tensor) -> Kwargs:
         return self._model.forward_kwargs(self.index, hidden.shape[1])
 
-    def _head_order(self) -> NDArray[np.int64]:
-        """Channel j of a head in GGUF is channel result[j] of the head in Hugging Face's q and k."""
+    def head_order(self) -> NDArray[np.int64]:
+        """Channel j of a head in GGUF is channel result[j] of the head in Hugging Face's q and k.
+
+        Raises GgmlExtError if that is not the same in each head."""
         linears = self.sites["attn_in"].linears
         key = linears[1] if len(linears) > 1 else linears[0]
         heads = key.gguf_rows.reshape(-1, self._model.heads.head_dim)

@@ -15,7 +15,7 @@ from ggml_ext import native
 from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.fold import fold, unfold
-from ggml_ext.rounding import Rounded, relative_error, round_matrix
+from ggml_ext.rounding import Rounded, grid, relative_error, round_matrix
 from ggml_ext.rounding.learned import Learned, Matrix
 from ggml_ext.rules import FLOAT_TYPES
 from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteKind, SiteStats, SiteTransform
@@ -72,8 +72,7 @@ def encode_block(
                     data[name] = learned.data[name]
                     errors[name] = _error(weights[name], data[name], job.types[name], hessians)
     packed = {name: Packed(job.types[name], _dims(weights[name]), data[name]) for name in data}
-    for kind in SITE_KINDS:
-        packed.update(_factors(sites[kind], transforms[kind]))
+    packed.update(_all_factors(sites, transforms, job))
     packed.update({name: _float_tensor(tensor, "f32") for name, tensor in others.items()})
     findings = Findings(
         hadamard=tuple(transforms[kind].hadamard for kind in SITE_KINDS),
@@ -161,6 +160,8 @@ class _Hessians:
 def _rounded(weight: Tensor, name: str, hessians: _Hessians, job: Job) -> tuple[Bytes, float]:
     """The matrix's encoding, and its error: the mean over the experts if there are several."""
     method = "gptq" if job.rounding == "learned" else job.rounding
+    if method == "gptq" and not _has_grid(job.types[name]):
+        method = "imatrix"
     parts: list[Rounded] = []
     for w, hessian in hessians.matrices(weight):
         try:
@@ -168,6 +169,10 @@ def _rounded(weight: Tensor, name: str, hessians: _Hessians, job: Job) -> tuple[
         except GgmlExtError as exc:
             raise GgmlExtError(f"{name}: {exc}") from exc
     return np.concatenate([part.data for part in parts]), float(np.mean([part.error for part in parts]))
+
+
+def _has_grid(type_name: str) -> bool:
+    return type_name not in FLOAT_TYPES and grid.supports(type_name)
 
 
 def _error(weight: Tensor, data: Bytes, type_name: str, hessians: _Hessians) -> float:
@@ -192,7 +197,7 @@ def _matrices(
     for kind in SITE_KINDS:
         for linear in sites[kind].linears:
             name = linear.tensor
-            if job.types[name] in FLOAT_TYPES:
+            if not _has_grid(job.types[name]):
                 continue
             folds = [
                 (site, transforms[site.kind])
@@ -227,6 +232,24 @@ def _dims(tensor: Tensor) -> tuple[int, ...]:
 def _float_tensor(tensor: Tensor, type_name: str) -> Packed:
     rows = np.ascontiguousarray(tensor.reshape(-1, tensor.shape[-1]).numpy(), np.float32)
     return Packed(type_name, _dims(tensor), native.quantize(type_name, rows))
+
+
+def _all_factors(
+    sites: Mapping[SiteKind, Site], transforms: Mapping[SiteKind, SiteTransform], job: Job
+) -> dict[str, Packed]:
+    factors: dict[str, Packed] = {}
+    for kind in SITE_KINDS:
+        factors.update(_factors(sites[kind], transforms[kind]))
+    rotated = [kind for kind in SITE_KINDS if transforms[kind].hadamard > 1]
+    first = sites["attn_in"].anchor.startswith("blk.0.")
+    if first and rotated and not factors and "fq4" not in job.types.values():
+        # Stock llama.cpp would run a file of its own types whose only transforms are Hadamard matrices, and
+        # wrongly (docs/gguf.md). One stored factor makes it refuse: the smallest that is an identity.
+        orders = {kind: sites[kind].n // transforms[kind].hadamard for kind in rotated}
+        kind = min(orders, key=lambda kind: orders[kind])
+        eye = torch.eye(orders[kind], dtype=torch.float64)
+        factors = _factors(sites[kind], replace(transforms[kind], left=eye))
+    return factors
 
 
 def _factors(site: Site, transform: SiteTransform) -> dict[str, Packed]:

@@ -24,16 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ggml_ext import calibration_plan as plans
-from ggml_ext import hf, recipes, transforms
+from ggml_ext import given, hf, recipes, transforms
 from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
 from ggml_ext.calibration_plan import Plan, Request
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
 from ggml_ext.progress import track
+from ggml_ext.recipes import Method
 from ggml_ext.rounding.learned import Learned, Matrix, refine_block
 from ggml_ext.samples import windows
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
@@ -106,6 +107,9 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
             plans.require_equal(found, plan, folder)
         for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
             warn(line)
+        if plan.without_grid:
+            kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
+            warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
         errors = _run(request, folder, plan, source, model, tokens, warn)
         done = len(errors)
     mean = float(np.mean([error for block in errors for error in block])) if done else None
@@ -168,7 +172,7 @@ def _run(
     try:
         if missing[0] == 0 and not states[0].exists():
             with states[0].writing() as put:
-                for batch in torch.split(torch.from_numpy(tokens), _batch_size(plan.ctx)):
+                for batch in torch.split(torch.from_numpy(tokens), batch_size(plan.ctx)):
                     put(model.embed(batch))
         with track(len(missing), "calibration", "blocks") as advance:
             for index in missing:
@@ -189,7 +193,8 @@ def _run(
     return errors
 
 
-def _batch_size(ctx: int) -> int:
+def batch_size(ctx: int) -> int:
+    """Windows that go through a block at a time."""
     return max(1, _BATCH_TOKENS // ctx)
 
 
@@ -198,12 +203,18 @@ def _block(
 ) -> dict[str, float]:
     """Calibrates one block, writes its file, and returns the errors of its matrices."""
     before, after = states[block.index], states[block.index + 1]
-    size = _batch_size(plan.ctx)
+    size = batch_size(plan.ctx)
     torch.manual_seed(plan.seed)
     with after.writing() as put:
         stats = block.collect(before.batches(size), put)
-    solved = _solve(plan, block, stats)
     device = torch.device(plan.device)
+    if request.matrices is not None:
+        solved = given.sites(request.matrices, block, plan.blocks, clips=plan.activation is not None)
+    else:
+        solved = _solve(plan, block, stats)
+    if request.matrices is None and trains(request.method):
+        wanted = _transform_request(plan)
+        solved = transforms.train(block, solved, before.on(device, 1), after.on(device, 1), wanted)
 
     def refine(matrices: Sequence[Matrix]) -> Learned:
         return refine_block(
@@ -218,6 +229,8 @@ def _block(
     learned = refine if plan.rounding == "learned" else None
     job = Job(plan.types, plan.rounding, request.threads, learned)
     packed, findings = encode_block(block.sites, stats, solved, source, job)
+    if request.matrices is not None:
+        packed |= given.cache_tensors(request.matrices, block)
     save(block_path(folder, block.index), packed, findings)
     before.remove()
     if block.index == plan.blocks - 1:
@@ -225,23 +238,33 @@ def _block(
     return findings.errors
 
 
+def trains(method: Method) -> bool:
+    """Whether the transforms are trained on the block's output after they have been solved."""
+    return method.transform == "flatquant" and method.train_steps > 0
+
+
 def _activation(plan: Plan) -> ActivationSpec:
     return ActivationSpec() if plan.activation is None else ActivationSpec(*plan.activation)
 
 
 def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[SiteKind, SiteTransform]:
-    wanted = TransformRequest(
-        name=plan.transform,
-        types=plan.types,
-        activation=_activation(plan),
-        rounding=plan.rounding,
-        seed=plan.seed,
-    )
+    wanted = _transform_request(plan)
     budgets = transforms.split_budget(block.sites, plan.transform_bits)
     return {
         kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
         for kind, site in block.sites.items()
     }
+
+
+def _transform_request(plan: Plan) -> TransformRequest:
+    return TransformRequest(
+        name=plan.transform,
+        types=plan.types,
+        activation=_activation(plan),
+        rounding=plan.rounding,
+        train_steps=plan.train_steps,
+        seed=plan.seed,
+    )
 
 
 def _rounding_of_inputs(transform: SiteTransform, activation: ActivationSpec) -> Callable[[Tensor], Tensor]:

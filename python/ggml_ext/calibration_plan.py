@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import __version__, hf, native, paths, recipes, rules
+from ggml_ext import __version__, hf, mixes, native, paths, recipes, rules
 from ggml_ext.atomic import write_text
 from ggml_ext.block_file import block_path
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.recipes import Method
 from ggml_ext.rounding import grid
 from ggml_ext.source import Source
+from ggml_ext.transforms import official
 
 FILE = "plan.json"
 SOURCE = "source.gguf"
@@ -29,7 +30,8 @@ SOURCE = "source.gguf"
 class Request:
     """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
     ``dtype``: "f32" or "bf16", what the model computes in. ``threads``: 0 for all; the result does not depend
-    on it where sums do not."""
+    on it where sums do not. ``matrices``: transforms that the official FlatQuant code saved, a file
+    flat_matrices.pth or its folder, to use instead of solved ones."""
 
     source: Path
     text: Path
@@ -41,6 +43,7 @@ class Request:
     device: str = "cpu"
     dtype: str = "f32"
     threads: int = 0
+    matrices: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Plan:
     ``windows``: sequences of ``ctx`` tokens that the text gave, at most ``samples``. ``base``: the type or
     mix that was asked for. ``types``: tensor -> type, all tensors of the model. ``fallbacks``: tensor -> type
     that did not fit its rows. ``without_effect``: tensors that --type-for names in vain.
-    ``activation``: bits and group, None for llama.cpp's own. ``dtype``: of the
-    hidden states. ``versions``: of the programs involved."""
+    ``matrices``: SHA-256 of the transforms that were given, None where they are solved. ``activation``:
+    bits and group, None for llama.cpp's own. ``dtype``: of the hidden states. ``versions``: of the
+    programs involved."""
 
     source: list[list[Any]]
     text: str
@@ -64,6 +68,8 @@ class Plan:
     without_effect: list[str]
     transform: str
     transform_bits: float | None
+    train_steps: int
+    matrices: str | None
     rounding: str
     activation: list[int] | None
     blocks: int
@@ -75,6 +81,17 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Writes the plan atomically."""
         write_text(folder / FILE, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @property
+    def without_grid(self) -> list[str]:
+        """Matrices of blocks whose type has no levels to choose from; importances round them instead."""
+        if self.rounding not in ("gptq", "learned"):
+            return []
+        return [
+            name
+            for name, kind in self.types.items()
+            if name.startswith("blk.") and kind not in rules.FLOAT_TYPES and not grid.supports(kind)
+        ]
 
     def missing(self, folder: Path) -> list[int]:
         """Blocks that have no checkpoint yet."""
@@ -100,7 +117,7 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
     shapes = [tensor.shape for tensor in source.tensors]
     choices = rules.choose(shapes, source.arch, asked, native.block_size)
     types = {choice.name: choice.target for choice in choices}
-    _check_grids(types, method.rounding)
+    _check_grid(method.type_name, method.rounding)
     activation = recipes.ACTIVATIONS[method.activation]
     return Plan(
         source=model_files(request.source),
@@ -115,6 +132,8 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
         without_effect=rules.without_effect(shapes, source.arch, asked),
         transform=method.transform,
         transform_bits=method.transform_bits,
+        train_steps=method.train_steps,
+        matrices=None if request.matrices is None else official.sha256(request.matrices),
         rounding=method.rounding,
         activation=None if activation is None else list(activation),
         blocks=blocks,
@@ -125,16 +144,14 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
     )
 
 
-def _check_grids(types: Mapping[str, str], rounding: str) -> None:
-    """Refuses types that a rounding cannot choose codes of, before anything is computed."""
-    if rounding not in ("gptq", "learned"):
-        return
-    for name, type_name in types.items():
-        if name.startswith("blk.") and type_name not in rules.FLOAT_TYPES and not grid.supports(type_name):
-            raise GgmlExtError(
-                f"--rounding {rounding}: knows no levels of type {type_name} ({name}); it knows "
-                f"{', '.join(grid.names())}, for others use --rounding imatrix"
-            )
+def _check_grid(base: str, rounding: str) -> None:
+    """Refuses a main type that the rounding cannot choose codes of, before anything is computed."""
+    type_name = mixes.BODY.get(base, base)
+    if rounding in ("gptq", "learned") and not grid.supports(type_name):
+        raise GgmlExtError(
+            f"--rounding {rounding}: knows no levels of type {type_name}; "
+            f"it knows {', '.join(grid.names())}, for others use --rounding imatrix"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -134,9 +134,17 @@ SamplesOption = Annotated[
     int | None, typer.Option(min=1, help="Windows of the calibration text; 128 by default.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+TrainStepsOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Steps that train flatquant's transforms on each block's output; 0 by default."),
+]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model's blocks run.")]
 DtypeOption = Annotated[
     str | None, typer.Option(metavar="f32|bf16", help="What they compute in; bf16 by default on cuda.")
+]
+MatricesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Use the transforms in flat_matrices.pth of FlatQuant's own code."),
 ]
 AllThreadsOption = Annotated[int, typer.Option("-t", "--threads", min=0, help="Threads; 0 for all.")]
 
@@ -166,9 +174,11 @@ def convert(
     keep: KeepOption = None,
     ctx: CalibrationCtxOption = 512,
     samples: SamplesOption = None,
+    train_steps: TrainStepsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    matrices: MatricesOption = None,
     threads: AllThreadsOption = 0,
 ) -> None:
     """Convert a model to a GGUF file: transform x rounding x type, or a recipe that names all three."""
@@ -176,8 +186,10 @@ def convert(
     from ggml_ext.convert import convert as run_convert
     from ggml_ext.recipes import Options
 
-    options = Options(type_name, transform, rounding, activation, samples)
-    if calibrated is not None and (recipe or calibration or imatrix or rules or keep or options != Options()):
+    options = Options(type_name, transform, rounding, activation, samples, train_steps)
+    if calibrated is not None and (
+        recipe or calibration or imatrix or matrices or rules or keep or options != Options()
+    ):
         raise typer.BadParameter("the calibration has decided this already", param_hint="--calibrated")
     result = run_convert(
         source,
@@ -193,6 +205,7 @@ def convert(
         seed=seed,
         device=_device(device),
         dtype=_dtype(dtype, device),
+        matrices=matrices,
         threads=threads,
     )
     print(result.summary())
@@ -212,9 +225,11 @@ def calibrate(
     keep: KeepOption = None,
     ctx: CalibrationCtxOption = 512,
     samples: SamplesOption = None,
+    train_steps: TrainStepsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    matrices: MatricesOption = None,
     threads: AllThreadsOption = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what memory, disk and time it would take.")
@@ -223,11 +238,14 @@ def calibrate(
     """Calibrate a model block by block for convert --calibrated; interrupted, the same command goes on."""
     rules = [_rule(value) for value in type_for or []]
     from ggml_ext import recipes
+
+    recipes.require_packages()
     from ggml_ext.calibrate import calibrate as run_calibrate
     from ggml_ext.calibration_plan import Request
 
-    options = recipes.Options(type_name, transform, rounding, activation, samples)
+    options = recipes.Options(type_name, transform, rounding, activation, samples, train_steps)
     method = recipes.resolve(recipe, options, importances=True)
+    method = recipes.with_matrices(method, options, matrices)
     request = Request(
         source,
         calibration,
@@ -239,6 +257,7 @@ def calibrate(
         _device(device),
         _dtype(dtype, device),
         threads,
+        matrices,
     )
     if dry_run:
         from ggml_ext.estimate import estimate

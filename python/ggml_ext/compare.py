@@ -16,7 +16,7 @@ from ggml_ext import bench, report
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.evaluate import Evaluation, Result
 from ggml_ext.header import read_header, value
-from ggml_ext.inspect import inspect
+from ggml_ext.inspect import InspectResult, inspect
 from ggml_ext.layers import ModelErrors, choose_windows, layer_errors
 from ggml_ext.outputs import check_outputs, write_json
 
@@ -67,28 +67,25 @@ def file_facts(path: Path) -> FileFacts:
         bits_per_weight=about.bits_per_weight,
         bits_per_layer_weight=8 * sum(tensor.bytes for tensor in layers) / weights if weights else None,
         types={kind.type: kind.weights for kind in sorted(about.types, key=lambda kind: -kind.weights)},
-        origin=origin(keys),
-        tensor_errors=tensor_errors(path, keys),
+        origin=_origin(keys),
+        tensor_errors=_tensor_errors(about),
     )
 
 
-def origin(keys: Mapping[str, bytes]) -> dict[str, Any]:
+def _origin(keys: Mapping[str, bytes]) -> dict[str, Any]:
     """The numbers and strings among the keys that ORIGIN_KEYS name; lists are about tensors or blocks."""
     values = {name: value(entry) for name, entry in keys.items() if name.startswith(ORIGIN_KEYS)}
     return {name: found for name, found in values.items() if not isinstance(found, list)}
 
 
-def tensor_errors(path: Path, keys: Mapping[str, bytes]) -> dict[str, Any] | None:
+def _tensor_errors(about: InspectResult) -> dict[str, Any] | None:
     """The keys ggml_ext.error.* (docs/gguf.md), None for a file without them."""
-    tensors, values, kind = (keys.get(f"ggml_ext.error.{name}") for name in ("tensors", "values", "kind"))
-    if tensors is None or values is None or kind is None:
+    errors = about.ext.errors if about.ext is not None else None
+    if errors is None:
         return None
-    names, errors = value(tensors), value(values)
-    if len(names) != len(errors) or not all(map(math.isfinite, errors)):
-        raise GgmlExtError(
-            f"{path}: key ggml_ext.error.values does not hold one finite number per tensor; convert it again"
-        )
-    return {"kind": value(kind), "values": dict(zip(names, errors, strict=True))}
+    if not all(map(math.isfinite, errors.values)):
+        raise GgmlExtError(f"{about.path}: key ggml_ext.error.values holds NaN or Inf; convert it again")
+    return {"kind": errors.kind, "values": dict(zip(errors.tensors, errors.values, strict=True))}
 
 
 def make_row(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext import encode, hf, importance, native, recipes, rules, stock
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
@@ -67,27 +67,22 @@ class ConvertResult:
         lines = []
         for wanted, used in sorted(set(self.fallbacks.values())):
             names = [name for name, pair in self.fallbacks.items() if pair == (wanted, used)]
-            lines.append(f"rows do not fit the blocks of {wanted}, used {used} for {_listed(names)}")
+            lines.append(f"rows do not fit the blocks of {wanted}, used {used} for {listed(names)}")
         uncollected = [name for name in self.without_importance if name in _UNCOLLECTED]
         missing = [name for name in self.without_importance if name not in _UNCOLLECTED]
         if missing:
-            lines.append(f"warning: no importances for {_listed(missing)}; rounded without")
+            lines.append(f"warning: no importances for {listed(missing)}; rounded without")
         if uncollected:
-            lines.append(f"llama-imatrix collects no importances for {_listed(uncollected)}; rounded without")
+            lines.append(f"llama-imatrix collects no importances for {listed(uncollected)}; rounded without")
         if self.without_effect:
             lines.append(
-                f"warning: --type-for does nothing for {_listed(self.without_effect)}; never quantised"
+                f"warning: --type-for does nothing for {listed(self.without_effect)}; never quantised"
             )
         return lines
 
 
 # Looked up row by row, or left out by llama-imatrix unless asked for.
 _UNCOLLECTED = rules.EMBEDDINGS | {rules.HEAD}
-
-
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:most])}{more}"
 
 
 def _warn(line: str) -> None:
@@ -111,6 +106,7 @@ def convert(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "f32",
+    matrices: Path | None = None,
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
@@ -121,8 +117,8 @@ def convert(
     imatrix: importance matrix of llama-imatrix. calibration: text to compute one from, or to calibrate on.
     calibrated: folder of a finished calibration of this model, which then decides everything else.
     type_for: (pattern, type) pairs; keep: patterns of tensors that stay as they are (re.search, names).
-    threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype: see
-    calibrate.Request. warn: gets one line at a time.
+    threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype,
+    matrices: see calibration_plan.Request. warn: gets one line at a time.
     Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
@@ -131,6 +127,7 @@ def convert(
         return _from_folder(source, calibrated, out, threads, started, warn)
     options = options or Options(type_name=type_name)
     method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration))
+    method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
     recipes.check(
         method, request.type_for, folder=source.is_dir(), text=calibration is not None, imatrix=bool(imatrix)
@@ -141,7 +138,9 @@ def convert(
         from ggml_ext.calibration_plan import Request
 
         folder = out.with_name(f"{out.name}.calibration")
-        wanted = Request(source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads)
+        wanted = Request(
+            source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads, matrices
+        )
         calibrate(wanted, folder, warn=warn)
         result = _from_folder(source, folder, out, threads, started, warn)
         shutil.rmtree(folder)

@@ -59,8 +59,8 @@ KEYS: Mapping[str, Key] = {
     ),
     "ggml_ext.transform.clip": Key(
         GGUFValueType.ARRAY,
-        "Per block four factors in (0, 1]: a token's transformed activations are clamped to that factor times "
-        "the largest of their magnitudes.",
+        "Per block four factors in (0, 1]: a token's transformed activations are clamped to that factor "
+        "times the largest of their magnitudes.",
         GGUFValueType.FLOAT32,
     ),
     "ggml_ext.activation.bits": Key(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,24 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.gguf_ext import PREFIX, ExtMetadata, read_ext
+from ggml_ext.gguf_ext import PREFIX, ExtMetadata, TensorErrors, read_ext
 from ggml_ext.header import Described, Header, read_header, value
+
+_FACTOR = re.compile(r"^blk\.\d+\.(?P<site>.*)\.(?P<kind>fq_[lrh])$")
+_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """``dims``: GGUF order, dims[0] is the row length in weights. ``type``: as gguf names it, "Q4_K"."""
+    """``dims``: GGUF order, dims[0] is the row length in weights. ``type``: as gguf names it, "Q4_K".
+    ``error``: of its rounding, None where the file does not say; see ExtMetadata.errors for its kind."""
 
     name: str
     type: str
     dims: tuple[int, ...]
     weights: int
     bytes: int
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,22 @@ class TypeSummary:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A stored factor of a transform, named blk.N.``site``.``kind``: the matrix that reads it and fq_l, fq_r
+    or fq_h; ``order`` rows and columns of ``type``, in ``blocks`` blocks."""
+
+    site: str
+    kind: str
+    order: int
+    type: str
+    blocks: int
+
+
+@dataclass(frozen=True)
 class InspectResult:
-    """``bytes``: of the file. ``bits_per_weight``: tensor data only, over all tensors. ``types``: the one
-    with most bytes first. ``ext``: None for a file without keys under ggml_ext."""
+    """``bytes``: of the file. ``bits_per_weight``: tensor data only, over all tensors but ``factors``'.
+    ``quantized_bits_per_weight``: of the quantised tensors, with the factors' bytes. ``types``: the one with
+    most bytes first. ``ext``: None for a file without keys under ggml_ext."""
 
     path: Path
     architecture: str
@@ -51,7 +72,9 @@ class InspectResult:
     bytes: int
     parameters: int
     bits_per_weight: float
+    quantized_bits_per_weight: float | None
     types: tuple[TypeSummary, ...]
+    factors: tuple[Factor, ...]
     tensors: tuple[TensorInfo, ...]
     ext: ExtMetadata | None
 
@@ -82,11 +105,14 @@ def _inspect(path: Path) -> InspectResult:
         if file.read(4) != b"GGUF":
             raise GgmlExtError("not a GGUF file; give one")
     header = read_header(path)
-    tensors = tuple(_tensor(described) for described in header.tensors)
+    ext = read_ext(header)
+    errors = {} if ext is None or ext.errors is None else dict(_errors(ext.errors))
+    tensors = tuple(_tensor(described, errors) for described in header.tensors)
     for described, tensor in zip(header.tensors, tensors, strict=True):
         if header.data + described.offset + tensor.bytes > size:
             raise GgmlExtError(f"truncated, tensor {tensor.name} ends beyond the file; download it again")
-    parameters = sum(tensor.weights for tensor in tensors)
+    own = tuple(tensor for tensor in tensors if not _FACTOR.match(tensor.name))
+    parameters = sum(tensor.weights for tensor in own)
     return InspectResult(
         path=path,
         architecture=_text(header, "general.architecture") or "unknown",
@@ -94,10 +120,16 @@ def _inspect(path: Path) -> InspectResult:
         bytes=size,
         parameters=parameters,
         bits_per_weight=_bits(sum(tensor.bytes for tensor in tensors), parameters),
-        types=_summaries(tensors),
+        quantized_bits_per_weight=_quantized_bits(tensors),
+        types=_summaries(own),
+        factors=_factors(tensors),
         tensors=tensors,
-        ext=read_ext(header),
+        ext=ext,
     )
+
+
+def _errors(errors: TensorErrors) -> Iterator[tuple[str, float]]:
+    return zip(errors.tensors, errors.values, strict=True)
 
 
 def _text(header: Header, key: str) -> str | None:
@@ -108,7 +140,25 @@ def _bits(n_bytes: int, weights: int) -> float:
     return 8 * n_bytes / weights if weights else 0.0
 
 
-def _tensor(described: Described) -> TensorInfo:
+def _quantized_bits(tensors: Sequence[TensorInfo]) -> float | None:
+    factors = sum(tensor.bytes for tensor in tensors if _FACTOR.match(tensor.name))
+    quantized = [tensor for tensor in tensors if tensor.type not in _FLOATS]
+    if not quantized:
+        return None
+    return _bits(sum(t.bytes for t in quantized) + factors, sum(t.weights for t in quantized))
+
+
+def _factors(tensors: Sequence[TensorInfo]) -> tuple[Factor, ...]:
+    """One for each site, kind, order and type, in the order of the first block that has it."""
+    found: Counter[tuple[str, str, int, str]] = Counter()
+    for tensor in tensors:
+        match = _FACTOR.match(tensor.name)
+        if match is not None:
+            found[match["site"], match["kind"], tensor.dims[0], tensor.type] += 1
+    return tuple(Factor(*which, blocks) for which, blocks in found.items())
+
+
+def _tensor(described: Described, errors: Mapping[str, float]) -> TensorInfo:
     try:
         type_ = gguf.GGMLQuantizationType(described.type_id)
     except ValueError as exc:
@@ -122,7 +172,9 @@ def _tensor(described: Described) -> TensorInfo:
             f"{type_.name} wants multiples of {block}; convert the model again"
         )
     weights = math.prod(described.dims)
-    return TensorInfo(described.name, type_.name, described.dims, weights, weights // block * block_bytes)
+    n_bytes = weights // block * block_bytes
+    error = errors.get(described.name)
+    return TensorInfo(described.name, type_.name, described.dims, weights, n_bytes, error)
 
 
 def _summaries(tensors: tuple[TensorInfo, ...]) -> tuple[TypeSummary, ...]:
@@ -154,14 +206,41 @@ def _facts(result: InspectResult) -> dict[str, str]:
         "file size": f"{result.bytes:,} bytes",
         "bits per weight": f"{result.bits_per_weight:.4f}",
     }
+    if result.quantized_bits_per_weight is not None:
+        facts["of quantised"] = f"{result.quantized_bits_per_weight:.4f}, with transforms"
     if result.ext is None:
         return {**facts, f"{PREFIX}*": "none"}
     facts["format version"] = str(result.ext.version)
     facts["rounding"] = result.ext.rounding or "-"
     facts["transform"] = result.ext.transform or "-"
+    facts |= _transform_facts(result, result.ext)
     if result.ext.calibration is not None:
         parts = dataclasses.asdict(result.ext.calibration)
         facts["calibration"] = ", ".join(f"{name} {part}" for name, part in parts.items() if part is not None)
+    return facts
+
+
+def _transform_facts(result: InspectResult, ext: ExtMetadata) -> dict[str, str]:
+    facts = {}
+    if result.factors:
+        facts["factors"] = ", ".join(
+            f"{f.site}.{f.kind} {f.order} x {f.order} {f.type} in {f.blocks}" for f in result.factors
+        )
+    orders = Counter(order for order in ext.hadamard if order > 1)
+    if orders:
+        facts["Hadamard"] = ", ".join(f"order {order} at {sites} sites" for order, sites in orders.items())
+    clips = [clip for clip in ext.clip if clip < 1]
+    if clips:
+        facts["clip"] = f"{min(clips):.3f} to {max(clips):.3f} at {len(clips)} sites"
+    if ext.activation_bits is not None:
+        group = f"one scale per {ext.activation_group}" if ext.activation_group else "one scale per token"
+        facts["activations"] = f"{ext.activation_bits} bits, {group}"
+    if ext.errors is not None and ext.errors.values:
+        values = ext.errors.values
+        worst = ext.errors.tensors[values.index(max(values))]
+        facts[f"{ext.errors.kind} error"] = (
+            f"mean {sum(values) / len(values):.3g}, largest {max(values):.3g} ({worst})"
+        )
     return facts
 
 
@@ -185,8 +264,10 @@ def _type_table(result: InspectResult) -> Table:
 def _tensor_table(result: InspectResult) -> Table:
     table = Table("tensor", "type", box=None, pad_edge=False)
     table.add_column("dims", justify="right")
-    table.add_column("bytes", justify="right")
+    for column in ("bytes", "error"):
+        table.add_column(column, justify="right")
     for tensor in result.tensors:
         dims = " x ".join(map(str, tensor.dims))
-        table.add_row(Text(tensor.name), tensor.type, dims, f"{tensor.bytes:,}")
+        error = "" if tensor.error is None else f"{tensor.error:.3g}"
+        table.add_row(Text(tensor.name), tensor.type, dims, f"{tensor.bytes:,}", error)
     return table

@@ -1,7 +1,10 @@
 """Tells from the rows of ``compare`` where a model's loss comes from: its blocks and its tensors.
 
-The share of a part, the embedding or a block, is its own error (see layers.py) over the sum of them all. Each
-is relative to the residual stream where it arises, which all later blocks normalise: so they can be added up.
+The error behind the last block is shared out among the parts in which it arose, the embedding and the
+blocks. If errors of different parts are uncorrelated, what a block passes on adds to what it causes:
+A_k = g_k A_(k-1) + O_k, where A is the accumulated and O the own error (see layers.py). Both are measured, so
+each gain g_k follows, and the last A is the sum over all parts k of O_k g_(k+1) ... g_n, their contributions.
+docs/compare.md shows how well that agrees with rounding each part alone.
 """
 
 from __future__ import annotations
@@ -26,10 +29,17 @@ ERROR_KINDS = {
 
 
 def shares(row: Row) -> dict[str, float]:
-    """Part ("embedding", "block 0", ...) -> share of the sum of own errors. All 0 if nothing differs."""
-    own = {"embedding": row["embedding_error"], **{_part(layer): layer["own"] for layer in row["layers"]}}
-    total = sum(own.values()) or 1.0
-    return {part: error / total for part, error in own.items()}
+    """Part ("embedding", "block 0", ...) -> share of the error behind the last block; 0 without one."""
+    names = ["embedding", *(_part(layer) for layer in row["layers"])]
+    own = [row["embedding_error"], *(layer["own"] for layer in row["layers"])]
+    accumulated = [row["embedding_error"], *(layer["accumulated"] for layer in row["layers"])]
+    contributions, passed_on = [0.0] * len(own), 1.0
+    for k in reversed(range(len(own))):
+        contributions[k] = own[k] * passed_on
+        if k > 0 and accumulated[k - 1] > 0:
+            passed_on *= max(accumulated[k] - own[k], 0.0) / accumulated[k - 1]
+    total = sum(contributions) or 1.0
+    return {name: contribution / total for name, contribution in zip(names, contributions, strict=True)}
 
 
 def _part(layer: Row) -> str:
@@ -42,7 +52,8 @@ def summary(row: Row, name: str) -> str | None:
         return None
     largest = sorted(shares(row).items(), key=lambda item: -item[1])[:NAMED_PARTS]
     named = ", ".join(f"{part} {100 * share:.0f} %" for part, share in largest if share > 0)
-    return f"{name}: largest shares of the error: {named or 'none, every block gives the values of the base'}"
+    named = named or "none, every block gives the values of the base"
+    return f"{name}: largest shares of the error behind the last block: {named}"
 
 
 def block_table(rows: Sequence[Row], names: Sequence[str]) -> Table | None:

@@ -17,13 +17,15 @@ from ggml_ext.skeleton import Skeleton, open_skeleton
 
 _WORKSPACE = 2**29  # Python, torch and its kernels' buffers
 _KEPT_HIDDEN, _KEPT_QUERY, _KEPT_FFN = 20, 10, 9  # tensors per token that training keeps, by their width
+_SQUARES = 9  # n x n float64 matrices while the widest site is solved and rounded
 _KEPT_WEIGHTS = 6  # copies of all matrices: transformed, rounded, what their gradients need, the gradients
 
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes, except for counts. ``collect``: peak memory of the pass that gathers statistics. ``solve``: of
-    the rounding that follows (a second moment and its inverse in float64). ``train``: of training steps.
+    the transforms and the rounding that follow (second moments and their factors in float64, the block's
+    matrices in GGUF's order and transformed). ``train``: of training steps.
     ``peak``: the largest of those that the run needs. ``disk_activations``: two buffers of hidden states for
     all tokens. ``disk_checkpoints``: the rounded blocks. ``forward_macs``: multiply-adds of one forward pass
     of all tokens through all blocks. ``statistics_macs``: of the second moments. ``n_weights``: in all
@@ -85,7 +87,8 @@ def plan(
     forward = tokens * (8 * shape.hidden + 6 * shape.query + 4 * shape.ffn) * size + scores
     kept = tokens * (_KEPT_HIDDEN * shape.hidden + _KEPT_QUERY * shape.query + _KEPT_FFN * shape.ffn) * size
     collect = _WORKSPACE + weights + statistics + forward
-    solve = _WORKSPACE + weights + statistics + 3 * max(n for n, _ in shape.sites) ** 2 * 8
+    solve = _WORKSPACE + weights + 2 * shape.weights * 4 + statistics
+    solve += _SQUARES * max(n for n, _ in shape.sites) ** 2 * 8
     train = _WORKSPACE + weights + statistics + _KEPT_WEIGHTS * shape.weights * 4 + kept + scores
     blocks = len(skeleton.layers)
     attention = context * shape.query  # q k^T and scores v over half the context each on average

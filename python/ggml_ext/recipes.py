@@ -6,6 +6,7 @@ before any work is done; what works but may surprise is said in a line of remark
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ _DEFAULT_SAMPLES = 128
 class Method:
     """``type_name``: a ggml type or a mix. ``transform``, ``rounding``, ``activation``: names of the tuples
     above. ``transform_bits``: bits per weight that online factors may take, None for no limit. ``samples``:
-    windows of the calibration text."""
+    windows of the calibration text. ``train_steps``: steps that train flatquant's transforms on each block's
+    output after they were solved."""
 
     type_name: str = "fq4"
     transform: str = "none"
@@ -53,6 +55,7 @@ class Method:
     activation: str = "a8"
     transform_bits: float | None = None
     samples: int = _DEFAULT_SAMPLES
+    train_steps: int = 0
 
     @property
     def blockwise(self) -> bool:
@@ -90,6 +93,7 @@ class Options:
     rounding: str | None = None
     activation: str | None = None
     samples: int | None = None
+    train_steps: int | None = None
 
 
 def names() -> list[str]:
@@ -138,6 +142,18 @@ def resolve(recipe: str | None, options: Options, *, importances: bool) -> Metho
     return replace(base, **given)
 
 
+def with_matrices(method: Method, options: Options, matrices: Path | None) -> Method:
+    """The method when transforms are given in a file: flatquant. Raises GgmlExtError for another one."""
+    if matrices is None or method.transform == "flatquant":
+        return method
+    if options.transform is not None:
+        raise GgmlExtError(
+            f"--matrices {matrices}: holds FlatQuant's transforms; leave out --transform {options.transform}"
+        )
+    rounding = method.rounding if options.rounding is not None else "gptq"
+    return replace(method, transform="flatquant", rounding=rounding)
+
+
 def check(
     method: Method,
     type_for: Sequence[tuple[str | re.Pattern[str], str]],
@@ -152,7 +168,7 @@ def check(
     given. Raises GgmlExtError.
     """
     if imatrix and text:
-        raise GgmlExtError("--imatrix and --calibration: give one of the two")
+        raise GgmlExtError("--imatrix and --calibration are two sources of importances; give one of the two")
     _check_types(method, [name for _, name in type_for])
     if method.blockwise:
         _check_blockwise(method, folder=folder, text=text, imatrix=imatrix)
@@ -185,7 +201,15 @@ def _check_types(method: Method, others: Sequence[str]) -> None:
             ) from exc
 
 
+def require_packages() -> None:
+    """Raises GgmlExtError if a package that running a model takes is not installed."""
+    for name in ("torch", "transformers", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            raise GgmlExtError(f"calibration needs the package {name}; pip install 'ggml-ext[calibrate]'")
+
+
 def _check_blockwise(method: Method, *, folder: bool, text: bool, imatrix: bool) -> None:
+    require_packages()
     asked = f"--rounding {method.rounding}"
     if method.transform != "none":
         asked = f"--transform {method.transform}"

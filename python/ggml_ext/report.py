@@ -30,7 +30,8 @@ MISSING = "-"
 
 BLOCK_TEXT = (
     "Squared error of each block's output relative to the base's. Own: the block gets the base's output of "
-    "the block before it, in brackets its share of the sum. Accumulated: the model runs freely."
+    "the block before it; in brackets its share of the error behind the last block. Accumulated: the model "
+    "runs freely."
 )
 
 COLUMNS = ("model", "MB", "bits/weight", "PPL", "KLD to base", "top-1 %", "prompt t/s", "gen t/s")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +62,27 @@ def shared_dir() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"{folder}: no development data; set GGML_EXT_SHARED")
     return folder
+
+
+@pytest.fixture
+def rpc_server(patched_bin_dir: Path) -> Iterator[str]:
+    """Address of a patched ggml-rpc-server that runs for the length of a test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [str(patched_bin_dir / "ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(100):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "the server ended at once"
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()

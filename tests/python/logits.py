@@ -1,9 +1,9 @@
 """Program: the logits of a model under the llama.cpp of a folder, as raw float32.
 
-    python logits.py LIB_DIR MODEL.gguf OUT.npy [--flash] [--rpc HOST:PORT] [--cache ID] [--lora GGUF] [--shift]
+    python logits.py LIB_DIR MODEL OUT.npy [--flash] [--rpc ADDRESS] [--cache K V] [--lora GGUF] [--shift]
 
 Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
-process of its own, since a process holds one llama.cpp. --cache: ggml type of K and V, which needs --flash.
+process of its own, since a process holds one llama.cpp. --cache: ggml types of K and V.
 --shift: moves the cache by one position before the last token, the way a context shift does.
 """
 
@@ -50,7 +50,7 @@ def compute(model_path: str, options: argparse.Namespace) -> NDArray[np.float32]
     params.n_threads = params.n_threads_batch = 2
     params.flash_attn_type = 1 if options.flash else 0
     if options.cache is not None:
-        params.type_k = params.type_v = options.cache
+        params.type_k, params.type_v = options.cache
     context = api.llama_init_from_model(model, params)
     if not context:
         sys.exit(1)
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--flash", action="store_true")
     parser.add_argument("--rpc")
-    parser.add_argument("--cache", type=int)
+    parser.add_argument("--cache", type=int, nargs=2)
     parser.add_argument("--lora")
     parser.add_argument("--shift", action="store_true")
     options = parser.parse_args()

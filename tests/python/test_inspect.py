@@ -17,7 +17,7 @@ import models
 import tiny_fq4
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.gguf_ext import FQ4
-from ggml_ext.inspect import InspectResult, inspect, print_result
+from ggml_ext.inspect import Factor, InspectResult, inspect, print_result
 
 
 @pytest.fixture
@@ -63,6 +63,31 @@ def test_json_is_plain_and_complete(tiny: Path) -> None:
     }
     assert plain["tensors"][3]["dims"] == [256, 32]
     assert plain["ext"]["calibration"]["seed"] == 42
+
+
+def test_how_the_file_was_made_is_shown(tiny: Path) -> None:
+    text = printed(inspect(tiny))
+    for part in (
+        "order 16 at 1 sites, order 4 at 1 sites, order 256 at 1 sites",
+        "0.500 to 0.750 at 2 sites",
+        "4 bits, one scale per 32",
+        "mean 0.375, largest 0.5 (blk.0.attn_k.weight)",
+    ):
+        assert part in text
+    (row,) = (line for line in printed(inspect(tiny), tensors=True).splitlines() if "attn_q.weight" in line)
+    assert row.split()[-1] == "0.25"
+
+
+def test_factors_are_no_weights(tmp_path: Path) -> None:
+    """Bits per weight count a transform's bytes, and the model's weights only."""
+    factors = {f"blk.{i}.attn_q.fq_l": np.eye(4, dtype=np.float16) for i in range(3)}
+    tensors = {"blk.0.attn_q.weight": np.zeros((3, 64), np.float16), **factors}
+    result = inspect(models.write_gguf(tmp_path / "f.gguf", tensors))
+    assert result.parameters == 3 * 64
+    assert result.bits_per_weight == 16 + 8 * 3 * 32 / (3 * 64)
+    assert result.quantized_bits_per_weight is None
+    (factor,) = result.factors
+    assert factor == Factor("attn_q", "fq_l", 4, "F16", 3)
 
 
 def test_stock_file(tmp_path: Path) -> None:

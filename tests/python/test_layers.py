@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,9 +23,8 @@ from numpy.typing import NDArray
 from eval_models import HEADS, KV_HEADS, WIDTH, make_model, make_plamo2, text_of
 from ggml_ext import loss
 from ggml_ext import windows as windows_module
-from ggml_ext.compare import origin, tensor_errors
+from ggml_ext.compare import file_facts
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.header import read_header
 from ggml_ext.layers import (
     LayerError,
     LayersUnavailableError,
@@ -65,9 +65,13 @@ def damaged(base: Path, path: Path, *tensors: str) -> Path:
     return path
 
 
+def ignore(_tokens: float, _note: str = "") -> None:
+    """Progress that nobody watches."""
+
+
 def errors_of(base: Path, model: Path, windows: NDArray[np.int32], threads: int = 1) -> ModelErrors:
-    with record(base, windows, lambda _: None, threads=threads) as outputs:
-        return outputs.errors(model, lambda _: None, threads=threads)
+    with record(base, windows, ignore, threads=threads) as outputs:
+        return outputs.errors(model, ignore, threads=threads)
 
 
 def rms_norm(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -299,18 +303,51 @@ def test_compare_says_where_the_loss_comes_from(base: Path, tmp_path: Path) -> N
     assert own[0] == 0 < min(own[1:])
     assert row["layers"][2]["accumulated"] > own[2]
     assert {layer["own"] for layer in same["layers"]} == {0.0}
-    share = [f"{100 * error / sum(own):.0f} %" for error in own]
-    worst = own.index(max(own))
-    assert (
-        f": largest shares of the error: block {worst} {share[worst]}, block {3 - worst} {share[3 - worst]}\n"
-        in (done.stdout)
-    )
-    assert ": largest shares of the error: none, " in done.stdout
+    shares = loss.shares(row)
+    assert sum(shares.values()) == pytest.approx(1)
+    share = [f"{100 * shares[f'block {i}']:.0f} %" for i in range(BLOCKS)]
+    worst = max(range(BLOCKS), key=lambda i: shares[f"block {i}"])
+    other = 3 - worst
+    named = f"block {worst} {share[worst]}, block {other} {share[other]}"
+    assert f": largest shares of the error behind the last block: {named}\n" in done.stdout
+    assert ": largest shares of the error behind the last block: none, " in done.stdout
     report = out[1].read_text()
     assert (
         f"| block 1 | {own[1]:.3g} ({share[1]}) | {row['layers'][1]['accumulated']:.3g} | 0 (0 %) | 0 |"
         in report
     )
+
+
+def row_of(embedding: float, *errors: tuple[float, float]) -> dict[str, Any]:
+    layers = [{"block": i, "accumulated": a, "own": own} for i, (a, own) in enumerate(errors)]
+    return {"embedding_error": embedding, "layers": layers}
+
+
+def test_shares_follow_what_each_block_passes_on() -> None:
+    """Block 0 halves what comes in and adds 1; block 1 passes on a third and adds 2."""
+    shares = loss.shares(row_of(4.0, (3.0, 1.0), (3.0, 2.0)))
+    assert shares == pytest.approx({"embedding": 2 / 9, "block 0": 1 / 9, "block 1": 6 / 9})
+    assert loss.shares(row_of(4.0, (0.0, 0.0), (1.0, 1.0)))["block 1"] == 1
+    assert set(loss.shares(row_of(0.0, (0.0, 0.0))).values()) == {0.0}
+
+
+def test_shares_are_those_of_damage_alone(base: Path, tmp_path: Path, windows: NDArray[np.int32]) -> None:
+    """Of models with one noisy part each, the errors behind the last block have the shares that the model
+    with noise in all parts shows."""
+    noisy = make_model(tmp_path / "noisy.gguf", kind=Type.F32, blocks=BLOCKS, noise=0.02)
+    source = {tensor.name: tensor.data for tensor in gguf.GGUFReader(noisy).tensors}
+    alone = []
+    for part in ("token_embd.", *(f"blk.{i}." for i in range(BLOCKS))):
+        model = tmp_path / "model.gguf"
+        shutil.copyfile(base, model)
+        for tensor in gguf.GGUFReader(model, "r+").tensors:
+            if tensor.name.startswith(part):
+                tensor.data[:] = source[tensor.name]
+        alone.append(errors_of(base, model, windows).layers[-1].accumulated)
+    errors = errors_of(base, noisy, windows)
+    row = row_of(errors.embedding, *((error.accumulated, error.own) for error in errors.layers))
+    expected = np.array(alone) / sum(alone)
+    np.testing.assert_allclose(list(loss.shares(row).values()), expected, rtol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +375,7 @@ def test_compare_without_block_errors(
 
 def add_errors(path: Path, names: list[str], values: list[float]) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("ggml_ext.version", 1)
     writer.add_array("ggml_ext.error.tensors", names)
     writer.add_array("ggml_ext.error.values", values)
     writer.add_string("ggml_ext.error.kind", "output")
@@ -353,25 +391,23 @@ def add_errors(path: Path, names: list[str], values: list[float]) -> Path:
 def test_errors_of_tensors_are_read_from_the_file(tmp_path: Path) -> None:
     names = [f"blk.{i}.ffn_up.weight" for i in range(7)]
     path = add_errors(tmp_path / "model.gguf", names, [0.5, 0.125, 0.75, 0.0, 0.25, 0.0625, 1.0])
-    keys = read_header(path).keys
-    errors = tensor_errors(path, keys)
+    facts = file_facts(path)
+    errors = facts.tensor_errors
     assert errors is not None
     assert list(errors["values"]) == names
-    assert origin(keys) == {"ggml_ext.error.kind": "output", "ggml_ext.rounding": "gptq"}
+    assert facts.origin == {
+        "ggml_ext.version": 1, "ggml_ext.error.kind": "output", "ggml_ext.rounding": "gptq"
+    }  # fmt: skip
     table = loss.tensor_table([{"tensor_errors": None}, {"tensor_errors": errors}], ["base", "model"])
     assert table is not None
     assert [(line[1], line[2]) for line in table[1]] == [
         (f"`blk.{i}.ffn_up.weight`", value)
         for i, value in ((6, "1"), (2, "0.75"), (0, "0.5"), (4, "0.25"), (1, "0.125"))
     ]
-    assert tensor_errors(path, {}) is None
     assert loss.tensor_table([{"tensor_errors": None}], ["base"]) is None
 
 
-@pytest.mark.parametrize("values", [[0.5], [0.5, float("nan")]])
-def test_damaged_errors_of_tensors(tmp_path: Path, values: list[float]) -> None:
-    path = add_errors(tmp_path / "model.gguf", ["a", "b"], values)
-    with pytest.raises(
-        GgmlExtError, match=r"model\.gguf: key ggml_ext\.error\.values does not hold one finite"
-    ):
-        tensor_errors(path, read_header(path).keys)
+def test_errors_of_tensors_that_json_cannot_hold(tmp_path: Path) -> None:
+    path = add_errors(tmp_path / "model.gguf", ["a", "b"], [0.5, float("nan")])
+    with pytest.raises(GgmlExtError, match=r"model\.gguf: key ggml_ext\.error\.values holds NaN or Inf; "):
+        file_facts(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,30 @@ from ggml_ext import upstream
 
 MAX_LINES = 120
 MAX_FILES = 16
+
+# Hunks with short context could land in the wrong function of another release: file -> part of a hook line ->
+# the function or struct that it belongs to.
+HOME = {
+    "src/llama-graph.cpp": {
+        "ggml_mul_mat(ctx0, w, ggml_ext_llama_input": "llm_graph_context::build_lora_mm(",
+        "ggml_mul_mat_id(ctx0, w, ggml_ext_llama_input": "llm_graph_context::build_lora_mm_id(",
+        "ggml_ext_llama_query": "llm_graph_context::build_attn_mha(",
+        "ggml_ext_llama_attention": "llm_graph_context::build_attn_mha(",
+    },
+    "src/llama-kv-cache.cpp": {
+        "ggml_ext_llama_cache(": "llama_kv_cache::llama_kv_cache(",
+        "ggml_ext_llama_fixes_k": "llama_kv_cache::get_can_shift(",
+        "ggml_ext_llama_store_k": "llama_kv_cache::cpy_k(",
+        "ggml_ext_llama_store_v": "llama_kv_cache::cpy_v(",
+    },
+    "src/llama-model.cpp": {
+        "ggml_ext_llama_load": "llama_model_base::load_tensors(",
+        "ggml_ext_graph ext": "llama_model::build_graph(",
+        "ext.check(": "llama_model::build_graph(",
+    },
+    "src/llama-model.h": {"ggml_ext; //": "struct llama_model {"},
+    "src/llama-model-saver.cpp": {"!model->ggml_ext": "llama_model_saver::add_tensors_from_model("},
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +76,13 @@ def test_patches_stay_small(patches: Path, capsys: pytest.CaptureFixture[str]) -
     assert files <= MAX_FILES
 
 
+def home_of(text: str, part: str) -> str:
+    """The line that begins the function or struct around the only line with ``part``."""
+    lines = text.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if part in line]
+    return next(line for line in reversed(lines[:place]) if re.match(r"\w.*[({]$", line))
+
+
 @pytest.mark.parametrize("version", upstream.PINNED)
 def test_patches_apply_to_every_pinned_release(version: str, patches: Path, tmp_path: Path) -> None:
     tree = tmp_path / "llama.cpp"
@@ -60,3 +92,8 @@ def test_patches_apply_to_every_pinned_release(version: str, patches: Path, tmp_
         patched = "".join((tree / name).read_text() for name in upstream.patched_names(patch)).splitlines()
         added = [line[1:] for line in patch.read_text().splitlines() if line.startswith("+")]
         assert set(added) - set(patched) <= {line for line in added if line.startswith("++ b/")}
+    for name, hooks in HOME.items():
+        text = (tree / name).read_text()
+        assert {part: home in home_of(text, part) for part, home in hooks.items()} == dict.fromkeys(
+            hooks, True
+        )

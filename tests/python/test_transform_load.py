@@ -228,7 +228,7 @@ def test_adapters_see_the_raw_input(llama: Path, patched_lib_dir: Path, tmp_path
     )
 
 
-Q8_0_CACHE = ("--flash", "--cache", "8")
+Q8_0_CACHE = ("--flash", "--cache", "8", "8")
 
 
 def test_learned_kv_transforms(llama: Path, patched_lib_dir: Path, tmp_path: Path) -> None:
@@ -242,6 +242,8 @@ def test_learned_kv_transforms(llama: Path, patched_lib_dir: Path, tmp_path: Pat
     for name in "KV":
         assert result.stderr.count(f"learned transform of {name} in the place of attention rotation") == 1
     assert "attn_rot_k = 0" in result.stderr
+    k_only = logits(patched_lib_dir, path, "--cache", "8", "1")
+    assert 0 < relative(k_only, logits(patched_lib_dir, llama)) < 1e-3, "K alone, without flash attention"
 
 
 def test_context_shift_is_refused_under_a_learned_k_transform(
@@ -265,3 +267,20 @@ def test_models_and_contexts_side_by_side(llama: Path, patched_lib_dir: Path, tm
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout == "equal\n"
+
+
+def test_rpc_server_runs_transforms(
+    llama: Path, patched_lib_dir: Path, rpc_server: str, tmp_path: Path
+) -> None:
+    path = files.transform(files.read(llama)).write(tmp_path / "t.gguf")
+    local = logits(patched_lib_dir, path, "--flash")
+    assert logits(patched_lib_dir, path, "--flash", "--rpc", rpc_server).tobytes() == local.tobytes()
+
+
+def test_llama_quantize_keeps_factors(
+    llama: Path, patched_bin_dir: Path, patched_lib_dir: Path, tmp_path: Path
+) -> None:
+    path = files.transform(files.read(llama), use_hadamard=True).write(tmp_path / "t.gguf")
+    command = [str(patched_bin_dir / "llama-quantize"), str(path), str(tmp_path / "q.gguf"), "Q8_0"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert relative(logits(patched_lib_dir, tmp_path / "q.gguf"), logits(patched_lib_dir, llama)) < 1e-2

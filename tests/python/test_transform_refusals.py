@@ -5,6 +5,9 @@ What would break these: a check that passes a wrong file, one that refuses it wi
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +207,39 @@ def test_hadamard_that_does_not_divide_is_refused(llama: Path, patched_lib_dir: 
     result = run(patched_lib_dir, model.write(tmp_path / "t.gguf"), tmp_path / "out.npy")
     assert result.returncode == 1
     assert "key 'ggml_ext.transform.hadamard' has in element 3 order 1024" in result.stderr
+
+
+def test_file_that_stock_llama_would_run_wrongly_is_refused(
+    llama: Path, patched_lib_dir: Path, stock_build: Path, tmp_path: Path
+) -> None:
+    """Hadamard matrices alone leave no trace that stock llama.cpp would stumble over."""
+    model = files.read(llama)
+    model.ours = {"ggml_ext.version": 1, "ggml_ext.transform.name": "hadamard"}
+    model.ours["ggml_ext.transform.hadamard"] = [0, 0, 0, 512, 0, 0, 0, 0]
+    result = run(patched_lib_dir, model.write(tmp_path / "alone.gguf"), tmp_path / "out.npy")
+    assert result.returncode == 1
+    assert "key 'ggml_ext.transform.hadamard' is in a file without factors or FQ4 weights" in result.stderr
+    model.tensors["blk.0.ffn_down.fq_l"] = np.ones((1, 1), np.float32)
+    path = model.write(tmp_path / "marked.gguf")
+    assert run(patched_lib_dir, path, tmp_path / "out.npy").returncode == 0
+    assert run(stock_build, path, tmp_path / "out.npy").returncode == 1
+
+
+SAVE = """
+import sys, llama_cpp.llama_cpp as api
+model = api.llama_model_load_from_file(sys.argv[1].encode(), api.llama_model_default_params())
+api.llama_model_save_to_file(model, sys.argv[2].encode())
+"""
+
+
+def test_saving_from_memory_is_refused(llama: Path, patched_lib_dir: Path, tmp_path: Path) -> None:
+    """llama.cpp would write the transformed weights without their factors."""
+    path = files.transform(files.read(llama)).write(tmp_path / "t.gguf")
+    environment = {"LLAMA_CPP_LIB_PATH": str(patched_lib_dir), "GGML_NO_BACKTRACE": "1"}
+    command = [sys.executable, "-c", SAVE, str(path), str(tmp_path / "saved.gguf")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert result.returncode != 0
+    assert "a model with transforms cannot be saved from memory" in result.stderr
+    assert not (tmp_path / "saved.gguf").exists()

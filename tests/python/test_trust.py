@@ -7,11 +7,8 @@ row that upstream's generic tests reject, a block layout that depends on the mac
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -137,29 +134,6 @@ def test_quantize_perf_runs(test_bin_dir: Path) -> None:
     result = run(program, "--type", "fq4", "--op", "vec_dot_q", "-i", "2", "--size", "4096")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "fq4" in result.stdout
-
-
-@pytest.fixture
-def rpc_server(patched_bin_dir: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [str(patched_bin_dir / "ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(100):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "the server ended at once"
-            time.sleep(0.1)
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_rpc_gives_the_same_logits(fq4: Path, patched_lib_dir: Path, rpc_server: str, tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from ggml_ext.gguf_ext import KEYS
 
 LOGITS = Path(__file__).with_name("logits.py")
 Matrix = NDArray[np.float64]
-KINDS = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 READERS = {
     "attn_q": ("attn_q", "attn_k", "attn_v"),
+    "attn_qkv": ("attn_qkv",),
     "attn_output": ("attn_output",),
     "ffn_gate": ("ffn_gate", "ffn_up"),
-    "ffn_down": ("ffn_down",),
+    "ffn_up": ("ffn_up",),
     "ffn_gate_exps": ("ffn_gate_exps", "ffn_up_exps"),
+    "ffn_down": ("ffn_down",),
     "ffn_down_exps": ("ffn_down_exps",),
 }
 
@@ -48,8 +49,9 @@ class Model:
         return 1 + max(int(name.split(".")[1]) for name in self.tensors if name.startswith("blk."))
 
     def anchors(self) -> list[str]:
-        """The sites of the first block, in the order of KINDS."""
-        return [anchor for anchor in READERS if f"blk.0.{anchor}.weight" in self.tensors]
+        """The sites of the first block: attn_in, attn_out, ffn_in, ffn_mid."""
+        found = [anchor for anchor in READERS if f"blk.0.{anchor}.weight" in self.tensors]
+        return [anchor for anchor in found if not (anchor == "ffn_up" and "ffn_gate" in found)]
 
     def n(self, anchor: str) -> int:
         return int(self.tensors[f"blk.0.{anchor}.weight"].shape[-1])
@@ -95,8 +97,8 @@ def hadamard(order: int) -> Matrix:
     """Element (i, j) is (-1)^popcount(i & j) / sqrt(order)."""
     index = np.arange(order)
     ones = np.bitwise_count(index[:, None] & index[None, :])
-    signs: Matrix = np.where(ones % 2, -1.0, 1.0)
-    return signs / np.sqrt(order)
+    matrix: Matrix = np.where(ones % 2, -1.0, 1.0) / np.sqrt(order)
+    return matrix
 
 
 def well_conditioned(order: int, random: np.random.Generator) -> Matrix:

@@ -87,7 +87,10 @@ def _factorise(hessian: torch.Tensor) -> _Factors:
     h = hessian.double().clone()
     mean = float(h.diagonal().mean())
     h.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor = torch.linalg.cholesky(h)
+    del h  # large: at most three such matrices at a time beside the caller's
+    inverse = torch.cholesky_inverse(factor)
+    del factor
     u = torch.linalg.cholesky(inverse, upper=True)
     return _Factors(np.ascontiguousarray(u.float().numpy()))
 

@@ -19,6 +19,7 @@ there belong to a linear; a site takes the clip of the first of its linears, the
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,15 @@ def load_official(path: Path) -> list[dict[SiteKind, SiteTransform]]:
     path = path / "flat_matrices.pth" if path.is_dir() else path
     blocks = _load(path)
     return [_block(blocks[index], f"{path}: block {index}") for index in range(len(blocks))]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of the file that load_official reads, hexadecimal. Raises GgmlExtError if it cannot be read."""
+    path = path / "flat_matrices.pth" if path.is_dir() else path
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as exc:
+        raise GgmlExtError(f"{path}: {exc.strerror or exc}; check the path") from exc
 
 
 def load_official_kv(path: Path) -> list[Tensor | None]:

@@ -1,0 +1,407 @@
+"""Calibration block by block: what it writes, that it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import models
+import transform_files
+from ggml_ext import blockwise, calibrate, native
+from ggml_ext.block_file import Findings, Packed, block_path, load, save
+from ggml_ext.blocks import BlockModel
+from ggml_ext.calibration_plan import Request
+from ggml_ext.convert import ConvertResult, convert
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.header import read_header, value
+from ggml_ext.recipes import Method, Options
+from ggml_ext.samples import windows
+from ggml_ext.source import open_gguf
+from ggml_ext.transforms import TransformRequest, solve
+
+CTX, SAMPLES = 32, 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+def use_converted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's converter takes seconds; its result for the tiny models is there already."""
+
+    made = {
+        models.llama_dir(base): models.llama_gguf(base),
+        models.mixtral_dir(base): models.mixtral_gguf(base),
+    }
+
+    def copy(folder: Path, out: Path) -> None:
+        shutil.copyfile(made[folder], out)
+
+    monkeypatch.setattr(calibrate.hf, "to_gguf", copy)
+
+
+@pytest.fixture(scope="module")
+def text(base: Path) -> Path:
+    path = base / "calibrate.txt"
+    path.write_text(models.TEXT * 6)
+    return path
+
+
+@pytest.fixture
+def converted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_converted(base, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of request_for(base, text), calibrated; not to be changed."""
+    folder = tmp_path_factory.mktemp("calibrated") / "c"
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        use_converted(base, patch)
+        result = run(request_for(base, text), folder)
+    assert result.done == models.LAYERS
+    assert result.error is not None
+    assert 0 < result.error < 0.05
+    assert "2 blocks" in result.summary()
+    return folder
+
+
+def request_for(base: Path, text: Path, **more: Any) -> Request:
+    method = Method("fq4", "smoothquant", "gptq", samples=SAMPLES)
+    return replace(Request(models.llama_dir(base), text, method, ctx=CTX, threads=1), **more)
+
+
+def run(request: Request, folder: Path) -> calibrate.CalibrateResult:
+    return calibrate.calibrate(request, folder, warn=lambda _line: None)
+
+
+def refused(request: Request, folder: Path, message: str) -> None:
+    with pytest.raises(GgmlExtError, match=message) as caught:
+        run(request, folder)
+    assert ";" in str(caught.value), "no remedy"
+
+
+def blocks(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("block-*"))}
+
+
+def keys(path: Path) -> dict[str, Any]:
+    return {name: value(entry) for name, entry in read_header(path).keys.items() if "token" not in name}
+
+
+def types(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.type_name for tensor in open_gguf(path).tensors}
+
+
+def test_a_folder_holds_the_plan_and_the_blocks(base: Path, text: Path, finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "block-000.safetensors",
+        "block-001.safetensors",
+        "lock",
+        "plan.json",
+        "source.gguf",
+    ]
+    stored, findings = load(block_path(finished, 0))
+    changed = {"blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"}
+    assert {name for name, tensor in stored.items() if tensor.type_name == "f32"} == changed
+    assert findings.errors.keys() == stored.keys() - changed
+    assert run(request_for(base, text), finished).done == 0
+    plan = json.loads((finished / "plan.json").read_text())
+    assert plan["types"]["blk.0.attn_q.weight"] == "fq4"
+    assert plan["types"]["output.weight"] == "q6_k"
+    assert plan["windows"] == SAMPLES
+    assert {"torch", "transformers", "ggml-ext"} <= plan["versions"].keys()
+
+
+@pytest.mark.usefixtures("converted")
+def test_convert_resumes_beside_the_output_and_tidies_up(
+    base: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first block: the blocks stay, the same command goes on with the second."""
+    out = tmp_path / "m.gguf"
+    lines: list[str] = []
+
+    def go() -> ConvertResult:
+        options = Options(transform="smoothquant", rounding="gptq", samples=SAMPLES)
+        return convert(
+            models.llama_dir(base),
+            out,
+            options=options,
+            calibration=text,
+            ctx=CTX,
+            threads=1,
+            warn=lines.append,
+        )
+
+    done: list[int] = []
+
+    def interrupted(sites: Any, *arguments: Any) -> Any:
+        done.append(int(sites["attn_in"].anchor.split(".")[1]))
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return blockwise.encode_block(sites, *arguments)
+
+    monkeypatch.setattr(calibrate, "encode_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    folder = tmp_path / "m.gguf.calibration"
+    assert lines == [f"{folder}: 1 of 2 blocks are done; the same command goes on there"]
+    assert not out.exists()
+    kept = blocks(folder)
+    result = go()
+    assert done == [0, 1, 1]
+    assert list(tmp_path.iterdir()) == [out]
+    assert result.quantized_bits_per_weight is not None
+    assert kept.items() <= blocks(finished).items()
+    convert(models.llama_dir(base), tmp_path / "again.gguf", calibrated=finished)
+    assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
+
+
+def killed_when(appears: Path, command: list[str]) -> None:
+    """Starts the command and kills it as soon as the file is there."""
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while not appears.exists():
+        assert child.poll() is None, child.stderr.read() if child.stderr else ""
+        time.sleep(0.002)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_killed_anywhere_the_result_is_the_same(
+    base: Path, text: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Byte for byte: a state outside the files, or a file that is there before it is whole, would show."""
+    folder = tmp_path / "c"
+    command = [
+        sys.executable,
+        "-m",
+        "ggml_ext.cli",
+        "calibrate",
+        str(models.llama_dir(base)),
+        "-o",
+        str(folder),
+    ]
+    command += ["--calibration", str(text), "--transform", "smoothquant", "--rounding", "gptq", "-t", "1"]
+    command += ["--ctx", str(CTX), "--samples", str(SAMPLES)]
+    killed_when(folder / "hidden-001.bin", command)
+    assert not blocks(folder)
+    killed_when(folder / "block-000.safetensors", command)
+    assert len(blocks(folder)) == 1
+    assert run(request_for(base, text), folder).done == 1
+    assert blocks(folder) == blocks(finished)
+    assert not list(folder.glob(".*.part"))
+
+
+def test_a_folder_with_another_plan_is_refused(base: Path, text: Path, finished: Path) -> None:
+    request = request_for(base, text)
+    before = blocks(finished)
+    refused(replace(request, ctx=CTX * 2), finished, r"\(ctx 32 there, 64 here\); repeat its settings")
+    refused(replace(request, seed=3), finished, r"\(seed 0 there, 3 here\); repeat its settings")
+    rtn = replace(request, method=replace(request.method, rounding="rtn"))
+    refused(rtn, finished, r"\(rounding gptq there, rtn here\)")
+    typed = replace(request, type_for=[("ffn_down", "q6_k")])
+    refused(typed, finished, r"types: blk.0.ffn_down.weight fq4 there, q6_k here and 1 more")
+    other = text.with_name("other.txt")
+    other.write_text(models.TEXT * 7)
+    refused(replace(request, text=other), finished, "another calibration text")
+    assert blocks(finished) == before
+
+
+@pytest.mark.usefixtures("converted")
+def test_damaged_and_busy_folders(base: Path, text: Path, finished: Path, tmp_path: Path) -> None:
+    request = request_for(base, text)
+    folder = shutil.copytree(finished, tmp_path / "c")
+    last = block_path(folder, 1)
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(GgmlExtError, match=r"block-001\.safetensors: not a complete checkpoint"):
+        convert(request.source, tmp_path / "m.gguf", calibrated=folder)
+    last.unlink()
+    with pytest.raises(GgmlExtError, match="unfinished, 1 of 2 blocks are missing"):
+        convert(request.source, tmp_path / "m.gguf", calibrated=folder)
+    refused(request, folder, r"hidden-001\.bin: missing or damaged")
+    with pytest.raises(GgmlExtError, match="a calibration of another model"):
+        convert(models.mixtral_dir(base), tmp_path / "m.gguf", calibrated=finished)
+    with pytest.raises(GgmlExtError, match="holds no calibration"):
+        convert(request.source, tmp_path / "m.gguf", calibrated=tmp_path)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(request, folder, "another run is using it")
+
+
+@pytest.mark.usefixtures("converted")
+def test_types_that_the_rounding_does_not_know_are_refused_at_once(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
+    request = request_for(base, text)
+    other = replace(request, method=replace(request.method, type_name="iq3_s"))
+    refused(other, tmp_path / "c", "--rounding gptq: knows no levels of type iq3_s; it knows fq4")
+    assert not (tmp_path / "c" / "plan.json").exists()
+
+
+@pytest.mark.usefixtures("converted")
+def test_other_types_are_rounded_by_importance(base: Path, text: Path, tmp_path: Path) -> None:
+    """Q8_0, which Q4_K_M gives mixtures of eight experts, and types for rows that do not fit."""
+    lines: list[str] = []
+    request = request_for(base, text, type_for=[("0.attn_v", "q8_0")])
+    calibrate.calibrate(request, tmp_path / "c", warn=lines.append)
+    assert lines == ["gptq knows no levels of q8_0: imatrix for 1 tensor: blk.0.attn_v.weight"]
+    stored, findings = load(block_path(tmp_path / "c", 0))
+    assert stored["blk.0.attn_v.weight"].type_name == "q8_0"
+    assert findings.errors["blk.0.attn_v.weight"] < 1e-4
+
+
+@pytest.mark.usefixtures("converted")
+def test_the_file_says_how_it_was_made(base: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    options = Options("fq4", "hadamard", "gptq", "a4", SAMPLES)
+    convert(models.llama_dir(base), out, options=options, calibration=text, ctx=CTX, warn=lambda _line: None)
+    meta = keys(out)
+    assert meta["ggml_ext.transform.name"] == "hadamard"
+    assert meta["ggml_ext.rounding"] == "gptq"
+    assert (meta["ggml_ext.activation.bits"], meta["ggml_ext.activation.group"]) == (4, 0)
+    assert meta["ggml_ext.calibration.samples"] == SAMPLES
+    assert meta["ggml_ext.calibration.length"] == CTX
+    assert len(meta["ggml_ext.transform.hadamard"]) == 4 * models.LAYERS
+    assert meta["ggml_ext.error.kind"] == "output"
+    errors = dict(zip(meta["ggml_ext.error.tensors"], meta["ggml_ext.error.values"], strict=True))
+    assert errors.keys() == {
+        name for name, kind in types(out).items() if name[:4] == "blk." and kind == "fq4"
+    }
+    assert all(0 < error < 0.1 for error in errors.values())
+    assert meta["general.file_type"] == 200
+
+
+@pytest.mark.usefixtures("converted")
+def test_folded_transforms_and_stock_types_make_a_stock_file(
+    base: Path, text: Path, stock_build: Path, tmp_path: Path
+) -> None:
+    """Unpatched llama.cpp runs it, and to f32 it is the same function."""
+    logits = []
+    source, f32, mixed = (tmp_path / f"{name}.gguf" for name in ("source", "f32", "mixed"))
+    convert(models.llama_gguf(base), source, type_name="f32")
+    for out, type_name, rounding in ((f32, "f32", "rtn"), (mixed, "q4_k_m", "gptq")):
+        options = Options(type_name, "smoothquant", rounding, None, SAMPLES)
+        convert(models.llama_dir(base), out, options=options, calibration=text, ctx=CTX)
+    assert keys(mixed)["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    for path in (source, f32, mixed):
+        result = transform_files.run(stock_build, path, tmp_path / "out.npy")
+        assert result.returncode == 0, result.stderr[-2000:]
+        logits.append(np.load(tmp_path / "out.npy"))
+    largest = np.abs(logits[0]).max()
+    assert 0 < np.abs(logits[0] - logits[1]).max() <= 1e-3 * largest
+    assert 1e-3 * largest < np.abs(logits[0] - logits[2]).max() < 0.5 * largest
+
+
+@pytest.mark.usefixtures("converted")
+def test_experts_are_rounded_by_what_reached_them(base: Path, text: Path, tmp_path: Path) -> None:
+    request = request_for(base, text, source=models.mixtral_dir(base))
+    run(request, tmp_path / "c")
+    stored, findings = load(block_path(tmp_path / "c", 0))
+    down = stored["blk.0.ffn_down_exps.weight"]
+    assert down.dims == (models.FFN, models.HIDDEN, models.EXPERTS)
+    assert down.read().shape[0] == models.HIDDEN * models.EXPERTS
+    assert stored["blk.0.ffn_gate_inp.weight"].type_name == "f32"
+    assert findings.errors["blk.0.ffn_down_exps.weight"] < 0.02
+
+
+def test_transformed_matrices_can_be_brought_back(base: Path, text: Path) -> None:
+    """Learned rounding runs the float block with weights from the transformed basis."""
+    for folder in (models.llama_dir(base), models.mixtral_dir(base)):
+        source = open_gguf(models._as_gguf(folder))
+        block = BlockModel(folder, gguf=source).load(0)
+        hidden = torch.randn(4, CTX, models.HIDDEN, generator=torch.Generator().manual_seed(1))
+        stats = block.collect([hidden])
+        request = TransformRequest("hadamard", {}, alpha=0.4)
+        transforms = {kind: solve(site, stats[kind], request) for kind, site in block.sites.items()}
+        weights, _ = blockwise.transformed(block.sites, transforms, source)
+        job = blockwise.Job(dict.fromkeys(weights, "fq4"), "learned")
+        data = {name: np.zeros((0, 0), np.uint8) for name in weights}
+        linears = {linear.tensor: linear for site in block.sites.values() for linear in site.linears}
+        for matrix in blockwise._matrices(block.sites, transforms, weights, data, job):
+            back = matrix.original(matrix.wanted)
+            torch.testing.assert_close(back, linears[matrix.tensor].weight, rtol=1e-4, atol=1e-5)
+        before, after = block.run(hidden), block.run(hidden, weights={n: linears[n].weight for n in linears})
+        torch.testing.assert_close(before, after)
+
+
+@pytest.mark.usefixtures("converted")
+def test_learned_rounding_is_never_worse(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "refine_block", partial(calibrate.refine_block, steps=8))
+    method = Method("q4_0", "smoothquant", "learned", samples=SAMPLES)
+    run(request_for(base, text, method=method), tmp_path / "c")
+    _, findings = load(block_path(tmp_path / "c", 0))
+    notes = findings.notes["block"]
+    assert 0 < notes["learned_after"] <= notes["learned_before"]
+
+
+def test_windows_are_spread_over_the_text(base: Path, text: Path) -> None:
+    model = models.llama_gguf(base)
+    lines: list[str] = []
+
+    def cut(samples: int, seed: int = 0, ctx: int = CTX) -> Any:
+        return windows(model, text, ctx=ctx, samples=samples, seed=seed, warn=lines.append)
+
+    few = cut(3)
+    assert few.shape == (3, CTX)
+    assert (few[:, 0] == 1).all(), "BOS"
+    np.testing.assert_array_equal(few, cut(3))
+    assert (few != cut(3, seed=1)).any()
+    assert not lines
+    many = cut(10_000)
+    assert len(many) < 10_000
+    assert "not 10000" in lines[0]
+    with pytest.raises(GgmlExtError, match=r"only \d+ tokens, and a window needs 100000"):
+        cut(1, ctx=100_000)
+
+
+def test_a_block_file_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    rows = random.standard_normal((4, 256)).astype(np.float32)
+    tensors = {
+        name: Packed(kind, (256, 4), native.quantize(kind, rows))
+        for name, kind in (("b", "fq4"), ("a", "f16"))
+    }
+    findings = Findings((0, 2, 0, 0), (1.0, 0.5, 1.0, 1.0), {"b": 0.25}, {"attn_in": {"loss": 1.5}})
+    save(tmp_path / "x", tensors, findings)
+    save(tmp_path / "y", dict(reversed(tensors.items())), findings)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    stored, found = load(tmp_path / "x")
+    assert found == findings
+    assert (stored["b"].type_name, stored["b"].dims) == ("fq4", (256, 4))
+    np.testing.assert_array_equal(stored["b"].read(), tensors["b"].data)
