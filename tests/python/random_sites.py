@@ -11,7 +11,8 @@ KINDS = ("norm", "attention", "middle", "experts", "unfoldable")
 
 
 def make(kind: str, *, seed: int) -> tuple[Site, SiteStats]:
-    """One of KINDS: a norm's output, grouped heads, a down-projection's input, a mixture's, a site without fold."""
+    """One of KINDS: a norm's output, grouped heads, a down-projection's input, a mixture's, a site without
+    fold."""
     if kind == "attention":
         return attention(4, 2, 16, seed=seed)
     if kind == "middle":

@@ -106,7 +106,9 @@ def test_factors_learn_in_the_basis_that_the_file_has() -> None:
             assert torch.allclose(factors.inputs(x), start.apply(x.double()).float(), atol=1e-4)
             assert torch.allclose(factors.weights(w), start.weight(w), atol=1e-4)
             kept = factors.transform()
-            assert torch.allclose(kept.apply(x.double()) @ kept.weight(w.double()).mT, x.double() @ w.double().mT)
+            assert torch.allclose(
+                kept.apply(x.double()) @ kept.weight(w.double()).mT, x.double() @ w.double().mT
+            )
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "imatrix"])
@@ -132,8 +134,8 @@ def test_the_surrogate_has_the_gradient_of_the_loss(rounding: str, activation: A
 
 
 def test_the_residuals_are_what_gptq_is_left_with() -> None:
-    """D_j is the power of channel j that the later channels cannot express; another order would optimise for a
-    GPTQ that runs backwards."""
+    """D_j is the power of channel j that the later channels cannot express; another order would optimise for
+    a GPTQ that runs backwards."""
     site, stats = random_sites.plain(12, seed=2)
     loss = Loss(site, stats, request(site, "flatquant"))
     h = stats.hessian.double()
@@ -146,8 +148,8 @@ def test_the_residuals_are_what_gptq_is_left_with() -> None:
 
 
 def test_learning_beats_its_start_and_a_random_one() -> None:
-    """The solved start is the point of the closed form: less loss than where it began, than Hadamard factors and
-    than random rotations."""
+    """The solved start is the point of the closed form: less loss than where it began, than Hadamard factors
+    and than random rotations."""
     site, stats = random_sites.plain(256, seed=7)
     wanted = request(site, "flatquant", steps=40, activation=A4)
     solved = transforms.solve(site, stats, wanted)
@@ -177,16 +179,15 @@ def test_an_ill_conditioned_iterate_is_left_out(monkeypatch: pytest.MonkeyPatch)
 def test_stored_factors_stay_within_the_budget(budget: float | None, n: int, name: str) -> None:
     """A file of 4.32 bits per weight has to have room for its factors."""
     for site, stats in (random_sites.plain(n, seed=1), random_sites.attention(4, 2, 16, seed=1)):
-        wanted = TransformRequest(
-            name, {m.tensor: "f16" for m in site.linears}, steps=1, budget_bits=budget
-        )
+        wanted = TransformRequest(name, {m.tensor: "f16" for m in site.linears}, steps=1, budget_bits=budget)
         transform = transforms.solve(site, stats, wanted)
         if budget is not None:
             assert 16 * stored_values(transform) <= budget * n_weights(site)
 
 
 def test_a_block_shares_its_budget() -> None:
-    """The sites' shares must add up to the block's, use most of it, and each buy the structure it was made for."""
+    """The sites' shares must add up to the block's, use most of it, and each buy the structure it was made
+    for."""
     sites = random_sites.block(hidden=256, ffn=768, heads=4, kv_heads=2)
     total = sum(n_weights(site) for site in sites.values())
     for budget in (0.0, 0.0075, 0.02, 1.0):
@@ -289,7 +290,9 @@ def reference_rounding(x: np.ndarray, bits: int, group: int, clip: float) -> np.
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None)
-def test_activations_are_rounded_as_at_run_time(n: int, bits: int, group: int, clip: float, seed: int) -> None:
+def test_activations_are_rounded_as_at_run_time(
+    n: int, bits: int, group: int, clip: float, seed: int
+) -> None:
     """Ragged last groups and all-zero tokens included."""
     x = torch.randn(4, n, generator=torch.Generator().manual_seed(seed))
     x[0] = 0

@@ -1,5 +1,6 @@
-"""Transforms of a block's sites: what is done to activations and weights before they are rounded. One module per
-transform, each with solve(site, stats, request) -> SiteTransform; docs/flatquant.md has the mathematics."""
+"""Transforms of a block's sites: what is done to activations and weights before they are rounded. One module
+per transform, each with solve(site, stats, request) -> SiteTransform; docs/flatquant.md has the
+mathematics."""
 
 from __future__ import annotations
 
@@ -36,9 +37,9 @@ FOLDED = frozenset({"none", "smoothquant", "awq"})  # nothing is left to do at r
 
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
-    """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that T and
-    T^-T belong to each other exactly. Raises GgmlExtError for an unknown name or type and for statistics with
-    NaN or Inf."""
+    """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that T
+    and T^-T belong to each other exactly. Raises GgmlExtError for an unknown name or type and for statistics
+    with NaN or Inf."""
     if request.name not in _SOLVERS:
         raise GgmlExtError(f"no transform {request.name}; there are: {', '.join(NAMES)}")
     return _SOLVERS[request.name](site, stats, request)

@@ -29,8 +29,8 @@ def grouped(x: Tensor, group: int) -> Tensor:
 
 
 def fake_quant_activation(x: Tensor, spec: ActivationSpec, clip: float | Tensor = 1.0) -> Tensor:
-    """x [..., n] after clipping and rounding, in x's dtype. Rounding passes gradients straight through; a clip
-    that is a tensor gets its own."""
+    """x [..., n] after clipping and rounding, in x's dtype. Rounding passes gradients straight through; a
+    clip that is a tensor gets its own."""
     if isinstance(clip, Tensor) or clip != 1.0:
         limit = x.abs().amax(-1, keepdim=True) * clip
         x = torch.minimum(torch.maximum(x, -limit), limit)
@@ -45,8 +45,8 @@ def fake_quant_activation(x: Tensor, spec: ActivationSpec, clip: float | Tensor 
 
 
 def expected_error(x: Tensor, spec: ActivationSpec, clip: float | Tensor) -> Tensor:
-    """Expected squared error of each channel, [n], of rounding the tokens x [m, n], differentiable: step^2 / 12 with
-    the step of the channel's group, plus what the clip cuts off."""
+    """Expected squared error of each channel, [n], of rounding the tokens x [m, n], differentiable: step^2 /
+    12 with the step of the channel's group, plus what the clip cuts off."""
     limit = x.abs().amax(-1, keepdim=True) * clip
     groups = grouped(x, spec.group)
     largest = torch.minimum(groups.abs().amax(-1), limit)

@@ -1,5 +1,5 @@
-"""AWQ (arXiv 2306.00978): a diagonal that enlarges the weights of the channels with large activations, searched with
-the real quantiser. Folded, so the file is an ordinary one."""
+"""AWQ (arXiv 2306.00978): a diagonal that enlarges the weights of the channels with large activations,
+searched with the real quantiser. Folded, so the file is an ordinary one."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
 
 
 class Objective:
-    """The error of a site's outputs under a transform, relative to each matrix's outputs and summed over the matrices:
-    tr(dW H dW^T) / tr(W H W^T) with dW what the matrix's type leaves of W, plus the mean of |dx W^T|^2 over the
-    sample with dx what rounding the activations leaves of x. Experts are averaged, each with its own H where
-    there is one."""
+    """The error of a site's outputs under a transform, relative to each matrix's outputs and summed over the
+    matrices: tr(dW H dW^T) / tr(W H W^T) with dW what the matrix's type leaves of W, plus the mean of |dx
+    W^T|^2 over the sample with dx what rounding the activations leaves of x. Experts are averaged, each with
+    its own H where there is one."""
 
     def __init__(self, site: Site, stats: SiteStats, request: TransformRequest) -> None:
         self._site, self._request = site, request

@@ -18,8 +18,8 @@ _TOKENS = 1024
 def with_best_clip(
     transform: SiteTransform, site: Site, stats: SiteStats, request: TransformRequest
 ) -> SiteTransform:
-    """The transform with the clip that leaves the least error of the site's outputs on the sample: the mean of
-    |(round(x') - x') W'^T|^2 / tr(W H W^T), summed over the matrices. As it is if no clip is searched."""
+    """The transform with the clip that leaves the least error of the site's outputs on the sample: the mean
+    of |(round(x') - x') W'^T|^2 / tr(W H W^T), summed over the matrices. As it is if no clip is searched."""
     if not request.clips or request.activation.bits >= FLOAT_BITS:
         return transform
     x = _spread(stats.sample, _TOKENS).cpu().float()

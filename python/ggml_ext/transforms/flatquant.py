@@ -1,5 +1,5 @@
-"""FlatQuant (arXiv 2410.09426): a learned Kronecker product and a diagonal per site, here from a closed-form loss
-without any forward pass. docs/flatquant.md."""
+"""FlatQuant (arXiv 2410.09426): a learned Kronecker product and a diagonal per site, here from a closed-form
+loss without any forward pass. docs/flatquant.md."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
 def _start(
     site: Site, stats: SiteStats, request: TransformRequest, loss: Loss, clip: float
 ) -> tuple[SiteTransform, float]:
-    """Hadamard factors after a SmoothQuant diagonal or none, whichever has the smaller loss; and that loss."""
+    """Hadamard factors after a SmoothQuant diagonal or none, whichever has the smaller loss; and that
+    loss."""
     structure = largest(site, request.budget_bits)
     alpha = ALPHA if request.alpha is None else request.alpha
     diagonals = [smooth(site, stats, alpha), torch.ones(site.n, dtype=torch.float64)]

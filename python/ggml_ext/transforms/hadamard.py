@@ -1,5 +1,5 @@
-"""Hadamard rotations (QuaRot, arXiv 2404.00456): every transformed channel is a mix of all channels with equal
-weights, so outliers spread out."""
+"""Hadamard rotations (QuaRot, arXiv 2404.00456): every transformed channel is a mix of all channels with
+equal weights, so outliers spread out."""
 
 from __future__ import annotations
 

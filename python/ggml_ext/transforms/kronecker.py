@@ -40,8 +40,8 @@ class Factors:
         return self._map(w, self._log_diag().exp(), duals)
 
     def transform(self) -> SiteTransform:
-        """The transform with its factors as the file stores them. Their scales are immaterial to the outputs: left
-        and right get unit mean square rows, the diagonal and head a geometric mean of 1."""
+        """The transform with its factors as the file stores them. Their scales are immaterial to the outputs:
+        left and right get unit mean square rows, the diagonal and head a geometric mean of 1."""
         with torch.no_grad():
             parts = {name: p.detach().clone() for name, p in self.parameters.items()}
         diag = expand(self._site, centred(parts["diag"].exp())) if "diag" in parts else self._start.diag

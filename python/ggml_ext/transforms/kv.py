@@ -1,10 +1,10 @@
 """Per-head transforms of a quantised KV cache: k' = k P and q' = q P^-T, v' = v P and P^-1 after the attention.
 
-Rounding k' to blocks with one scale leaves about the same error variance s in all channels, s in proportion to
-tr(P^T Hk P); what it does to the scores q' k'^T is s tr(P^-1 Hq P^-T). The product of both traces depends on P P^T
-alone and is smallest where P^T Hk P = P^-1 Hq P^-T: the balanced realisation of control theory (B. C. Moore, 1981),
-with both equal to a diagonal S. Any rotation may follow; Walsh-Hadamard makes all channels' variances equal. For
-V, the reader's moments are W^T W of the output projection, summed over the heads."""
+Rounding k' to blocks with one scale leaves about the same error variance s in all channels, s in proportion
+to tr(P^T Hk P); what it does to the scores q' k'^T is s tr(P^-1 Hq P^-T). The product of both traces depends
+on P P^T alone and is smallest where P^T Hk P = P^-1 Hq P^-T: the balanced realisation of control theory (B. C. Moore, 1981),
+with both equal to a diagonal S. Any rotation may follow; Walsh-Hadamard makes all channels' variances equal.
+For V, the reader's moments are W^T W of the output projection, summed over the heads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DAMPING = 1e-3  # of the mean diagonal; bounds P's condition number by its inve
 
 
 def cache_transform(cached: Tensor, reader: Tensor) -> Tensor:
-    """P [head_dim, head_dim] float64 for second moments of what the cache holds (rows k or v) and of what reads it
-    (rows q, or the rows of the output projection per head), both [head_dim, head_dim], any scale.
+    """P [head_dim, head_dim] float64 for second moments of what the cache holds (rows k or v) and of what
+    reads it (rows q, or the rows of the output projection per head), both [head_dim, head_dim], any scale.
 
     Raises GgmlExtError for moments with NaN or Inf, or that are all zero.
     """
@@ -33,8 +33,8 @@ def cache_transform(cached: Tensor, reader: Tensor) -> Tensor:
 
 
 def output_gram(weight: Tensor, head_dim: int) -> Tensor:
-    """The reader's moments for V: the output projection's W [n_out, heads * head_dim] -> sum over its heads of
-    W_h^T W_h, float64."""
+    """The reader's moments for V: the output projection's W [n_out, heads * head_dim] -> sum over its heads
+    of W_h^T W_h, float64."""
     heads = weight.double().unflatten(-1, (-1, head_dim))
     return torch.einsum("ohi,ohj->ij", heads, heads)
 

@@ -1,5 +1,6 @@
-"""The closed-form loss that flatquant minimises: the expected error of a site's outputs after rounding weights and
-activations, relative to the outputs, from second moments and a sample alone. docs/flatquant.md derives it."""
+"""The closed-form loss that flatquant minimises: the expected error of a site's outputs after rounding
+weights and activations, relative to the outputs, from second moments and a sample alone. docs/flatquant.md
+derives it."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ _REFRESH_STEPS = 8  # beyond, in every eighth
 
 @lru_cache(maxsize=64)
 def weight_noise(type_name: str) -> tuple[float, int]:
-    """(c, g): the type rounds a weight with a mean squared error of about c times the squared largest weight of
-    its group of g. Measured on Gaussian rows; (0, 1) for float types."""
+    """(c, g): the type rounds a weight with a mean squared error of about c times the squared largest weight
+    of its group of g. Measured on Gaussian rows; (0, 1) for float types."""
     if type_name.lower() in ("f32", "f16", "bf16"):
         return 0.0, 1
     block = native.block_size(type_name)
@@ -45,8 +46,8 @@ _GROUPS_OF_16 = ("fq4", "q2_k", "q3_k", "q6_k", "nvfp4")
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of matrices of one group size. ``w`` float32 [rows, n]; ``scale`` float32 [rows]: what a row's squared
-    norm and noise count for."""
+    """Rows of matrices of one group size. ``w`` float32 [rows, n]; ``scale`` float32 [rows]: what a row's
+    squared norm and noise count for."""
 
     w: Tensor
     activation_scale: Tensor
@@ -102,7 +103,8 @@ class Loss:
         return (gradient * moments).sum() + residual @ noise + rest
 
     def _weight_terms(self, factors: Factors) -> tuple[Tensor, Tensor]:
-        """The weights' noise per channel [n] and the squared columns [n] that carry the activations' noise."""
+        """The weights' noise per channel [n] and the squared columns [n] that carry the activations'
+        noise."""
         noise = power = torch.zeros(self.h.shape[0])
         for rows in self._rows:
             w = factors.weights(rows.w)

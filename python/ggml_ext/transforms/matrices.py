@@ -1,5 +1,5 @@
-"""Orthogonal matrices with entries of nearly equal size: Paley's Hadamard matrices, cosine transforms, and the
-split of a channel count into an order for one of them times a power of two."""
+"""Orthogonal matrices with entries of nearly equal size: Paley's Hadamard matrices, cosine transforms, and
+the split of a channel count into an order for one of them times a power of two."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SmoothQuant (arXiv 2211.10438): a diagonal that shares the range of outlier channels between activations and
-weights. Folded, so the file is an ordinary one."""
+"""SmoothQuant (arXiv 2211.10438): a diagonal that shares the range of outlier channels between activations
+and weights. Folded, so the file is an ordinary one."""
 
 from __future__ import annotations
 

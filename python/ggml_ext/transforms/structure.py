@@ -75,8 +75,8 @@ def largest(site: Site, budget_bits: float | None) -> Structure:
 
 
 def split_budget(sites: Mapping[SiteKind, Site], budget_bits: float | None) -> dict[SiteKind, float | None]:
-    """How a block's budget for stored factors, in bits per weight of its matrices, is shared among its sites: for
-    each site, bits per weight of the site's own matrices.
+    """How a block's budget for stored factors, in bits per weight of its matrices, is shared among its sites:
+    for each site, bits per weight of the site's own matrices.
 
     Of all combinations of structures that fit, takes the one with the largest sum of weights x log2(order of
     the learned factors): what a site's matrices gain grows with the order, ever more slowly.
