@@ -13,6 +13,7 @@ from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
 from ggml_ext.transforms.structure import split_budget
 from ggml_ext.transforms.train import train
+from ggml_ext.transforms.train import train
 
 __all__ = [
     "FOLDED",
@@ -21,6 +22,7 @@ __all__ = [
     "fake_quant_activation",
     "solve",
     "split_budget",
+    "train",
     "train",
 ]
 

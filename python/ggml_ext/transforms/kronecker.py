@@ -39,6 +39,11 @@ class Factors:
         duals = {name: p.inverse().T for name, p in self.parameters.items() if name != "diag"}
         return self._map(w, self._log_diag().exp(), duals)
 
+    def moments(self, h: Tensor) -> Tensor:
+        """T^T H T for H float32 [n, n], symmetric to the last bit."""
+        h = self.inputs(self.inputs(h).T)
+        return (h + h.T) / 2
+
     def transform(self) -> SiteTransform:
         """The transform with its factors as the file stores them. Their scales are immaterial to the outputs:
         left and right get unit mean square rows, the diagonal and head a geometric mean of 1."""

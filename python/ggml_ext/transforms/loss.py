@@ -80,7 +80,7 @@ class Loss:
         """The loss itself, over the whole sample."""
         with torch.no_grad():
             noise, power = self._weight_terms(factors)
-            residual = self._residual(self._moments(factors))
+            residual = self._residual(factors.moments(self.h))
             return float(residual @ noise + self._activation_term(factors, power, self.sample, clip))
 
     def surrogate(self, factors: Factors, clip: float | Tensor = 1.0) -> Tensor:
@@ -91,7 +91,7 @@ class Loss:
         up to seven steps before.
         """
         noise, power = self._weight_terms(factors)
-        moments = self._moments(factors)
+        moments = factors.moments(self.h)
         drawn = torch.randperm(len(self.sample), generator=self._generator)[:STEP_TOKENS]
         rest = self._activation_term(factors, power, self.sample[drawn], clip)
         if not self.residuals:
@@ -114,12 +114,6 @@ class Loss:
                 per_group = rows.weight_scale @ largest
                 noise = noise + per_group.repeat_interleave(rows.group)[: len(noise)]
         return noise, power
-
-    def _moments(self, factors: Factors) -> Tensor:
-        """H' = T^T H T, symmetric to the last bit."""
-        once = factors.inputs(self.h)
-        h = factors.inputs(once.T)
-        return (h + h.T) / 2
 
     def _residual(self, moments: Tensor) -> Tensor:
         if not self.residuals:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.sites import ActivationSpec, Linear
@@ -22,7 +22,7 @@ class TransformRequest:
 
     name: str
     types: Mapping[str, str]
-    activation: ActivationSpec = ActivationSpec()
+    activation: ActivationSpec = field(default_factory=ActivationSpec)
     budget_bits: float | None = None
     rounding: str = "gptq"
     alpha: float | None = None

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ggml_ext import native
-from ggml_ext.blocks import Block
+from ggml_ext.rounding import round_matrix
 from ggml_ext.sites import Linear, Site, SiteKind, SiteTransform
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.flatquant import MAX_CONDITION, condition
 from ggml_ext.transforms.kronecker import Factors
 from ggml_ext.transforms.request import TransformRequest
 
+if TYPE_CHECKING:  # it brings transformers along
+    from ggml_ext.blocks import Block
+
 _FACTOR_RATE = 2e-3
 _CLIP_RATE = 5e-2
-_REFRESH_STEPS = 10  # the weights are encoded anew in every tenth step
-_CHECKS = 3  # times that an iterate is compared with the best one
+_CHECKS = 3  # times that the weights are encoded anew and an iterate is compared with the best one
 _CHECK_BATCHES = 8
 _LARGEST_CLIP = 0.99  # a clip of 1 has no gradient
-_FLOATS = ("f32", "f16", "bf16")
 
 
 def train(
@@ -41,9 +44,10 @@ def train(
     freshly encoded weights and factors as stored; iterates with ill-conditioned factors are left out.
     notes: "block_loss_start" and "block_loss", relative to the targets' power. Deterministic for a seed.
     """
-    state = _State(block, transforms, request)
-    checks = list(zip(batches, targets, strict=True))[:_CHECK_BATCHES]
+    state = _State(block, transforms, batches, request)
+    checks = list(itertools.islice(zip(batches, targets, strict=True), _CHECK_BATCHES))
     best, start = dict(transforms), state.loss_of(transforms, checks)
+    state.encode()
     lowest = start
     optimiser = torch.optim.AdamW(state.groups(), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(request.train_steps, 1))
@@ -53,14 +57,13 @@ def train(
         if not queue:
             queue = torch.randperm(len(batches), generator=order).tolist()
         index = queue.pop()
-        if (step - 1) % _REFRESH_STEPS == 0:
-            state.encode(batches[index])
         optimiser.zero_grad()
         _relative_error(state.run(batches[index]), targets[index]).backward()
         optimiser.step()
         schedule.step()
         if step == request.train_steps or step % max(1, request.train_steps // _CHECKS) == 0:
             candidate = state.transforms()
+            state.encode()
             if any(condition(transform) > MAX_CONDITION for transform in candidate.values()):
                 continue
             loss = state.loss_of(candidate, checks)
@@ -80,7 +83,6 @@ class _Learned:
     factors: Factors
     clip: float | Tensor
     noise: dict[str, Tensor]
-    power: Tensor | None = None
 
     def clip_factor(self) -> float | Tensor:
         return self.clip.sigmoid() if isinstance(self.clip, Tensor) else self.clip
@@ -91,12 +93,18 @@ class _Learned:
 
 class _State:
     """The block with rounded weights and activations as a function of its sites' parameters. It runs in the
-    transformed bases, as the file will: the matrices are W T^-T + noise and read the rounded x T."""
+    transformed bases, as the file will: the matrices are W T^-T + noise and read the rounded x T. The noise
+    is what the real rounding leaves; between two encodings it stays as it is."""
 
     def __init__(
-        self, block: Block, transforms: Mapping[SiteKind, SiteTransform], request: TransformRequest
+        self,
+        block: Block,
+        transforms: Mapping[SiteKind, SiteTransform],
+        batches: Sequence[Tensor],
+        request: TransformRequest,
     ) -> None:
         self._block, self._request = block, request
+        self._moments = {kind: s.hessian for kind, s in block.collect(batches, sample_tokens=2).items()}
         self._learned = self._build(transforms)
 
     def _build(self, transforms: Mapping[SiteKind, SiteTransform]) -> dict[SiteKind, _Learned]:
@@ -132,51 +140,45 @@ class _State:
         current, self._learned = self._learned, self._build(transforms)
         for kind, part in self._learned.items():
             part.clip = transforms[kind].clip
-        self.encode(checks[0][0])
+        self.encode()
         errors = [float(_relative_error(self.run(hidden), target)) for hidden, target in checks]
         self._learned = current
         return sum(errors) / len(errors)
 
     @torch.no_grad()
-    def encode(self, hidden: Tensor) -> None:
-        """Rounds the transformed matrices with the real encoder, importances being those of a batch."""
-        for part in self._learned.values():
-            part.noise = {}
-        self.run(hidden)
-        for part in self._learned.values():
+    def encode(self) -> None:
+        """Rounds the transformed matrices as the file's will be."""
+        for kind, part in self._learned.items():
+            moments = part.factors.moments(self._moments[kind])
             for linear in part.site.linears:
                 w = part.factors.weights(linear.weight)
-                part.noise[linear.tensor] = self._rounded(linear, w, part.power) - w
+                part.noise[linear.tensor] = self._rounded(linear, w, moments) - w
 
     def run(self, hidden: Tensor) -> Tensor:
-        weights = {}
-        for part in self._learned.values():
-            for linear in part.site.linears:
-                w = part.factors.weights(linear.weight)
-                weights[linear.tensor] = w + part.noise[linear.tensor] if part.noise else w
+        weights = {
+            linear.tensor: part.factors.weights(linear.weight) + part.noise[linear.tensor]
+            for part in self._learned.values()
+            for linear in part.site.linears
+        }
         inputs = {kind: self._reader(part) for kind, part in self._learned.items()}
         return self._block.run(hidden, weights=weights, inputs=inputs)
 
-    def _reader(self, part: _Learned):  # type: ignore[no-untyped-def]
+    def _reader(self, part: _Learned) -> Callable[[Tensor], Tensor]:
         def read(x: Tensor) -> Tensor:
             moved = part.factors.inputs(x.float())
-            if not part.noise:
-                part.power = moved.detach().flatten(0, -2).square().mean(0)
             return fake_quant_activation(moved, self._request.activation, part.clip_factor()).to(x.dtype)
 
         return read
 
-    def _rounded(self, linear: Linear, w: Tensor, power: Tensor | None) -> Tensor:
+    def _rounded(self, linear: Linear, w: Tensor, moments: Tensor) -> Tensor:
         type_name = self._request.type_of(linear)
-        if type_name.lower() in _FLOATS:
-            return w
-        rows = np.ascontiguousarray(w.reshape(-1, w.shape[-1]).cpu().numpy())
-        importance = None
-        if power is not None and (self._request.rounding != "rtn" or native.needs_imatrix(type_name)):
-            importance = power.cpu().numpy()
-        data = native.quantize(type_name, rows, importance, threads=1)
-        decoded = torch.from_numpy(native.dequantize(type_name, data, rows.shape[1]))
-        return decoded.view(w.shape).to(w.device)
+        method = "gptq" if self._request.rounding == "learned" else self._request.rounding
+        decoded = []
+        for matrix in w.reshape(-1, *w.shape[-2:]).cpu():
+            rows = np.ascontiguousarray(matrix.numpy())
+            data = round_matrix(rows, type_name, method, moments.cpu(), threads=torch.get_num_threads()).data
+            decoded.append(torch.from_numpy(native.dequantize(type_name, data, rows.shape[1])))
+        return torch.stack(decoded).view(w.shape).to(w.device)
 
 
 def _relative_error(output: Tensor, target: Tensor) -> Tensor:
