@@ -96,7 +96,7 @@ GGML_EXT_API int32_t ggml_ext_gptq_grid(const struct ggml_ext_grid * grid, int64
 
 // The same for one FQ4 block (n = 256), choosing the scale and the table rows as well: for each candidate scale, a
 // sub-block takes the table row whose sum of e_j^2 over its 16 columns is least. u_inv [256][256]: the inverse of u.
-// dst: nrows blocks of 138 bytes, one every `stride` bytes. [ggml-base]
+// dst: nrows blocks of 138 bytes, one every `stride` bytes (even). [ggml-base]
 GGML_EXT_API int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const float * u_inv, void * dst,
                                        int64_t stride, float * err, float * cost);
 

@@ -166,7 +166,7 @@ static void pack(const struct choice * choice, ggml_ext_block_fq4 * block) {
 
 int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const float * u_inv, void * dst,
                           int64_t stride, float * err, float * cost) {
-    if (nrows < 0 || stride < (int64_t) sizeof(ggml_ext_block_fq4)) {
+    if (nrows < 0 || stride < (int64_t) sizeof(ggml_ext_block_fq4) || stride % 2 != 0) {
         return GGML_EXT_E_SHAPE;
     }
     struct row_tables tables;

@@ -11,7 +11,7 @@
 // processor has. The variants differ in speed and in the order of additions.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#    define GGML_EXT_CLONES                                                             \
+#    define GGML_EXT_CLONES                                         \
         __attribute__((target_clones("avx512f", "avx2", "default"), \
                        optimize("O3", "associative-math", "no-signed-zeros", "no-trapping-math")))
 #else

@@ -13,8 +13,8 @@ from ggml_ext.transforms.structure import stored
 
 
 class Factors:
-    """T = diag^-1 (I (x) head)(left (x) right) with parameters in float64: the logarithm of the foldable diagonal,
-    and head, left, right as free matrices; an implicit Hadamard matrix stays what it is."""
+    """T = diag^-1 (I (x) head)(left (x) right) with parameters in float64: the logarithm of the foldable
+    diagonal, and head, left, right as free matrices; an implicit Hadamard matrix stays what it is."""
 
     def __init__(self, site: Site, start: SiteTransform) -> None:
         self._site = site

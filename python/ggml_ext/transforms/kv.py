@@ -1,10 +1,10 @@
-"""Per-head transforms of a quantised KV cache: k' = k P and q' = q P^-T, v' = v P and P^-1 after the attention.
+"""Per-head transforms of a quantised KV cache: k' = k P, q' = q P^-T; v' = v P, P^-1 after the attention.
 
 Rounding k' to blocks with one scale leaves about the same error variance s in all channels, s in proportion
 to tr(P^T Hk P); what it does to the scores q' k'^T is s tr(P^-1 Hq P^-T). The product of both traces depends
-on P P^T alone and is smallest where P^T Hk P = P^-1 Hq P^-T: the balanced realisation of control theory (B. C. Moore, 1981),
-with both equal to a diagonal S. Any rotation may follow; Walsh-Hadamard makes all channels' variances equal.
-For V, the reader's moments are W^T W of the output projection, summed over the heads."""
+on P P^T alone and is smallest where P^T Hk P = P^-1 Hq P^-T: the balanced realisation of control theory
+(B. C. Moore, 1981), with both equal to a diagonal S. Any rotation may follow; Walsh-Hadamard makes all
+channels' variances equal. For V, the reader's moments are W^T W of the output projection, summed over the heads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def cache_transform(cached: Tensor, reader: Tensor) -> Tensor:
     # With lower^T b lower = V S^2 V^T and P = lower^-T V S^(1/2): P^T a P = P^-1 b P^-T = S.
     balanced = torch.linalg.solve_triangular(lower.T, vectors * values.clamp_min(0) ** 0.25, upper=True)
     balanced = balanced / (balanced.norm() / len(balanced) ** 0.5)
-    return balanced @ spreading(len(balanced))
+    transform: Tensor = balanced @ spreading(len(balanced))
+    return transform
 
 
 def output_gram(weight: Tensor, head_dim: int) -> Tensor:

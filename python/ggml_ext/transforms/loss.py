@@ -145,8 +145,9 @@ def _sampled_rows(
         scale = torch.full((len(w),), float(count / len(w) / output))
         by_group.setdefault(group, []).append((w, scale, scale * noise))
     return [
-        _Rows(*(torch.cat(parts) for parts in zip(*rows, strict=True)), group=group)
+        _Rows(torch.cat(w), torch.cat(output), torch.cat(noise), group)
         for group, rows in sorted(by_group.items())
+        for w, output, noise in [zip(*rows, strict=True)]
     ]
 
 

@@ -12,9 +12,10 @@ with these names (save_flat_matrices in flatquant/flat_utils.py, modules in flat
     ....act_quantizer.clip_factor_a_max, clip_factor_a_min          logits of the activation clips
     ....clip_factor_w_max, clip_factor_w_min                        of the weights' clips: not used here
 
-There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are the
-same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead. Quantisers
-there belong to a linear; a site takes the clip of the first of its linears, the smaller of both signs'.
+There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are
+the same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead.
+Quantisers there belong to a linear; a site takes the clip of the first of its linears, the smaller of both
+signs'.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def sha256(path: Path) -> str:
 
 
 def load_official_kv(path: Path) -> list[Tensor | None]:
-    """P of k' = k P for the K cache of every block, [head_dim, head_dim] float64, None where none was saved. Errors
-    as load_official."""
+    """P of k' = k P for the K cache of every block, [head_dim, head_dim] float64, None where none was saved.
+    Errors as load_official."""
     path = path / "flat_matrices.pth" if path.is_dir() else path
     blocks = _load(path)
     name = "self_attn.kcache_trans.matrix"
@@ -103,7 +104,8 @@ def _block(saved: Saved, where: str) -> dict[SiteKind, SiteTransform]:
             diag = 1 / _finite(saved, f"{name}.diag_scale", where)
             if diag.shape != (n,) or not bool((diag.isfinite() & (diag > 0)).all()):
                 raise GgmlExtError(
-                    f"{where}: {name}.diag_scale is not {n} positive values, as its factors ask for; {_EXPORT}"
+                    f"{where}: {name}.diag_scale is not {n} positive values, as its factors ask for; "
+                    f"{_EXPORT}"
                 )
         found[kind] = SiteTransform(
             diag, left=stored(left), right=stored(right), clip=_clip(saved, linear, where)
