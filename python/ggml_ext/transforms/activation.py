@@ -25,7 +25,7 @@ def grouped(x: Tensor, group: int) -> Tensor:
     size = min(group, n) if group > 0 else n
     if n % size:
         x = torch.nn.functional.pad(x, (0, size - n % size))
-    return x.unflatten(-1, (-1, size))
+    return x.reshape(*x.shape[:-1], -1, size)
 
 
 def fake_quant_activation(x: Tensor, spec: ActivationSpec, clip: float | Tensor = 1.0) -> Tensor:

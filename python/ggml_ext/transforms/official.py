@@ -8,12 +8,12 @@ with these names (save_flat_matrices in flatquant/flat_utils.py, modules in flat
     self_attn.vcache_trans.matrix     within a head                 attn_out
     mlp.up_gate_trans.{matrix_left, matrix_right, diag_scale}       ffn_in
     mlp.down_trans.{matrix_left, matrix_right, diag_scale}          ffn_mid
-    self_attn.kcache_trans.matrix                                   the K cache (KvTransform)
+    self_attn.kcache_trans.matrix                                   the K cache (load_official_kv)
     ....act_quantizer.clip_factor_a_max, clip_factor_a_min          logits of the activation clips
     ....clip_factor_w_max, clip_factor_w_min                        of the weights' clips: not used here
 
-There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are the
-same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead. Quantisers
+There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are
+the same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead. Quantisers
 there belong to a linear; a site takes the clip of the first of its linears, the smaller of both signs'.
 """
 
@@ -65,8 +65,8 @@ def sha256(path: Path) -> str:
 
 
 def load_official_kv(path: Path) -> list[Tensor | None]:
-    """P of k' = k P for the K cache of every block, [head_dim, head_dim] float64, None where none was saved. Errors
-    as load_official."""
+    """P of k' = k P for the K cache of every block, [head_dim, head_dim] float64, None where none was saved.
+    Errors as load_official."""
     path = path / "flat_matrices.pth" if path.is_dir() else path
     blocks = _load(path)
     name = "self_attn.kcache_trans.matrix"
@@ -101,10 +101,8 @@ def _block(saved: Saved, where: str) -> dict[SiteKind, SiteTransform]:
         diag = torch.ones(n, dtype=torch.float64)
         if f"{name}.diag_scale" in saved:
             diag = 1 / _finite(saved, f"{name}.diag_scale", where)
-            if diag.shape != (n,) or not bool((diag.isfinite() & (diag > 0)).all()):
-                raise GgmlExtError(
-                    f"{where}: {name}.diag_scale is not {n} positive values, as its factors ask for; {_EXPORT}"
-                )
+            if diag.shape != (n,) or not bool(diag.isfinite().all()):
+                raise GgmlExtError(f"{where}: {name}.diag_scale is not {n} values other than 0; {_EXPORT}")
         found[kind] = SiteTransform(
             diag, left=stored(left), right=stored(right), clip=_clip(saved, linear, where)
         )
