@@ -9,12 +9,12 @@ with these names (save_flat_matrices in flatquant/flat_utils.py, modules in flat
     mlp.up_gate_trans.{matrix_left, matrix_right, diag_scale}       ffn_in
     mlp.down_trans.{matrix_left, matrix_right, diag_scale}          ffn_mid
     self_attn.kcache_trans.matrix                                   the K cache (load_official_kv)
-    ....act_quantizer.clip_factor_a_max, clip_factor_a_min          logits of the activation clips
+    ....act_quantizer.clip_factor_a_max, clip_factor_a_min          logits of activation clips
     ....clip_factor_w_max, clip_factor_w_min                        of the weights' clips: not used here
 
 There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are
-the same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead. Quantisers
-there belong to a linear; a site takes the clip of the first of its linears, the smaller of both signs'.
+the same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead.
+Quantisers there belong to a linear; a site takes the clip of the first of its linears, the smaller of both signs'.
 """
 
 from __future__ import annotations
