@@ -14,7 +14,8 @@ with these names (save_flat_matrices in flatquant/flat_utils.py, modules in flat
 
 There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are
 the same matrices; ``*_inv`` and ``*_inv_t`` are their saved inverses, which are computed here instead.
-Quantisers there belong to a linear; a site takes the clip of the first of its linears, the smaller of both signs'.
+Quantisers there belong to a linear; a site takes the clip of the first of its linears, the smaller of both
+signs'.
 """
 
 from __future__ import annotations
