@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import random_sites
 from ggml_ext import transforms
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.sites import ActivationSpec, Site, SiteStats, SiteTransform, identity
-from ggml_ext.transforms import TransformRequest, fake_quant_activation, flatquant, kv, matrices
+from ggml_ext.transforms import TransformRequest, fake_quant_activation, flatquant, matrices
 from ggml_ext.transforms.awq import Objective
 from ggml_ext.transforms.clip import with_best_clip
 from ggml_ext.transforms.kronecker import Factors
@@ -327,32 +326,6 @@ def test_weight_noise_is_that_of_the_type() -> None:
     assert noise[0] == 0
     assert noise == sorted(noise)
     assert weight_noise("fq4")[1] == 16
-
-
-def test_a_balanced_cache_has_the_least_error() -> None:
-    """The product of traces, which the error follows, must be that of the optimum and below Hadamard's."""
-    generator = torch.Generator().manual_seed(0)
-    k, q = (torch.randn(200, 16, generator=generator) * torch.logspace(-1, 1, 16) for _ in range(2))
-    hk, hq = k.T @ k / 200, (q.flip(1).T @ q.flip(1)) / 200
-    p = kv.cache_transform(hk, hq)
-    inverse = torch.linalg.inv(p)
-    assert (p @ inverse - torch.eye(16)).abs().max() <= 1e-5
-
-    def error(matrix: Tensor) -> float:
-        dual = torch.linalg.inv(matrix)
-        return float((matrix.T @ hk.double() @ matrix).trace() * (dual @ hq.double() @ dual.T).trace())
-
-    assert error(p) < 0.8 * error(matrices.spreading(16))
-    stored = (p.T @ hk.double() @ p).diagonal()
-    assert torch.allclose(stored, stored.mean().expand(16), rtol=0.25)
-    for seed in range(5):
-        other = p + 0.05 * torch.randn(16, 16, generator=generator.manual_seed(seed)).double()
-        assert error(other) > 0.99 * error(p)
-
-
-def test_moments_must_be_finite() -> None:
-    with pytest.raises(GgmlExtError, match="NaN"):
-        kv.cache_transform(torch.full((4, 4), float("nan")), torch.eye(4))
 
 
 def test_requests_are_checked() -> None:

@@ -12,7 +12,7 @@ from ggml_ext.transforms import awq, flatquant, hadamard, none, smoothquant
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
 from ggml_ext.transforms.structure import split_budget
-from ggml_ext.transforms.train import train
+from ggml_ext.transforms.training import train
 
 __all__ = [
     "FOLDED",

@@ -21,8 +21,8 @@ _FLOATS = ("f32", "f16", "bf16")
 
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
-    """diag = mean|x|^a / sqrt(largest x smallest), with the a of the least error; the identity (a = 0) is one
-    of them, and stays where nothing can be folded. notes: "exponent", "error", "error_start"."""
+    """diag = mean|x|^a / sqrt(largest x smallest), with the a of the least error; the identity (a = 0) is
+    one of them, and stays where nothing can be folded. notes: "exponent", "error", "error_start"."""
     if site.fold is None:
         return with_best_clip(identity(site.n), site, stats, request)
     mean = reduce_mean(site, stats.sample.abs().mean(0).double().cpu())

@@ -18,17 +18,19 @@ class Factors:
 
     def __init__(self, site: Site, start: SiteTransform) -> None:
         self._site = site
-        self._start = start
+        self._hadamard_order = start.hadamard
+        device = site.linears[0].weight.device
+        self._fixed_diag = start.diag.to(device)
         self.parameters: dict[str, Tensor] = {}
         if site.fold is not None:
-            self.parameters["diag"] = reduce_mean(site, start.diag.log())
+            self.parameters["diag"] = reduce_mean(site, self._fixed_diag.log())
         for name in ("head", "left", "right"):
             matrix = getattr(start, name)
             if matrix is not None:
-                self.parameters[name] = matrix.clone()
+                self.parameters[name] = matrix.detach().to(device, copy=True)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self._hadamard = _walsh_hadamard(start.hadamard)
+        self._hadamard = _walsh_hadamard(start.hadamard, device)
 
     def inputs(self, x: Tensor) -> Tensor:
         """x T for x float32 [m, n]."""
@@ -48,8 +50,8 @@ class Factors:
         """The transform with its factors as the file stores them. Their scales are immaterial to the outputs:
         left and right get unit mean square rows, the diagonal and head a geometric mean of 1."""
         with torch.no_grad():
-            parts = {name: p.detach().clone() for name, p in self.parameters.items()}
-        diag = expand(self._site, centred(parts["diag"].exp())) if "diag" in parts else self._start.diag
+            parts = {name: p.detach().cpu() for name, p in self.parameters.items()}
+        diag = expand(self._site, centred(parts["diag"].exp())) if "diag" in parts else self._fixed_diag.cpu()
         head = parts.get("head")
         if head is not None:
             head = head * (head.shape[0] ** 0.5 / head.norm())
@@ -58,13 +60,13 @@ class Factors:
             head=head,
             left=_normalised(parts.get("left")),
             right=_normalised(parts.get("right")),
-            hadamard=self._start.hadamard,
+            hadamard=self._hadamard_order,
         )
 
     def _log_diag(self) -> Tensor:
         if "diag" in self.parameters:
             return expand(self._site, self.parameters["diag"])
-        return self._start.diag.log()
+        return self._fixed_diag.log()
 
     def _map(self, x: Tensor, gain: Tensor, matrices: dict[str, Tensor]) -> Tensor:
         x = x * gain.float()
@@ -84,14 +86,14 @@ class Factors:
         return x
 
 
-def _walsh_hadamard(order: int) -> tuple[Tensor, Tensor] | None:
+def _walsh_hadamard(order: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """The Walsh-Hadamard matrix as a Kronecker product of two of about the square root of its order: both are
     symmetric, and it is its own dual."""
     if order <= 1:
         return None
     exponent = int(math.log2(order))
     one, two = exponent // 2, exponent - exponent // 2
-    return hadamard(1 << one).float(), hadamard(1 << two).float()
+    return hadamard(1 << one).float().to(device), hadamard(1 << two).float().to(device)
 
 
 def _normalised(matrix: Tensor | None) -> Tensor | None:

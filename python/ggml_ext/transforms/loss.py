@@ -46,13 +46,13 @@ _GROUPS_OF_16 = ("fq4", "q2_k", "q3_k", "q6_k", "nvfp4")
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of matrices of one group size. ``w`` float32 [rows, n]; ``scale`` float32 [rows]: what a row's
-    squared norm and noise count for."""
+    """Rows of matrices whose types have groups of the same size. ``w`` float32 [rows, n]. What a row counts
+    for, float32 [rows]: ``power`` its squared norm, ``noise`` the squared largest weights of its groups."""
 
-    w: Tensor
-    activation_scale: Tensor
-    weight_scale: Tensor
     group: int
+    w: Tensor
+    power: Tensor
+    noise: Tensor
 
 
 class Loss:
@@ -105,13 +105,13 @@ class Loss:
     def _weight_terms(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """The weights' noise per channel [n] and the squared columns [n] that carry the activations'
         noise."""
-        noise = power = torch.zeros(self.h.shape[0])
+        noise = power = torch.zeros_like(self.h[0])
         for rows in self._rows:
             w = factors.weights(rows.w)
-            power = power + rows.activation_scale @ w.square()
-            if bool(rows.weight_scale.any()):
+            power = power + rows.power @ w.square()
+            if bool(rows.noise.any()):
                 largest = grouped(w, rows.group).abs().amax(-1).square()
-                per_group = rows.weight_scale @ largest
+                per_group = rows.noise @ largest
                 noise = noise + per_group.repeat_interleave(rows.group)[: len(noise)]
         return noise, power
 
@@ -124,7 +124,7 @@ class Loss:
         self, factors: Factors, power: Tensor, sample: Tensor, clip: float | Tensor
     ) -> Tensor:
         if self.activation.bits >= FLOAT_BITS:
-            return torch.zeros(())
+            return power.new_zeros(())
         return expected_error(factors.inputs(sample), self.activation, clip) @ power
 
 
@@ -136,24 +136,23 @@ def _sampled_rows(
     by_group: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for linear in site.linears:
         noise, group = weight_noise(request.type_of(linear))
-        w = linear.weight.reshape(-1, site.n).float()
-        output = ((w @ h) * w).sum().clamp_min(torch.finfo(torch.float32).tiny)
+        w = linear.weight.reshape(-1, site.n)
         count = len(w)
         if total > SAMPLE_ROWS:
             keep = max(1, SAMPLE_ROWS * count // total)
-            w = w[torch.randperm(count, generator=generator)[:keep].sort().values]
-        scale = torch.full((len(w),), float(count / len(w) / output))
+            w = w[torch.randperm(count, generator=generator)[:keep].sort().values.to(w.device)]
+        output = ((w @ h) * w).sum().clamp_min(torch.finfo(torch.float32).tiny)
+        scale = (1 / output).expand(len(w))  # of a row; the sampled rows' share in the output is their own
         by_group.setdefault(group, []).append((w, scale, scale * noise))
     return [
-        _Rows(torch.cat(w), torch.cat(output), torch.cat(noise), group)
+        _Rows(group, *(torch.cat(parts) for parts in zip(*rows, strict=True)))
         for group, rows in sorted(by_group.items())
-        for w, output, noise in [zip(*rows, strict=True)]
     ]
 
 
 def _factored(moments: Tensor) -> tuple[Tensor, Tensor]:
     """(M, D): moments + damping = M diag(D) M^T with M unit upper triangular."""
-    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
+    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments), device=moments.device)
     lower = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     d = lower.diagonal()
     return lower / d, d.square()
@@ -162,7 +161,7 @@ def _factored(moments: Tensor) -> tuple[Tensor, Tensor]:
 def _residual_gradient(moments: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The derivative of sum_j noise_j D_j by the moments [n, n], and D [n]."""
     m, d = _factored(moments)
-    eye = torch.eye(len(m))
+    eye = torch.eye(len(m), device=m.device)
     v = torch.linalg.solve_triangular(m, eye, upper=True, unitriangular=True)
     gradient = v.T @ (noise[:, None] * v)
     # The damping is a share of the mean diagonal, which moves with the moments.

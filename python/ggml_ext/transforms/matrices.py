@@ -59,8 +59,8 @@ def spreading(order: int) -> Tensor:
 
 
 def hadamard_split(n: int) -> tuple[int, int]:
-    """(n1, n2), n = n1 n2, n2 a power of two: n1 is 1, or the smallest order of a Hadamard matrix that fits,
-    or the odd part of n."""
+    """(n1, n2), n = n1 n2, n2 a power of two: n1 is 1, or the smallest order of a Hadamard matrix that
+    fits, or the odd part of n."""
     odd = n // power_of_two(n)
     n1 = odd
     while n1 <= min(n, _LARGEST_HADAMARD) and n % n1 == 0:

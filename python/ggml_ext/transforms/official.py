@@ -8,8 +8,8 @@ with these names (save_flat_matrices in flatquant/flat_utils.py, modules in flat
     self_attn.vcache_trans.matrix     within a head                 attn_out
     mlp.up_gate_trans.{matrix_left, matrix_right, diag_scale}       ffn_in
     mlp.down_trans.{matrix_left, matrix_right, diag_scale}          ffn_mid
-    self_attn.kcache_trans.matrix                                   the K cache (KvTransform)
-    ....act_quantizer.clip_factor_a_max, clip_factor_a_min          logits of the activation clips
+    self_attn.kcache_trans.matrix                                   the K cache (load_official_kv)
+    ....act_quantizer.clip_factor_a_max, clip_factor_a_min          logits of activation clips
     ....clip_factor_w_max, clip_factor_w_min                        of the weights' clips: not used here
 
 There x' = (x diag_scale) (matrix_left (x) matrix_right), so our diag is 1 / diag_scale and left and right are
@@ -102,11 +102,8 @@ def _block(saved: Saved, where: str) -> dict[SiteKind, SiteTransform]:
         diag = torch.ones(n, dtype=torch.float64)
         if f"{name}.diag_scale" in saved:
             diag = 1 / _finite(saved, f"{name}.diag_scale", where)
-            if diag.shape != (n,) or not bool((diag.isfinite() & (diag > 0)).all()):
-                raise GgmlExtError(
-                    f"{where}: {name}.diag_scale is not {n} positive values, as its factors ask for; "
-                    f"{_EXPORT}"
-                )
+            if diag.shape != (n,) or not bool(diag.isfinite().all()):
+                raise GgmlExtError(f"{where}: {name}.diag_scale is not {n} values other than 0; {_EXPORT}")
         found[kind] = SiteTransform(
             diag, left=stored(left), right=stored(right), clip=_clip(saved, linear, where)
         )

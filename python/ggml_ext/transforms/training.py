@@ -27,7 +27,7 @@ _FACTOR_RATE = 2e-3
 _CLIP_RATE = 5e-2
 _CHECKS = 3  # times that the weights are encoded anew and an iterate is compared with the best one
 _CHECK_BATCHES = 8
-_LARGEST_CLIP = 0.99  # a clip of 1 has no gradient
+_SMALLEST_CLIP, _LARGEST_CLIP = 0.01, 0.99  # learned clips; at 0 and 1 the logit is infinite
 
 
 def train(
@@ -88,7 +88,9 @@ class _Learned:
         return self.clip.sigmoid() if isinstance(self.clip, Tensor) else self.clip
 
     def clip_value(self) -> float:
-        return float(self.clip.detach().sigmoid()) if isinstance(self.clip, Tensor) else self.clip
+        if not isinstance(self.clip, Tensor):
+            return self.clip
+        return max(float(self.clip.detach().sigmoid()), _SMALLEST_CLIP)
 
 
 class _State:
@@ -113,7 +115,7 @@ class _State:
             site = self._block.sites[kind]
             clip: float | Tensor = transform.clip
             if self._request.clips:
-                factor = min(transform.clip, _LARGEST_CLIP)
+                factor = min(max(transform.clip, _SMALLEST_CLIP), _LARGEST_CLIP)
                 device = site.linears[0].weight.device
                 clip = torch.tensor(math.log(factor / (1 - factor)), device=device, requires_grad=True)
             learned[kind] = _Learned(site, Factors(site, transform), clip, {})
