@@ -41,7 +41,13 @@ struct test_ext_kron : public test_case {
     const float                  clip;
     const bool                   permuted;  // dimensions 1 and 2 of x swapped in memory
 
-    std::string vars() override { return VARS_TO_STR8(n1, n2, rows, left, right, hadamard, clip, permuted); }
+    // GGML_TYPE_COUNT stands for no factor and has no name.
+    static std::string factor_name(ggml_type type) { return type == GGML_TYPE_COUNT ? "none" : ggml_type_name(type); }
+
+    std::string vars() override {
+        return VARS_TO_STR6(n1, n2, rows, hadamard, clip, permuted) + ",left=" + factor_name(left) +
+               ",right=" + factor_name(right);
+    }
 
     std::string op_desc(ggml_tensor * t) override {
         GGML_UNUSED(t);
