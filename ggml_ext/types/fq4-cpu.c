@@ -16,9 +16,14 @@ static_assert(sizeof(struct ggml_ext_fq4_act) == 264, "activation blocks follow 
 
 const struct ggml_ext_fq4_path * const ggml_ext_fq4_paths[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
-    &ggml_ext_fq4_avx512_vbmi,
-    &ggml_ext_fq4_avx512_vnni,
+    &ggml_ext_fq4_avx512_vbmi, &ggml_ext_fq4_avx512_vnni,
+#    ifdef GGML_EXT_FQ4_HAS_AVXVNNI
+    &ggml_ext_fq4_avxvnni,
+#    endif
     &ggml_ext_fq4_avx2,
+#endif
+#ifdef GGML_EXT_FQ4_HAS_NEON
+    &ggml_ext_fq4_neon,
 #endif
     &ggml_ext_fq4_generic,
 };

@@ -1,0 +1,173 @@
+// FQ4 kernels alone, one thread: billions of multiply-adds per second of every path that this machine has, on a
+// matrix of 2048 x 2048. `dots n`: all rows times n columns, weights decoded every time. `tiles 512`: each tile decoded
+// once and multiplied with 512 columns. `quantize`: billions of activations per second. Medians of rounds in which
+// the paths take turns; the ratios are medians of the rounds' ratios to the first path.
+//
+//     bench_fq4 [rounds]
+
+#include "fq4-evex256.h"
+#include "types/fq4-cpu.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr int N       = 2048;  // rows, and weights of a row
+constexpr int BLOCKS  = N / QK_FQ4;
+constexpr int COLUMNS = 512;
+
+struct alignas(64) Tile : ggml_ext_fq4_tile {};
+
+struct Data {
+    std::vector<uint8_t>          weights;
+    std::vector<float>            x;
+    std::vector<ggml_ext_fq4_act> y;
+    std::vector<float>            out;
+    float *                       acc;  // 64-byte aligned
+    Tile                          tile;
+};
+
+size_t row_size() {
+    return BLOCKS * sizeof(ggml_ext_block_fq4);
+}
+
+void make_data(Data & data) {
+    std::mt19937                    rng(1);
+    std::normal_distribution<float> dist;
+    std::vector<float>              row(N);
+    data.weights.resize(N * row_size());
+    for (int r = 0; r < N; r++) {
+        for (float & v : row) {
+            v = dist(rng);
+        }
+        ggml_ext_fq4_quantize_row(row.data(), data.weights.data() + r * row_size(), N);
+    }
+    data.x.resize(COLUMNS * N);
+    for (float & v : data.x) {
+        v = dist(rng);
+    }
+    data.y.resize(COLUMNS * BLOCKS);
+    data.out.resize(N * GGML_EXT_FQ4_MAX_COLS);
+    data.acc = static_cast<float *>(std::aligned_alloc(64, COLUMNS * GGML_EXT_FQ4_TILE_ROWS * sizeof(float)));
+}
+
+using Columns = const ggml_ext_fq4_act * [GGML_EXT_FQ4_MAX_COLS];
+
+void columns_at(const Data & data, int first, int count, int block, Columns & y) {
+    for (int c = 0; c < count; c++) {
+        y[c] = data.y.data() + (first + c) * BLOCKS + block;
+    }
+}
+
+void run_dots(const ggml_ext_fq4_path & path, Data & data, int count) {
+    Columns y;
+    columns_at(data, 0, count, 0, y);
+    for (int r = 0; r < N; r++) {
+        path.dots(BLOCKS, data.weights.data() + r * row_size(), count, y, data.out.data() + r * GGML_EXT_FQ4_MAX_COLS);
+    }
+}
+
+void run_tiles(const ggml_ext_fq4_path & path, Data & data) {
+    for (int r = 0; r < N; r += GGML_EXT_FQ4_TILE_ROWS) {
+        std::fill(data.acc, data.acc + COLUMNS * GGML_EXT_FQ4_TILE_ROWS, 0.0f);
+        for (int block = 0; block < BLOCKS; block++) {
+            path.decode(GGML_EXT_FQ4_TILE_ROWS,
+                        data.weights.data() + r * row_size() + block * sizeof(ggml_ext_block_fq4), row_size(),
+                        &data.tile);
+            for (int c = 0; c < COLUMNS; c += GGML_EXT_FQ4_MAX_COLS) {
+                Columns y;
+                columns_at(data, c, GGML_EXT_FQ4_MAX_COLS, block, y);
+                path.multiply(&data.tile, GGML_EXT_FQ4_MAX_COLS, y, data.acc + c * GGML_EXT_FQ4_TILE_ROWS);
+            }
+        }
+    }
+}
+
+struct Task {
+    std::string name;
+    double      work;    // per run, in billions
+    int         repeat;  // runs per measurement, for tasks too short for the clock
+    void (*run)(const ggml_ext_fq4_path & path, Data & data);
+};
+
+constexpr double GIGA = 1e-9 * N * N;
+
+const Task TASKS[] = {
+    { "dots 1", 1 * GIGA, 8, [](const ggml_ext_fq4_path & p, Data & d) { run_dots(p, d, 1); } },
+    { "dots 2", 2 * GIGA, 4, [](const ggml_ext_fq4_path & p, Data & d) { run_dots(p, d, 2); } },
+    { "dots 4", 4 * GIGA, 2, [](const ggml_ext_fq4_path & p, Data & d) { run_dots(p, d, 4); } },
+    { "dots 8", 8 * GIGA, 1, [](const ggml_ext_fq4_path & p, Data & d) { run_dots(p, d, 8); } },
+    { "tiles 512", COLUMNS * GIGA, 1, run_tiles },
+    { "quantize", 1e-9 * COLUMNS * N, 4,
+     [](const ggml_ext_fq4_path & p, Data & d) { p.quantize(COLUMNS * N, d.x.data(), d.y.data()); } },
+};
+
+double rate(const Task & task, const ggml_ext_fq4_path & path, Data & data) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < task.repeat; i++) {
+        task.run(path, data);
+    }
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return task.work * task.repeat / seconds.count();
+}
+
+double median(std::vector<double> x) {
+    std::sort(x.begin(), x.end());
+    return x[x.size() / 2];
+}
+
+}  // namespace
+
+int main(int argc, char ** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 7;
+    if (rounds < 1) {
+        std::fprintf(stderr, "usage: bench_fq4 [rounds]\n");
+        return 2;
+    }
+    std::vector<const ggml_ext_fq4_path *> paths(ggml_ext_fq4_paths, ggml_ext_fq4_paths + ggml_ext_fq4_n_paths);
+#ifdef FQ4_OFFSET
+    paths.insert(paths.end() - 1, &evex256_path);
+#endif
+    paths.erase(std::remove_if(paths.begin(), paths.end(), [](auto * path) { return !path->available(); }),
+                paths.end());
+
+    Data data;
+    make_data(data);
+    std::printf("%-16s", "G/s (ratio)");
+    for (const Task & task : TASKS) {
+        std::printf("%18s", task.name.c_str());
+    }
+    std::printf("\n");
+    std::vector<std::vector<std::vector<double>>> rates(paths.size(),
+                                                        std::vector<std::vector<double>>(std::size(TASKS)));
+    for (int round = -1; round < rounds; round++) {  // the first one warms up
+        for (size_t p = 0; p < paths.size(); p++) {
+            paths[p]->quantize(COLUMNS * N, data.x.data(), data.y.data());
+            for (size_t t = 0; t < std::size(TASKS); t++) {
+                const double r = rate(TASKS[t], *paths[p], data);
+                if (round >= 0) {
+                    rates[p][t].push_back(r);
+                }
+            }
+        }
+    }
+    for (size_t p = 0; p < paths.size(); p++) {
+        std::printf("%-16s", paths[p]->name);
+        for (size_t t = 0; t < std::size(TASKS); t++) {
+            std::vector<double> ratios;
+            for (int round = 0; round < rounds; round++) {
+                ratios.push_back(rates[p][t][round] / rates[0][t][round]);
+            }
+            std::printf("%10.2f (%.3f)", median(rates[p][t]), median(ratios));
+        }
+        std::printf("\n");
+    }
+    std::free(data.acc);
+    return 0;
+}
