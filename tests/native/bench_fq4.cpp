@@ -131,7 +131,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     std::vector<const ggml_ext_fq4_path *> paths(ggml_ext_fq4_paths, ggml_ext_fq4_paths + ggml_ext_fq4_n_paths);
-#ifdef FQ4_OFFSET
+#ifdef FQ4_EVEX256
     paths.insert(paths.end() - 1, &evex256_path);
 #endif
     paths.erase(std::remove_if(paths.begin(), paths.end(), [](auto * path) { return !path->available(); }),

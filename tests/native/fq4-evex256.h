@@ -7,6 +7,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#    define FQ4_EVEX256 1
 #    include <immintrin.h>
 
 #    define FQ4_TARGET         __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")))
