@@ -36,8 +36,8 @@ __attribute__((constructor)) static void fq4_init_pairs(void) {
 
 FQ4_INLINE void fq4_decode_row(const ggml_ext_block_fq4 * x, __m256i * w) {
     const __m256i mask = _mm256_set1_epi8(15);
-    for (int h = 0; h < 4;
-         h++) {  // 32 bytes of codes: 32 weights in the low nibbles, 32 weights 64 further in the high
+    // 32 bytes of codes: 32 weights in the low nibbles, the 32 weights 64 further in the high ones.
+    for (int h = 0; h < 4; h++) {
         const int     v      = 4 * (h / 2) + h % 2;
         const __m256i q      = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
         const __m256i first  = _mm256_load_si256((const __m256i *) fq4_pairs[x->s[v]]);
