@@ -34,16 +34,23 @@ __attribute__((constructor)) static void fq4_init_pairs(void) {
     }
 }
 
+// The pair of table rows for sub-blocks 2 v and 2 v + 1; s: the 8 bytes of row indices.
+FQ4_INLINE __m256i fq4_pair(uint64_t s, int v) {
+    return _mm256_load_si256((const __m256i *) fq4_pairs[s >> 8 * v & 255]);
+}
+
+// Loads are what bounds a dot product with one column, so the row indices come in one.
 FQ4_INLINE void fq4_decode_row(const ggml_ext_block_fq4 * x, __m256i * w) {
     const __m256i mask = _mm256_set1_epi8(15);
+    uint64_t      s;
+    memcpy(&s, x->s, sizeof(s));
     // 32 bytes of codes: 32 weights in the low nibbles, the 32 weights 64 further in the high ones.
     for (int h = 0; h < 4; h++) {
-        const int     v      = 4 * (h / 2) + h % 2;
-        const __m256i q      = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
-        const __m256i first  = _mm256_load_si256((const __m256i *) fq4_pairs[x->s[v]]);
-        const __m256i second = _mm256_load_si256((const __m256i *) fq4_pairs[x->s[v + 2]]);
-        w[v]                 = _mm256_shuffle_epi8(first, _mm256_and_si256(q, mask));
-        w[v + 2]             = _mm256_shuffle_epi8(second, _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
+        const int v = 4 * (h / 2) + h % 2;
+        __m256i   q = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
+        __asm__("" : "+x"(q));  // or GCC loads it twice
+        w[v]     = _mm256_shuffle_epi8(fq4_pair(s, v), _mm256_and_si256(q, mask));
+        w[v + 2] = _mm256_shuffle_epi8(fq4_pair(s, v + 2), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
     }
 }
 
