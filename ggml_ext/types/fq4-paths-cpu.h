@@ -16,8 +16,7 @@
 #    define GGML_EXT_FQ4_HAS_NEON 1
 #endif
 
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vbmi;  // fq4-avx512-cpu.c
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;  // fq4-avx512-cpu.c
 extern const struct ggml_ext_fq4_path ggml_ext_fq4_avxvnni;      // fq4-avxvnni-cpu.c
 extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx2;         // fq4-avx2-cpu.c
 extern const struct ggml_ext_fq4_path ggml_ext_fq4_neon;         // fq4-neon-cpu.c

@@ -10,6 +10,7 @@
 // lane: a column's four activations are broadcast, and no sum crosses lanes.
 
 #include "fq4-cpu.h"
+#include "fq4-pairs-cpu.h"
 
 #include <float.h>
 #include <immintrin.h>
@@ -21,22 +22,10 @@
 #define FQ4_VECTORS     (QK_FQ4 / 32)  // of one row's block
 #define FQ4_GROUP_BYTES (8 * QK_FQ4)   // of 8 rows' blocks
 
-// fq4_pairs[s] is what byte s of a block's row indices stands for: the table rows of two neighbouring sub-blocks,
-// one to each half of a vector.
-static uint8_t fq4_pairs[256][32] __attribute__((aligned(32)));
-
-__attribute__((constructor)) static void fq4_init_pairs(void) {
-    for (int s = 0; s < 256; s++) {
-        for (int code = 0; code < 16; code++) {
-            fq4_pairs[s][code]      = (uint8_t) (ggml_ext_fq4_table[s & 15][code] + FQ4_OFFSET);
-            fq4_pairs[s][16 + code] = (uint8_t) (ggml_ext_fq4_table[s >> 4][code] + FQ4_OFFSET);
-        }
-    }
-}
-
-// The pair of table rows for sub-blocks 2 v and 2 v + 1; s: the 8 bytes of row indices.
-FQ4_INLINE __m256i fq4_pair(uint64_t s, int v) {
-    return _mm256_load_si256((const __m256i *) fq4_pairs[s >> 8 * v & 255]);
+// The table rows of the sub-blocks 2 v and 2 v + 1, from the 8 bytes of row indices.
+FQ4_INLINE __m256i fq4_rows(uint64_t s, int v) {
+    const __m256i rows = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[s >> 8 * v & 255]);
+    return FQ4_OFFSET ? rows : _mm256_xor_si256(rows, _mm256_set1_epi8(-128));
 }
 
 // Loads are what bounds a dot product with one column, so the row indices come in one.
@@ -49,8 +38,8 @@ FQ4_INLINE void fq4_decode_row(const ggml_ext_block_fq4 * x, __m256i * w) {
         const int v = 4 * (h / 2) + h % 2;
         __m256i   q = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
         __asm__("" : "+x"(q));  // or GCC loads it twice
-        w[v]     = _mm256_shuffle_epi8(fq4_pair(s, v), _mm256_and_si256(q, mask));
-        w[v + 2] = _mm256_shuffle_epi8(fq4_pair(s, v + 2), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
+        w[v]     = _mm256_shuffle_epi8(fq4_rows(s, v), _mm256_and_si256(q, mask));
+        w[v + 2] = _mm256_shuffle_epi8(fq4_rows(s, v + 2), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
     }
 }
 
@@ -78,7 +67,7 @@ FQ4_INLINE void fq4_dots_n(int n_blocks, const ggml_ext_block_fq4 * x, const int
         for (int v = 0; v < FQ4_VECTORS; v++) {
 #pragma GCC unroll 8
             for (int c = 0; c < n_cols; c++) {
-                sum[c] = fq4_mac(sum[c], w[v], _mm256_loadu_si256((const __m256i *) (y[c][ib].q + 32 * v)));
+                sum[c] = fq4_mac(sum[c], w[v], _mm256_load_si256((const __m256i *) (y[c][ib].q + 32 * v)));
             }
         }
         const float d = _cvtsh_ss(x[ib].d);
@@ -263,7 +252,7 @@ FQ4_TARGET static void fq4_quantize(int64_t k, const float * x, struct ggml_ext_
             const __m256i low  = _mm256_packs_epi32(fq4_round_8(x + i, inv), fq4_round_8(x + i + 8, inv));
             const __m256i high = _mm256_packs_epi32(fq4_round_8(x + i + 16, inv), fq4_round_8(x + i + 24, inv));
             const __m256i q    = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-            _mm256_storeu_si256((__m256i *) (y->q + i), q);
+            _mm256_store_si256((__m256i *) (y->q + i), q);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, q), ones));
         }
         __m128i r = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));

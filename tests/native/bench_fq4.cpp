@@ -22,15 +22,13 @@ constexpr int N       = 2048;  // rows, and weights of a row
 constexpr int BLOCKS  = N / QK_FQ4;
 constexpr int COLUMNS = 512;
 
-struct alignas(64) Tile : ggml_ext_fq4_tile {};
-
 struct Data {
     std::vector<uint8_t>          weights;
     std::vector<float>            x;
     std::vector<ggml_ext_fq4_act> y;
     std::vector<float>            out;
     float *                       acc;  // 64-byte aligned
-    Tile                          tile;
+    ggml_ext_fq4_tile             tile;
 };
 
 size_t row_size() {

@@ -97,7 +97,7 @@ void test_dots(const ggml_ext_fq4_path & path) {
     }
 }
 
-struct alignas(64) Tile : ggml_ext_fq4_tile {};
+using Tile = ggml_ext_fq4_tile;
 
 struct alignas(64) Sums {
     float at[MAX_COLS][ROWS];
@@ -159,7 +159,9 @@ void test_extremes(const ggml_ext_fq4_path & path) {
             std::memcpy(block, &one, 2);
             std::memset(block + 2, 0x77, 8);
             std::memset(block + 10, code * 17, 128);
-            Act act = { 1.0f, -128 * 256 * q, {} };
+            Act act;
+            act.d     = 1.0f;
+            act.start = -128 * 256 * q;
             std::memset(act.q, q, sizeof(act.q));
             const Act * y        = &act;
             const float expected = (float) (q * BLOCK * ggml_ext_fq4_table[7][code]);
