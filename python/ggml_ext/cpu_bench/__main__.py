@@ -18,9 +18,9 @@ from ggml_ext.errors import GgmlExtError
 
 _ABOUT = """Speed of FQ4 and of the attention over a quantised cache beside stock llama.cpp on this machine's
 processor: random-weight models, llama-bench of both builds in turns, ratios within a round. Prints the limits
-of the machine, ratios with their spread, and whether the lines that have to be reached are met. A run takes
-about ten minutes on two cores, --quick about two. docs/performance.md explains the figures and the JSON.
-GGML_EXT_ATTN=off in the environment gives the patched build stock's attention."""
+of the machine, ratios with their spread, and whether the lines that have to be reached are met.
+docs/performance.md explains the figures and the JSON. GGML_EXT_ATTN=off in the environment gives the patched
+build stock's attention."""
 
 
 def _names(text: str) -> list[str]:
@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--rounds",
         type=_positive,
-        help=f"rounds ({plan.ROUNDS}; quick {plan.QUICK_ROUNDS}); half as many for long prompts and depths",
+        help=f"rounds ({plan.ROUNDS}; quick {plan.QUICK_ROUNDS}); half as many for long tasks, "
+        "a quarter at the largest depth",
     )
     add(
         "--layers",
@@ -86,6 +87,8 @@ def _work(options: argparse.Namespace) -> int:
     )
     groups = plan.groups(wanted)
     builds = _builds(options)
+    if options.update:
+        report.around(options.update)
     folder = options.dir or options.repository / "build" / "bench-cpu"
     status = 0
     journal = runs.Journal(runs.journal_path(folder, builds, groups), resume=options.resume)

@@ -89,9 +89,12 @@ class Model:
         return lambda k: k // block * size
 
     @property
-    def block_weights(self) -> int:
-        """Weights in all layers: multiply-adds per prompt token, whose logits are not asked for."""
-        return self.layers * sum(rows * k for rows, k in self.shape.block().values())
+    def prefill_macs(self) -> int:
+        """Multiply-adds with weights per prompt token. Only the last token's logits are wanted, so llama.cpp
+        drops the others before the last layer's feed-forward part (inp_out_ids in src/models/llama.cpp)."""
+        sizes = {name: rows * k for name, (rows, k) in self.shape.block().items()}
+        dropped = sum(size for name, size in sizes.items() if name.startswith("ffn_"))
+        return self.layers * sum(sizes.values()) - dropped
 
     @property
     def decode_bytes(self) -> int:

@@ -114,7 +114,7 @@ def _shares(results: Results) -> Sheet | None:
                 continue
             cells = [group.name, str(contender)]
             model = group.model(contender)
-            for metric, amount in (("pp", model.block_weights), ("tg", model.decode_bytes)):
+            for metric, amount in (("pp", model.prefill_macs), ("tg", model.decode_bytes)):
                 speed = speeds[metric]
                 share = results.share(group.name, contender, metric)
                 if speed is None or share is None:
@@ -191,7 +191,7 @@ def _group_json(results: Results, group: Group) -> dict[str, Any]:
             **asdict(contender),
             "name": str(contender),
             "decode_bytes": model.decode_bytes,
-            "prefill_macs": model.block_weights,
+            "prefill_macs": model.prefill_macs,
             "cache_bytes": cache_bytes(group, contender),
         }
         for metric in METRICS:
@@ -226,8 +226,8 @@ def markdown(tables: Sequence[Sheet], where: str) -> str:
     return "\n\n".join([where, *(sheet.markdown() for sheet in tables)])
 
 
-def update(document: Path, text: str) -> None:
-    """Replaces what stands between the markers in ``document``. Raises GgmlExtError if they are missing."""
+def around(document: Path) -> tuple[str, str]:
+    """What stands before and behind the markers in ``document``. Raises GgmlExtError if they are missing."""
     try:
         old = document.read_text(encoding="utf-8")
     except OSError as error:
@@ -236,4 +236,10 @@ def update(document: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise GgmlExtError(f"{document} lacks the lines {BEGIN} and {END}; add them where the tables belong")
+    return before, after
+
+
+def update(document: Path, text: str) -> None:
+    """Puts ``text`` between the markers of ``document``. Raises GgmlExtError if they are missing."""
+    before, after = around(document)
     write_text(document, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -85,7 +85,7 @@ class Results:
         """Share of the limit that the contender reaches, paired by round: decoding of the read bandwidth,
         prefill of the int8 multiply-adds. Only bytes and multiply-adds of weights count, not attention's."""
         model = self.groups[group].model(contender)
-        amount = model.decode_bytes if metric == "tg" else model.block_weights
+        amount = model.decode_bytes if metric == "tg" else model.prefill_macs
         done = {number: speed * amount for number, speed in self.speeds(group, contender, metric).items()}
         limit = {
             number: limits.read if metric == "tg" else limits.macs
