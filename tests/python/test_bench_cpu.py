@@ -317,10 +317,15 @@ def program(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
 
 
-def test_a_whole_run(tmp_path: Path, make_builds: Callable[..., runs.Builds]) -> None:
-    """Tables, JSON and document come from the same results; a second run with --resume measures nothing."""
+def test_a_whole_run(
+    tmp_path: Path, make_builds: Callable[..., runs.Builds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables, JSON and document come from the same results and hold switches but no paths of the machine; a
+    second run with --resume measures nothing."""
     builds = make_builds()
     document = tmp_path / "performance.md"
+    monkeypatch.setenv("GGML_EXT_ATTN", "off")
+    monkeypatch.setenv("OMP_FOLDER", str(tmp_path))
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     options = ["--repository", tmp_path, "--dir", tmp_path / "models", "--limits", builds.limits]
     options += ["--stock", builds.stock, "--patched", builds.patched, "--types", "FQ4,Q4_0", "--layers", 1]
@@ -345,6 +350,8 @@ def test_a_whole_run(tmp_path: Path, make_builds: Callable[..., runs.Builds]) ->
     assert text.endswith(f"{report.END}\nafter\n")
     assert "| tg128 | patched FQ4 | stock Q4_0 | 2.818 |" in text
     assert "old" not in text
+    assert "GGML_EXT_ATTN=off" in text
+    assert str(tmp_path) not in text
 
     n_calls = len(calls(tmp_path))
     assert program(*options, "--resume").returncode == 0

@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--rounds",
         type=_positive,
-        help=f"rounds ({plan.ROUNDS}; quick {plan.QUICK_ROUNDS}); half as many for long tasks, "
-        "a quarter at the largest depth",
+        help=f"rounds ({plan.ROUNDS}; quick {plan.QUICK_ROUNDS}); half as many for other "
+        "tasks, a quarter for pp4096 and the largest depth",
     )
     add(
         "--layers",

@@ -53,6 +53,15 @@ def _commit(repository: Path) -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def switches() -> dict[str, str]:
+    """Environment variables that may change speed; not those that name folders."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("GGML_", "OMP_")) and os.sep not in value
+    }
+
+
 def machine(repository: Path, threads: int, compiler: str | None) -> dict[str, Any]:
     """Keys cpu, processors, threads, system, compiler, commit, date, environment (GGML_* and OMP_*)."""
     return {
@@ -63,7 +72,5 @@ def machine(repository: Path, threads: int, compiler: str | None) -> dict[str, A
         "compiler": compiler,
         "commit": _commit(repository),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(("GGML_", "OMP_"))
-        },
+        "environment": switches(),
     }

@@ -136,7 +136,7 @@ def groups(wanted: Wanted) -> list[Group]:
     long = _by_type([t for t in types if t in _LONG_TYPES])
     if prefill and long and "1B" in shapes and not wanted.quick:
         layers = wanted.layers or LAYERS["1B"]
-        found.append(Group("1B, long", "1B", layers, long, few, prompt=LONG_PROMPT, warm_up=False))
+        found.append(Group("1B, long", "1B", layers, long, fewest, prompt=LONG_PROMPT, warm_up=False))
     if "kv" in wanted.parts and "1B" in shapes:
         found += [
             _cache_group(depth, wanted.layers or CACHE_LAYERS, fewest if depth == max(DEPTHS) else few)

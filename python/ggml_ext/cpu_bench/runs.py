@@ -203,9 +203,8 @@ def journal_path(folder: Path, builds: Builds, groups: Sequence[Group]) -> Path:
         for file in sorted(builds.folder(name).iterdir())
         if file.name == "llama-bench" or file.name.startswith(("libggml", "libllama."))
     ]
-    settings = sorted(item for item in os.environ.items() if item[0].startswith(("GGML_", "OMP_")))
     tasks = [{**asdict(group), "rounds": None} for group in groups]
-    return folder / f"runs-{digest([programs, settings, tasks, builds.threads])[:12]}.jsonl"
+    return folder / f"runs-{digest([programs, limits.switches(), tasks, builds.threads])[:12]}.jsonl"
 
 
 def pending(groups: Sequence[Group], journal: Journal) -> list[tuple[Group, Contender, int]]:
