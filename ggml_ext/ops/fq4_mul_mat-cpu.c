@@ -1,18 +1,23 @@
-// MUL_MAT and MUL_MAT_ID with FQ4 weights. The columns of src1 are rounded to int8 once; then threads take pieces of
-// work from a shared counter: a few rows times all columns of a group where columns are few (the weights are read
-// once, at the speed of memory), else a tile of rows, decoded once per block and multiplied with all columns.
+// MUL_MAT and MUL_MAT_ID with FQ4 weights. The columns of src1 are rounded to int8 once; then threads work through
+// pieces: a few rows times all columns of a group where columns are few (the weights are read once, at the speed of
+// memory), else a tile of rows, decoded once per block and multiplied with all columns.
 //
-// A group is a set of columns that meet the same weights: one matrix of src1's batch, or an expert's tokens.
+// A group is a set of columns that meet the same weights: one matrix of src1's batch, or an expert's tokens. Pieces
+// are numbered group by group. Each thread has a range of them, one stream of weights from memory, and then helps the
+// others with theirs.
 
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 #include "override-cpu.h"
 #include "types/fq4-cpu.h"
 
+#include <stdalign.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define FEW_COLS   GGML_EXT_FQ4_MAX_COLS  // up to so many columns a row's dot products beat the tiles
 #define ROWS       GGML_EXT_FQ4_TILE_ROWS
+#define FEW_ROWS   16                     // rows of a piece where columns are few
 #define CHUNK_COLS 512  // columns that a tile meets at a time: bounds the sums' buffer to 64 KiB per thread
 #define ALIGN      64
 
@@ -22,12 +27,19 @@ struct scratch {
     float                    acc[CHUNK_COLS * ROWS];
 };
 
+// The pieces of a thread that nobody has taken yet; a cache line each.
+struct range {
+    alignas(ALIGN) atomic_int_fast64_t next;
+    int64_t end;
+};
+
 // Where things lie in the work buffer, as offsets from its first aligned byte.
 struct layout {
     size_t acts;     // rounded columns, ne10 / 256 blocks each
     size_t first;    // MUL_MAT_ID: int32 [n_experts + 1], where an expert's columns start in `columns`
     size_t columns;  // MUL_MAT_ID: int32 [n_used * n_tokens], columns of dst, by expert
-    size_t scratch;
+    size_t ranges;   // struct range [n_threads]
+    size_t scratch;  // struct scratch [n_threads]
     size_t end;
 };
 
@@ -46,6 +58,7 @@ static struct layout make_layout(const struct ggml_tensor * dst, int n_threads) 
     l.acts    = place(&at, ggml_nrows(src1) * (src1->ne[0] / QK_FQ4) * sizeof(struct ggml_ext_fq4_act));
     l.first   = place(&at, id ? (src0->ne[2] + 1) * sizeof(int32_t) : 0);
     l.columns = place(&at, id ? ggml_nelements(dst->src[2]) * sizeof(int32_t) : 0);
+    l.ranges  = place(&at, n_threads * sizeof(struct range));
     l.scratch = place(&at, n_threads * sizeof(struct scratch));
     l.end     = at + ALIGN;
     return l;
@@ -204,60 +217,89 @@ static void multiply_tile(const struct work * w, const struct group * g, int64_t
     }
 }
 
-// Rows of a piece of work where columns are few: enough to hide what the counter costs.
-static int64_t few_rows(int64_t n_rows, int nth) {
-    return MAX(1, MIN(64, n_rows / (4 * nth)));
+// A group cut into pieces: by rows first, then by columns.
+struct cut {
+    bool    few;
+    int64_t rows;     // of a piece
+    int64_t by_rows;  // pieces
+    int64_t n_pieces;
+};
+
+static struct cut cut_group(const struct work * w, const struct group * g) {
+    struct cut cut;
+    cut.few      = g->n_cols <= FEW_COLS;
+    cut.rows     = cut.few ? FEW_ROWS : ROWS;
+    cut.by_rows  = (w->dst->src[0]->ne[1] + cut.rows - 1) / cut.rows;
+    cut.n_pieces = cut.by_rows * (cut.few ? g->n_cols > 0 : (g->n_cols + CHUNK_COLS - 1) / CHUNK_COLS);
+    return cut;
+}
+
+static void compute_piece(const struct work * w, const struct group * g, const struct cut * cut, int64_t piece) {
+    const int64_t row   = piece % cut->by_rows * cut->rows;
+    const int64_t count = MIN(cut->rows, w->dst->src[0]->ne[1] - row);
+    if (cut->few) {
+        multiply_few(w, g, row, row + count);
+    } else {
+        const int64_t col = piece / cut->by_rows * CHUNK_COLS;
+        multiply_tile(w, g, row, count, col, MIN(CHUNK_COLS, g->n_cols - col), w->scratch);
+    }
+}
+
+static void share_pieces(const struct work * w, struct range * ranges, int nth) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < n_groups(w); i++) {
+        const struct group g = get_group(w, i);
+        total += cut_group(w, &g).n_pieces;
+    }
+    for (int t = 0; t < nth; t++) {
+        atomic_init(&ranges[t].next, total * t / nth);
+        ranges[t].end = total * (t + 1) / nth;
+    }
+}
+
+// Computes what is left of a range. Ranges are entered in order, so the group is looked for from the last one on.
+static void compute_range(const struct work * w, struct range * range) {
+    struct group g      = get_group(w, 0);
+    struct cut   cut    = cut_group(w, &g);
+    int64_t      i      = 0;
+    int64_t      before = 0;  // pieces of the groups before group i
+    int64_t      piece;
+    while ((piece = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end) {
+        while (piece >= before + cut.n_pieces) {
+            before += cut.n_pieces;
+            g   = get_group(w, ++i);
+            cut = cut_group(w, &g);
+        }
+        compute_piece(w, &g, &cut, piece - before);
+    }
 }
 
 static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    const struct ggml_tensor *       src0 = dst->src[0];
     const struct layout              l    = make_layout(dst, params->nth);
     char *                           base = (char *) GGML_PAD((uintptr_t) params->wdata, ALIGN);
     const bool                       id   = dst->op == GGML_OP_MUL_MAT_ID;
     const struct ggml_ext_fq4_path * path =
         params->use_ref ? ggml_ext_fq4_paths[ggml_ext_fq4_n_paths - 1] : ggml_ext_fq4_fastest();
-    const struct work w = {
-        .path     = path,
-        .dst      = dst,
-        .acts     = base + l.acts,
-        .act_size = src0->ne[0] / QK_FQ4 * sizeof(struct ggml_ext_fq4_act),
-        .first    = id ? (const int32_t *) (base + l.first) : NULL,
-        .columns  = id ? (const int32_t *) (base + l.columns) : NULL,
-        .scratch  = (struct scratch *) (base + l.scratch) + params->ith,
+    struct range *    ranges = (struct range *) (base + l.ranges);
+    const struct work w      = {
+             .path     = path,
+             .dst      = dst,
+             .acts     = base + l.acts,
+             .act_size = dst->src[0]->ne[0] / QK_FQ4 * sizeof(struct ggml_ext_fq4_act),
+             .first    = id ? (const int32_t *) (base + l.first) : NULL,
+             .columns  = id ? (const int32_t *) (base + l.columns) : NULL,
+             .scratch  = (struct scratch *) (base + l.scratch) + params->ith,
     };
-    round_columns(&w, params);
     if (params->ith == 0) {
         if (id) {
             group_by_expert(dst, (int32_t *) (base + l.first), (int32_t *) (base + l.columns));
         }
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        share_pieces(&w, ranges, params->nth);
     }
+    round_columns(&w, params);
     ggml_barrier(params->threadpool);
-
-    int64_t       piece  = params->ith;  // of all pieces, in the order of the groups
-    int64_t       before = 0;            // pieces of the groups passed
-    const int64_t n_rows = src0->ne[1];
-    for (int64_t i = 0; i < n_groups(&w); i++) {
-        const struct group g = get_group(&w, i);
-        if (g.n_cols == 0) {
-            continue;
-        }
-        const bool    few      = g.n_cols <= FEW_COLS;
-        const int64_t rows     = few ? few_rows(n_rows, params->nth) : ROWS;
-        const int64_t by_rows  = (n_rows + rows - 1) / rows;
-        const int64_t by_cols  = few ? 1 : (g.n_cols + CHUNK_COLS - 1) / CHUNK_COLS;
-        const int64_t n_pieces = by_rows * by_cols;
-        for (; piece < before + n_pieces; piece = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-            const int64_t row   = (piece - before) % by_rows * rows;
-            const int64_t count = MIN(rows, n_rows - row);
-            if (few) {
-                multiply_few(&w, &g, row, row + count);
-            } else {
-                const int64_t col = (piece - before) / by_rows * CHUNK_COLS;
-                multiply_tile(&w, &g, row, count, col, MIN(CHUNK_COLS, g.n_cols - col), w.scratch);
-            }
-        }
-        before += n_pieces;
+    for (int t = 0; t < params->nth; t++) {
+        compute_range(&w, &ranges[(params->ith + t) % params->nth]);
     }
 }
 
