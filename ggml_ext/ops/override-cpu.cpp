@@ -1,6 +1,7 @@
 #include "override-cpu.h"
 
 #include "traits.h"
+#include "types/fq4-buffer-cpu.h"
 
 namespace {
 
@@ -21,10 +22,23 @@ class override_traits : public ggml::cpu::tensor_traits {
     const ggml_ext_cpu_override & feature;
 };
 
-// No tensor is ever allocated in it: it says no to every op, so llama.cpp's loader passes it over.
+const char * buffer_type_name(ggml_backend_buffer_type_t) {
+    return "CPU_FQ4";
+}
+
+size_t alignment(ggml_backend_buffer_type_t) {
+    return 64;
+}
+
+// The buffer type whose entry in upstream's list lets us in. The loader puts FQ4 weights there.
 class override_buffer_type : public ggml::cpu::extra_buffer_type {
   public:
-    bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
+        const ggml_tensor * weights = op->src[0];
+        return (op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) && weights->buffer != nullptr &&
+               weights->buffer->buft->iface.get_name == buffer_type_name &&
+               fq4_mul_mat.feature.applies(op);
+    }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         switch (op->op) {
@@ -40,24 +54,12 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
     override_traits fq4_mul_mat{ ggml_ext_cpu_fq4_mul_mat };
 };
 
-const char * buffer_type_name(ggml_backend_buffer_type_t) {
-    return "ggml-ext";
-}
-
-ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t, size_t) {
-    return nullptr;
-}
-
-size_t alignment(ggml_backend_buffer_type_t) {
-    return 64;
-}
-
 override_buffer_type overrides;
 
 ggml_backend_buffer_type buffer_type = {
-    /* .iface   = */ { buffer_type_name, alloc_buffer, alignment, nullptr, nullptr, nullptr },
+    /* .iface   = */ { buffer_type_name, ggml_ext_fq4_buffer_alloc, alignment, nullptr, nullptr, nullptr },
     /* .device  = */
-     nullptr,
+    nullptr,
     /* .context = */ &overrides,
 };
 
