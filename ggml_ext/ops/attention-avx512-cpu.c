@@ -168,6 +168,13 @@ TARGET static void pack_v(enum ggml_type type, const char * const * rows, int n_
     }
 }
 
+// One load for all rows: GCC would load again in every vpdpbusd.
+EXPAND __m512i load_once(const void * x) {
+    __m512i v = _mm512_load_si512(x);
+    __asm__("" : "+v"(v));
+    return v;
+}
+
 // --- logits ---
 
 // `rows` rows against 16 * vecs tokens from t on. 8 accumulators hide the latency of vpdpbusd.
@@ -197,7 +204,7 @@ EXPAND void scores_part(const struct ggml_ext_attention_dims * dims, const struc
             __m512i kv[4];
 #    pragma GCC unroll 4
             for (int v = 0; v < vecs; v++) {
-                kv[v] = _mm512_load_si512(k + 64 * v);
+                kv[v] = load_once(k + 64 * v);
             }
 #    pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
@@ -401,8 +408,8 @@ EXPAND void accumulate_rows(const struct ggml_ext_attention_dims * dims, const s
             }
         }
         for (int j = 0; j < TILE / 4; j++, v += (size_t) dims->dv_pad * 4, p += 4) {
-            const __m512i v0 = _mm512_load_si512(v);
-            const __m512i v1 = _mm512_load_si512(v + 64);
+            const __m512i v0 = load_once(v);
+            const __m512i v1 = load_once(v + 64);
 #    pragma GCC unroll 4
             for (int r = 0; r < n_rows; r++) {
 #    pragma GCC unroll 2
