@@ -247,6 +247,8 @@ struct task {
     int64_t stream, group;
     int64_t query, n_queries;
     int64_t begin, end;  // cache tokens
+    // What the thread will read next, after all heads of its chunk; empty where that is not known.
+    int64_t next_begin, next_end;
 };
 
 // Row r of a task is query r / heads and head r % heads of the group.
@@ -312,16 +314,34 @@ static bool look_at_mask(const struct plan * plan, const struct task * task, int
     return any;
 }
 
-// A head's rows are too far apart for the processor's own prefetching.
-static void prefetch(const struct ggml_tensor * x, const char * rows, int64_t begin, int64_t end) {
-    const size_t size = ggml_row_size(x->type, x->ne[0]);
+// Rows of all heads, or of one, of tokens [begin, end): a head's rows are too far apart for the processor's own
+// prefetching.
+static void prefetch_rows(const struct ggml_tensor * x, const char * rows, size_t size, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
         const char * row = rows + t * x->nb[1];
         for (size_t at = 0; at < size; at += 64) {
-            __builtin_prefetch(row + at);
+            __builtin_prefetch(row + at, 0, 2);
         }
-        __builtin_prefetch(row + size - 1);
+        __builtin_prefetch(row + size - 1, 0, 2);
     }
+}
+
+// Called at tile `tile` of a task. Where a thread takes a chunk's heads one after another, each tile asks for its share
+// of the next chunk, all heads, so that every line is asked for once. Otherwise for the next tile's rows of this head.
+static void prefetch(const struct plan * plan, const struct task * task, const struct ggml_tensor * x,
+                     const char * head_rows, int64_t t0) {
+    if (task->next_begin == task->next_end) {
+        const int64_t end = MIN(t0 + 2 * TILE, task->end);
+        prefetch_rows(x, head_rows, ggml_row_size(x->type, x->ne[0]), t0 + TILE, end);
+        return;
+    }
+    const int64_t n_tiles = (task->end - task->begin + TILE - 1) / TILE;
+    const int64_t n_steps = n_tiles * plan->n_groups;
+    const int64_t step    = task->group * n_tiles + (t0 - task->begin) / TILE;
+    const int64_t n       = task->next_end - task->next_begin;
+    const char *  rows    = (const char *) x->data + task->stream / (plan->n_streams / x->ne[3]) * x->nb[3];
+    prefetch_rows(x, rows, x->ne[2] * x->nb[2], task->next_begin + n * step / n_steps,
+                  task->next_begin + n * (step + 1) / n_steps);
 }
 
 static void add_mean(const struct plan * plan, const struct scratch * w, int row, int n_rows) {
@@ -355,9 +375,8 @@ static void attend(const struct plan * plan, const struct ggml_ext_attention_pat
         if (!look_at_mask(plan, task, t0, n, w)) {
             continue;
         }
-        const int64_t next = MIN(t0 + 2 * TILE, task->end);
-        prefetch(k, k_rows, t0 + TILE, next);
-        prefetch(v, v_rows, t0 + TILE, next);
+        prefetch(plan, task, k, k_rows, t0);
+        prefetch(plan, task, v, v_rows, t0);
         ggml_ext_attention_load_k(path, k->type, plan->dk, n, k_rows + t0 * k->nb[1], k->nb[1], &w->tile);
         ggml_ext_attention_load_v(path, v->type, plan->dv, n, v_rows + t0 * v->nb[1], v->nb[1], levels, &w->tile);
         for (int row = 0; row < n_rows; row += BATCH) {
@@ -490,6 +509,19 @@ static const struct ggml_ext_attention_path * fastest(void) {
     return *path;
 }
 
+static struct task task_of(const struct plan * plan, int64_t i) {
+    const int64_t chunk = i / plan->n_groups % plan->n_chunks;
+    const int64_t block = i / plan->n_groups / plan->n_chunks % plan->n_blocks;
+    return (struct task) {
+        .stream    = i / plan->n_groups / plan->n_chunks / plan->n_blocks,
+        .group     = i % plan->n_groups,
+        .query     = block * plan->block,
+        .n_queries = MIN(plan->block, plan->n_queries - block * plan->block),
+        .begin     = chunk * plan->chunk,
+        .end       = MIN(plan->n_kv, (chunk + 1) * plan->chunk),
+    };
+}
+
 static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     if (params->use_ref) {
         ggml_compute_forward_flash_attn_ext(params, dst);
@@ -510,22 +542,29 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
     }
     ggml_barrier(params->threadpool);
 
-    // Neighbouring kv heads share cache lines and come one after another.
-    const int64_t n_tasks = plan.n_streams * plan.n_groups * plan.n_blocks * plan.n_chunks;
-    for (int64_t i = params->ith; i < n_tasks; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t     group = i % plan.n_groups;
-        const int64_t     chunk = i / plan.n_groups % plan.n_chunks;
-        const int64_t     block = i / plan.n_groups / plan.n_chunks % plan.n_blocks;
-        const struct task task  = {
-             .stream    = i / plan.n_groups / plan.n_chunks / plan.n_blocks,
-             .group     = group,
-             .query     = block * plan.block,
-             .n_queries = MIN(plan.block, plan.n_queries - block * plan.block),
-             .begin     = chunk * plan.chunk,
-             .end       = MIN(plan.n_kv, (chunk + 1) * plan.chunk),
-        };
-        attend(&plan, path, dst, &task, &scratch);
-        store(&plan, dst, &task, &scratch, partials);
+    // A unit is what a thread takes at once: a task, or with enough chunks all heads of a chunk, whose cache rows are
+    // adjacent. It does not matter to the result.
+    const struct ggml_tensor * k        = dst->src[1];
+    const bool                 adjacent = k->nb[2] < k->nb[1];
+    const int64_t              n_ranges = plan.n_streams * plan.n_blocks * plan.n_chunks;  // groups come fastest
+    const bool                 whole    = plan.n_chunks > 1 && adjacent && n_ranges >= 4 * (int64_t) params->nth;
+    const int64_t              n_units  = whole ? n_ranges : n_ranges * plan.n_groups;
+    for (int64_t unit = params->ith, next; unit < n_units; unit = next) {
+        next                = ggml_threadpool_chunk_add(params->threadpool, 1);
+        const int64_t first = whole ? unit * plan.n_groups : unit;
+        const int64_t end   = whole ? first + plan.n_groups : unit + 1;
+        for (int64_t i = first; i < end; i++) {
+            struct task task = task_of(&plan, i);
+            if (whole && next < n_units) {
+                const struct task after = task_of(&plan, next * plan.n_groups);
+                if (after.stream == task.stream) {
+                    task.next_begin = after.begin;
+                    task.next_end   = after.end;
+                }
+            }
+            attend(&plan, path, dst, &task, &scratch);
+            store(&plan, dst, &task, &scratch, partials);
+        }
     }
     if (plan.n_chunks == 1) {
         return;
