@@ -13,23 +13,43 @@ const char * ggml_ext_cpu_paths(void) {
     static char names[128];
     char        text[sizeof(names)] = "";
     for (int i = 0; i < ggml_ext_fq4_n_paths; i++) {
-        if (ggml_ext_fq4_paths[i].available()) {
+        if (ggml_ext_fq4_paths[i]->available()) {
             const size_t used = strlen(text);
-            snprintf(text + used, sizeof(text) - used, "%s%s", used ? "," : "", ggml_ext_fq4_paths[i].name);
+            snprintf(text + used, sizeof(text) - used, "%s%s", used ? "," : "", ggml_ext_fq4_paths[i]->name);
         }
     }
     memcpy(names, text, sizeof(names));
     return names;
 }
 
-static ggml_ext_fq4_dot_fn find_path(int32_t type, const char * name) {
-    for (int i = 0; type == GGML_TYPE_FQ4 && i < ggml_ext_fq4_n_paths; i++) {
-        const struct ggml_ext_fq4_path * path = &ggml_ext_fq4_paths[i];
+// The named path, the fastest for NULL; NULL for a name that this processor has not.
+static const struct ggml_ext_fq4_path * find_path(const char * name) {
+    if (name == NULL) {
+        return ggml_ext_fq4_fastest();
+    }
+    for (int i = 0; i < ggml_ext_fq4_n_paths; i++) {
+        const struct ggml_ext_fq4_path * path = ggml_ext_fq4_paths[i];
         if (strcmp(path->name, name) == 0 && path->available()) {
-            return path->dot;
+            return path;
         }
     }
     return NULL;
+}
+
+static int32_t fq4_dot(const char * name, const void * row, const float * x, int64_t n, float * result) {
+    const struct ggml_ext_fq4_path * path = find_path(name);
+    if (path == NULL) {
+        return GGML_EXT_E_TYPE;
+    }
+    struct ggml_ext_fq4_act * activations = malloc(n / QK_FQ4 * sizeof(*activations));
+    if (activations == NULL) {
+        return GGML_EXT_E_MEMORY;
+    }
+    const struct ggml_ext_fq4_act * column = activations;
+    path->quantize(n, x, activations);
+    path->dots((int) (n / QK_FQ4), row, 1, &column, result);
+    free(activations);
+    return 0;
 }
 
 int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
@@ -42,12 +62,13 @@ int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, cons
         return GGML_EXT_E_SHAPE;
     }
     ggml_cpu_init();
+    if (type == GGML_TYPE_FQ4) {
+        return fq4_dot(path, row, x, n, result);
+    }
     const struct ggml_type_traits_cpu * traits = ggml_get_type_traits_cpu((enum ggml_type) type);
-    const ggml_ext_fq4_dot_fn           chosen = path ? find_path(type, path) : NULL;
-    if (path ? chosen == NULL : traits->vec_dot == NULL) {
+    if (path != NULL || traits->vec_dot == NULL) {
         return GGML_EXT_E_TYPE;
     }
-    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float;
     if (n % ggml_blck_size(traits->vec_dot_type) != 0) {
         return GGML_EXT_E_SHAPE;
     }
@@ -55,12 +76,8 @@ int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, cons
     if (activations == NULL) {
         return GGML_EXT_E_MEMORY;
     }
-    from_float(x, activations, n);
-    if (chosen) {
-        *result = chosen((int) (n / QK_FQ4), row, activations);
-    } else {
-        traits->vec_dot((int) n, result, 0, row, 0, activations, 0, 1);
-    }
+    ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float(x, activations, n);
+    traits->vec_dot((int) n, result, 0, row, 0, activations, 0, 1);
     free(activations);
     return 0;
 }

@@ -210,36 +210,35 @@ void test_error_against_q4_K() {
 // the integer itself, at every row length and alignment.
 void test_dot_exact() {
     for (int p = 0; p < ggml_ext_fq4_n_paths; p++) {
-        const ggml_ext_fq4_path & path = ggml_ext_fq4_paths[p];
-        std::printf("dot path %s: %s\n", path.name, path.available() ? "checked" : "not available on this processor");
+        const ggml_ext_fq4_path & path = *ggml_ext_fq4_paths[p];
+        std::printf("path %s: %s\n", path.name, path.available() ? "checked" : "not available on this processor");
         if (!path.available()) {
             continue;
         }
         for (int blocks = 1; blocks <= 33; blocks++) {
             for (int offset = 0; offset < 64; offset += blocks < 4 ? 2 : 22) {
-                std::vector<uint8_t> xbuf(138 * blocks + offset);
-                std::vector<uint8_t> ybuf(sizeof(block_q8_K) * blocks + 2 * offset);
-                uint8_t *            x   = xbuf.data() + offset;
-                int64_t              sum = 0;
+                std::vector<uint8_t>          xbuf(138 * blocks + offset);
+                std::vector<ggml_ext_fq4_act> act(blocks);
+                uint8_t *                     x   = xbuf.data() + offset;
+                int64_t                       sum = 0;
                 for (int ib = 0; ib < blocks; ib++) {
-                    block_q8_K y;
-                    const int  range = blocks == 1 ? 127 : 7;
-                    y.d              = 1.0f;
-                    std::memset(y.bsums, 0, sizeof(y.bsums));
+                    const int range = blocks == 1 ? 127 : 7;
                     for (int i = 0; i < 138; i++) {
                         x[138 * ib + i] = (uint8_t) rng();
                     }
                     const ggml_fp16_t one = ggml_fp32_to_fp16(1.0f);
                     std::memcpy(x + 138 * ib, &one, 2);
+                    ggml_ext_fq4_act & y = act[ib];
+                    y.d                  = 1.0f;
                     for (int i = 0; i < 256; i++) {
-                        y.qs[i]         = (int8_t) ((int) (rng() % (2 * range + 1)) - range);
-                        y.bsums[i / 16] = (int16_t) (y.bsums[i / 16] + y.qs[i]);
-                        sum += (int64_t) spec_value(x + 138 * ib, i) * y.qs[i];
+                        y.q[i] = (int8_t) ((int) (rng() % (2 * range + 1)) - range);
+                        y.start -= 128 * y.q[i];
+                        sum += (int64_t) spec_value(x + 138 * ib, i) * y.q[i];
                     }
-                    // Q8_K blocks hold floats: their address keeps a multiple of 4.
-                    std::memcpy(ybuf.data() + 2 * offset + sizeof(y) * ib, &y, sizeof(y));
                 }
-                const float s = path.dot(blocks, x, ybuf.data() + 2 * offset);
+                const ggml_ext_fq4_act * column = act.data();
+                float                    s      = 0.0f;
+                path.dots(blocks, x, 1, &column, &s);
                 CHECK((int64_t) s == sum && (float) sum == s, "%s, %d blocks, offset %d: %.1f, expected %lld",
                       path.name, blocks, offset, s, (long long) sum);
             }
@@ -255,18 +254,17 @@ void test_dot_extremes() {
     std::memcpy(block, &one, 2);
     std::memset(block + 10, 0xff, 128);  // code 15
     for (int sign : { -1, 1 }) {
-        block_q8_K y;
-        y.d = 1.0f;
-        std::memset(y.qs, sign * 127, sizeof(y.qs));
-        for (int16_t & s : y.bsums) {
-            s = (int16_t) (sign * 127 * 16);
-        }
+        ggml_ext_fq4_act y;
+        y.d     = 1.0f;
+        y.start = -128 * sign * 127 * 256;
+        std::memset(y.q, sign * 127, sizeof(y.q));
+        const ggml_ext_fq4_act * column = &y;
         for (int p = 0; p < ggml_ext_fq4_n_paths; p++) {
             float s = 0.0f;
-            if (ggml_ext_fq4_paths[p].available()) {
-                s = ggml_ext_fq4_paths[p].dot(1, block, &y);
-                CHECK(s == (float) (sign * ggml_ext_fq4_table[7][15] * 127 * 256), "%s: %g", ggml_ext_fq4_paths[p].name,
-                      s);
+            if (ggml_ext_fq4_paths[p]->available()) {
+                ggml_ext_fq4_paths[p]->dots(1, block, 1, &column, &s);
+                CHECK(s == (float) (sign * ggml_ext_fq4_table[7][15] * 127 * 256), "%s: %g",
+                      ggml_ext_fq4_paths[p]->name, s);
             }
         }
     }

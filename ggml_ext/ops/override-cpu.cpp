@@ -1,0 +1,70 @@
+#include "override-cpu.h"
+
+#include "traits.h"
+
+namespace {
+
+class override_traits : public ggml::cpu::tensor_traits {
+  public:
+    explicit override_traits(const ggml_ext_cpu_override & feature) : feature(feature) {}
+
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        size = feature.work_size(op, n_threads);
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        feature.compute(params, op);
+        return true;
+    }
+
+    const ggml_ext_cpu_override & feature;
+};
+
+// No tensor is ever allocated in it: it says no to every op, so llama.cpp's loader passes it over.
+class override_buffer_type : public ggml::cpu::extra_buffer_type {
+  public:
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
+
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        switch (op->op) {
+            case GGML_OP_MUL_MAT:
+            case GGML_OP_MUL_MAT_ID:
+                return fq4_mul_mat.feature.applies(op) ? &fq4_mul_mat : nullptr;
+            default:
+                return nullptr;
+        }
+    }
+
+  private:
+    override_traits fq4_mul_mat{ ggml_ext_cpu_fq4_mul_mat };
+};
+
+const char * buffer_type_name(ggml_backend_buffer_type_t) {
+    return "ggml-ext";
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t, size_t) {
+    return nullptr;
+}
+
+size_t alignment(ggml_backend_buffer_type_t) {
+    return 64;
+}
+
+override_buffer_type overrides;
+
+ggml_backend_buffer_type buffer_type = {
+    /* .iface   = */ { buffer_type_name, alloc_buffer, alignment, nullptr, nullptr, nullptr },
+    /* .device  = */
+     nullptr,
+    /* .context = */ &overrides,
+};
+
+// After upstream's own entries, so that weights in a repacked buffer stay with the buffer's own code.
+const bool registered = [] {
+    ggml_backend_cpu_get_extra_buffer_types().push_back(&buffer_type);
+    return true;
+}();
+
+}  // namespace
