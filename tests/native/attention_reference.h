@@ -1,68 +1,10 @@
-// Attention problems as llama.cpp poses them to GGML_OP_FLASH_ATTN_EXT, and softmax(q k^T) v in double.
-//
-// Every tensor has an allocation of exactly its own size, so that AddressSanitizer sees a read past its end. What a
-// kernel must not read is filled with bytes 0xff, a NaN in every type: the cache behind n_kv, spare rows of the mask,
-// the work buffer and the result.
+// softmax(q k^T) v in double, as it should be, with the rounding of a mode, or with a known bug.
 
 #pragma once
 
-#include "ggml-cpu.h"
-#include "ggml.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
+#include "attention_problem.h"
 
 namespace attention {
-
-enum Mask { NO_MASK, CAUSAL, RANDOM };
-
-enum Layout {
-    CONTIGUOUS,  // [d, n_kv, heads, batch]
-    SPARE_ROWS,  // the same with room for more positions behind n_kv
-    CACHE,       // llama.cpp's: [d, heads, positions, batch], permuted; q is [d, heads, n_q, batch], permuted
-};
-
-enum Outliers {
-    NONE,
-    SCALED,  // three channels of K are multiplied by 50
-    SHIFTED  // 50 is added to three channels of K, as in models whose keys have a large mean
-};
-
-struct Case {
-    int64_t   dk, dv, n_kv, n_q, heads_kv, gqa;
-    ggml_type k, v;
-    Mask      mask       = CAUSAL;
-    Layout    layout     = CACHE;
-    int64_t   batch      = 1;
-    int64_t   mask_heads = 1;
-    bool      sinks      = false;
-    float     max_bias   = 0.0f;
-    float     softcap    = 0.0f;
-    Outliers  outliers   = NONE;
-    bool      v_in_k     = false;  // V is the first dv channels of K
-    bool      sink_token = false;  // position 0 takes about half of every row, the rest is flat
-    unsigned  seed       = 1;
-
-    std::string text() const {
-        char s[320];
-        std::snprintf(s, sizeof(s),
-                      "dk %d dv %d n_kv %d n_q %d heads %dx%d batch %d K %s V %s mask %d/%d layout %d sinks %d bias %g "
-                      "softcap %g outliers %d v_in_k %d sink token %d",
-                      (int) dk, (int) dv, (int) n_kv, (int) n_q, (int) heads_kv, (int) gqa, (int) batch,
-                      ggml_type_name(k), ggml_type_name(v), mask, (int) mask_heads, layout, sinks, max_bias, softcap,
-                      outliers, v_in_k, sink_token);
-        return s;
-    }
-};
 
 // Bugs that attention kernels have had; the reference with one of them must be farther off than the tolerance.
 enum Bug {
@@ -75,196 +17,42 @@ enum Bug {
     MASK_MISSING,
     TAIL_MISSING,       // positions behind the last multiple of 32 are dropped
     RESULT_TRANSPOSED,  // heads and rows of the result swapped
-    BATCH_IGNORED,      // every batch entry reads the first one's K/V
+    BATCH_IGNORED,      // every batch entry reads the first one's K and V
+    FLAT_TAIL_LOST,     // weights are rounded against the row's maximum, not against their own tile's
 };
 
 // Rounding that a mode is stated to do, applied in the reference: the error it causes there is the mode's budget.
-// A group of values x becomes step * rint(x / step) with step = max|x| / levels; 0 levels: no rounding.
+// Values of a group become step * rint(x / step) with step = max|x| / levels; 0 levels: no rounding.
 struct Rounding {
     int     q_levels = 0;
-    int64_t q_group  = 0;  // channels; 0: the whole row
-    int     k_levels = 0;
-    int64_t k_group  = 0;
-    bool    k_smooth = false;  // the mean over the positions is taken off K before rounding
+    int64_t q_group  = 0;      // channels; 0: the whole row
+    int     k_levels = 0;      // per row
+    bool    k_smooth = false;  // the mean over each tile is taken off K before rounding
+    int     v_levels = 0;      // per row
+    // A weight is rounded together with the step of the V values it meets: in a group of v_group channels (0: all)
+    // whose largest value is a, p a is a multiple of (largest p of the tile) (largest a of the tile) / p_levels.
     int     p_levels = 0;
-    int64_t p_group  = 0;      // positions
-    int     v_levels = 0;
-    int64_t v_rows   = 0;      // one step per channel and v_rows positions; 0: one per position, over its channels
+    int64_t v_group  = 0;
+    int64_t tile     = 64;  // positions
 };
 
-inline void round_group(float * x, int64_t n, int64_t stride, int levels) {
+inline float abs_max(const float * x, int64_t n) {
     float max = 0.0f;
     for (int64_t i = 0; i < n; i++) {
-        max = std::fmax(max, std::fabs(x[i * stride]));
+        max = std::fmax(max, std::fabs(x[i]));
     }
-    const float step = max / (float) levels;
-    for (int64_t i = 0; step > 0 && i < n; i++) {
-        x[i * stride] = step * std::rint(x[i * stride] / step);
-    }
+    return max;
 }
 
 inline void round_rows(std::vector<float> & x, int64_t width, int levels, int64_t group) {
-    for (size_t row = 0; levels && row < x.size(); row += width) {
-        for (int64_t i = 0; i < width; i += group ? group : width) {
-            round_group(x.data() + row + i, std::min(group ? group : width, width - i), 1, levels);
+    group = group ? group : width;
+    for (size_t i = 0; levels && i < x.size(); i += group) {
+        const float step = abs_max(x.data() + i, group) / (float) levels;
+        for (int64_t j = 0; step > 0 && j < group; j++) {
+            x[i + j] = step * std::rint(x[i + j] / step);
         }
     }
 }
-
-class Problem {
-  public:
-    explicit Problem(const Case & spec) : c(spec), rng(spec.seed) {
-        const ggml_init_params params = { 256 * 1024 + 2 * ggml_graph_overhead(), nullptr, true };
-        ctx.reset(ggml_init(params));
-        const int64_t      heads = c.heads_kv * c.gqa;
-        std::vector<float> values;
-
-        normal(values, c.dk * c.n_q * heads * c.batch);
-        if (c.sink_token) {
-            std::fill(values.begin(), values.end(), 0.02f);
-        }
-        ggml_tensor * whole = c.layout == CACHE ? tensor(GGML_TYPE_F32, c.dk, heads, c.n_q, c.batch) :
-                                                  tensor(GGML_TYPE_F32, c.dk, c.n_q, heads, c.batch);
-        std::memcpy(whole->data, values.data(), ggml_nbytes(whole));
-        q = c.layout == CACHE ? ggml_permute(ctx.get(), whole, 0, 2, 1, 3) : whole;
-
-        k = cache(c.k, c.dk, true);
-        v = c.v_in_k ? ggml_view_4d(ctx.get(), k, c.dv, c.n_kv, c.heads_kv, c.batch, k->nb[1], k->nb[2], k->nb[3], 0) :
-                       cache(c.v, c.dv, false);
-        if (c.mask != NO_MASK) {
-            make_mask();
-        }
-        if (c.sinks) {
-            sinks = tensor(GGML_TYPE_F32, heads, 1, 1, 1);
-            for (int64_t h = 0; h < heads; h++) {
-                ((float *) sinks->data)[h] = std::uniform_real_distribution<float>(-2.0f, 5.0f)(rng);
-            }
-        }
-        out = ggml_flash_attn_ext(ctx.get(), q, k, v, mask, scale(), c.max_bias, c.softcap);
-        ggml_flash_attn_ext_add_sinks(out, sinks);
-        own(out);
-    }
-
-    float scale() const { return 1.0f / std::sqrt((float) c.dk); }
-
-    // Bit patterns of the result differ between calls only if the kernel's do.
-    std::vector<float> compute(int n_threads, bool use_ref = false) {
-        std::memset(out->data, 0xff, ggml_nbytes(out));
-        ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 8, false);
-        ggml_build_forward_expand(graph, out);
-        ggml_cplan           plan = ggml_graph_plan(graph, n_threads, nullptr);
-        std::vector<uint8_t> work(plan.work_size, 0xff);
-        plan.work_data = work.data();
-        plan.use_ref   = use_ref;
-        if (ggml_graph_compute(graph, &plan) != GGML_STATUS_SUCCESS) {
-            return {};
-        }
-        const float * values = (const float *) out->data;
-        return std::vector<float>(values, values + ggml_nelements(out));
-    }
-
-    const Case    c;
-    ggml_tensor * q;
-    ggml_tensor * k;
-    ggml_tensor * v;
-    ggml_tensor * mask  = nullptr;
-    ggml_tensor * sinks = nullptr;
-    ggml_tensor * out;
-
-  private:
-    struct Free {
-        void operator()(ggml_context * p) const { ggml_free(p); }
-
-        void operator()(void * p) const { std::free(p); }
-    };
-
-    void own(ggml_tensor * t) {
-        void * data = nullptr;
-        if (posix_memalign(&data, 64, ggml_nbytes(t))) {
-            std::abort();
-        }
-        std::memset(data, 0xff, ggml_nbytes(t));
-        allocations.emplace_back(data);
-        t->data = data;
-    }
-
-    ggml_tensor * tensor(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3) {
-        ggml_tensor * t = ggml_new_tensor_4d(ctx.get(), type, ne0, ne1, ne2, ne3);
-        own(t);
-        return t;
-    }
-
-    void normal(std::vector<float> & values, int64_t n) {
-        std::normal_distribution<float> dist;
-        values.resize(n);
-        std::generate(values.begin(), values.end(), [&] { return dist(rng); });
-    }
-
-    void make_row(std::vector<float> & row, int64_t d, int64_t position, bool keys) {
-        normal(row, d);
-        for (int64_t i = 1; keys && c.outliers != NONE && i < d; i += d / 3) {
-            row[i] = c.outliers == SCALED ? 50.0f * row[i] : 50.0f + row[i];
-        }
-        if (c.sink_token) {
-            // With q constant the scores are scale * 0.02 * d * k: 0 for the tail, log(n_kv - 1) for position 0.
-            const float first = std::log((float) (c.n_kv - 1)) / (scale() * 0.02f * (float) c.dk);
-            for (float & x : row) {
-                x = keys ? (position == 0 ? first : 0.0f) : (position == 0 ? 0.05f * x : 1.0f + 0.2f * x);
-            }
-        }
-    }
-
-    ggml_tensor * cache(ggml_type type, int64_t d, bool keys) {
-        const int64_t size         = c.layout == CONTIGUOUS ? c.n_kv : c.n_kv + 5;
-        const bool    heads_inside = c.layout == CACHE;
-        ggml_tensor * whole =
-            heads_inside ? tensor(type, d, c.heads_kv, size, c.batch) : tensor(type, d, size, c.heads_kv, c.batch);
-        ggml_tensor *      view = heads_inside ? ggml_permute(ctx.get(),
-                                                              ggml_view_4d(ctx.get(), whole, d, c.heads_kv, c.n_kv, c.batch,
-                                                                           whole->nb[1], whole->nb[2], whole->nb[3], 0),
-                                                              0, 2, 1, 3) :
-                                                 ggml_view_4d(ctx.get(), whole, d, c.n_kv, c.heads_kv, c.batch, whole->nb[1],
-                                                              whole->nb[2], whole->nb[3], 0);
-        std::vector<float> row;
-        for (int64_t b = 0; b < c.batch; b++) {
-            for (int64_t h = 0; h < c.heads_kv; h++) {
-                for (int64_t j = 0; j < c.n_kv; j++) {
-                    make_row(row, d, j, keys);
-                    char * to = (char *) view->data + j * view->nb[1] + h * view->nb[2] + b * view->nb[3];
-                    ggml_quantize_chunk(type, row.data(), to, 0, 1, d, nullptr);
-                }
-            }
-        }
-        return view;
-    }
-
-    // CAUSAL: the last row sees everything; with max_bias the values are -distance, as llama.cpp's ALiBi mask has
-    // them. RANDOM: a third is -inf, the rest arbitrary; row 0 and every fifth row are masked completely.
-    void make_mask() {
-        mask = tensor(GGML_TYPE_F16, c.n_kv, c.n_q + 3, c.mask_heads, c.batch);
-        std::normal_distribution<float> dist;
-        for (int64_t b = 0; b < c.batch; b++) {
-            for (int64_t h = 0; h < c.mask_heads; h++) {
-                for (int64_t i = 0; i < c.n_q; i++) {
-                    ggml_fp16_t * row =
-                        (ggml_fp16_t *) ((char *) mask->data + i * mask->nb[1] + h * mask->nb[2] + b * mask->nb[3]);
-                    for (int64_t j = 0; j < c.n_kv; j++) {
-                        const int64_t ahead  = j - (c.n_kv - c.n_q + i);
-                        const bool    hidden = c.mask == CAUSAL ? ahead > 0 : i % 5 == 0 || rng() % 3 == 0;
-                        const float   value  = c.mask == RANDOM ? dist(rng) :
-                                               c.max_bias > 0   ? -std::fabs((float) ahead) :
-                                                                  0.0f;
-                        row[j]               = ggml_fp32_to_fp16(hidden ? -INFINITY : value);
-                    }
-                }
-            }
-        }
-    }
-
-    std::mt19937                             rng;
-    std::unique_ptr<ggml_context, Free>      ctx;
-    std::vector<std::unique_ptr<void, Free>> allocations;
-};
 
 // Values of a tensor with contiguous rows, [ne3][ne2][ne1][ne0].
 inline std::vector<float> decode(const ggml_tensor * t) {
@@ -286,116 +74,163 @@ inline std::vector<float> decode(const ggml_tensor * t) {
     return values;
 }
 
-inline float slope(const Case & c, int64_t head) {
-    if (c.max_bias <= 0.0f) {
-        return 1.0f;
-    }
+inline double slope(const Case & c, int64_t head) {
     const int64_t heads = c.heads_kv * c.gqa;
     const int64_t power = int64_t(1) << (int64_t) std::floor(std::log2((double) heads));
-    return head < power ? std::pow(2.0f, -c.max_bias / power * (head + 1)) :
-                          std::pow(2.0f, -c.max_bias / 2 / power * (2 * (head - power) + 1));
+    return c.max_bias <= 0 ? 1.0 :
+           head < power    ? std::pow(2.0, -c.max_bias / (double) power * (double) (head + 1)) :
+                             std::pow(2.0, -c.max_bias / 2 / (double) power * (double) (2 * (head - power) + 1));
 }
 
-// Takes the mean over the positions off the keys of each head. The softmax does not see it: q . mean is the same for
-// all positions of a row.
-inline void smooth(std::vector<float> & k, const Case & c) {
-    for (size_t head = 0; head < k.size(); head += c.n_kv * c.dk) {
+class Reference {
+  public:
+    Reference(const Problem & problem, const Rounding & r, Bug bug) :
+        problem(problem), c(problem.c), r(r), bug(bug), heads(c.heads_kv * c.gqa), exact_q(decode(problem.q)),
+        q(exact_q), k(decode(problem.k)), v(decode(problem.v)) {
+        if (r.k_smooth) {
+            smooth();
+        }
+        round_rows(q, c.dk, r.q_levels, r.q_group);
+        round_rows(k, c.dk, r.k_levels, 0);
+        round_rows(v, c.dv, r.v_levels, 0);
+    }
+
+    // [batch][n_q][heads][dv], like the op's result.
+    std::vector<double> result() const {
+        std::vector<double> out(c.batch * c.n_q * heads * c.dv), p(c.n_kv);
+        for (int64_t b = 0; b < c.batch; b++) {
+            for (int64_t h = 0; h < heads; h++) {
+                for (int64_t i = 0; i < c.n_q; i++) {
+                    const int64_t row =
+                        bug == RESULT_TRANSPOSED ? (b * heads + h) * c.n_q + i : (b * c.n_q + i) * heads + h;
+                    if (weights(b, h, i, p)) {
+                        add_values(kv_head(b, h), p, out.data() + row * c.dv);
+                    }
+                }
+            }
+        }
+        return out;
+    }
+
+  private:
+    int64_t kv_head(int64_t b, int64_t h) const {
+        return (bug == BATCH_IGNORED ? 0 : b) * c.heads_kv + (bug == WRONG_HEAD ? h % c.heads_kv : h / c.gqa);
+    }
+
+    // Takes the mean over each tile of positions off K. The logits get q . mean back, q unrounded.
+    void smooth() {
+        means.resize(k.size());
+        for (int64_t row = 0; row < c.batch * c.heads_kv * c.n_kv; row++) {
+            const int64_t position = row % c.n_kv, first = row - position % r.tile;
+            const int64_t n = std::min(r.tile, c.n_kv - (first % c.n_kv));
+            for (int64_t d = 0; position % r.tile == 0 && d < c.dk; d++) {
+                double sum = 0;
+                for (int64_t j = 0; j < n; j++) {
+                    sum += k[(row + j) * c.dk + d];
+                }
+                for (int64_t j = 0; j < n; j++) {
+                    means[(row + j) * c.dk + d] = (float) (sum / (double) n);
+                    k[(row + j) * c.dk + d] -= (float) (sum / (double) n);
+                }
+            }
+        }
+    }
+
+    double mask(int64_t b, int64_t h, int64_t i, int64_t j) const {
+        if (!problem.mask || bug == MASK_MISSING) {
+            return 0;
+        }
+        if (bug == CAUSAL_TOP_LEFT) {
+            return j > i ? -INFINITY : 0;
+        }
+        const ggml_tensor * t   = problem.mask;
+        const char *        row = (const char *) t->data + i * t->nb[1] + h % t->ne[2] * t->nb[2] + b * t->nb[3];
+        return ggml_fp16_to_fp32(((const ggml_fp16_t *) row)[j]);
+    }
+
+    double logit(int64_t b, int64_t h, int64_t i, int64_t j) const {
+        const int64_t at_q = ((b * heads + h) * c.n_q + i) * c.dk, at_k = (kv_head(b, h) * c.n_kv + j) * c.dk;
+        double        s = 0;
         for (int64_t d = 0; d < c.dk; d++) {
-            double sum = 0;
-            for (int64_t j = 0; j < c.n_kv; j++) {
-                sum += k[head + j * c.dk + d];
-            }
-            for (int64_t j = 0; j < c.n_kv; j++) {
-                k[head + j * c.dk + d] -= (float) (sum / c.n_kv);
-            }
+            s += (double) q[at_q + d] * k[at_k + d];
         }
-    }
-}
-
-// [batch][n_q][heads][dv], like the op's result.
-inline std::vector<double> reference(const Problem & problem, const Rounding & r = {}, Bug bug = CORRECT) {
-    const Case &       c     = problem.c;
-    const int64_t      heads = c.heads_kv * c.gqa;
-    std::vector<float> q = decode(problem.q), k = decode(problem.k), v = decode(problem.v);
-    if (r.k_smooth) {
-        smooth(k, c);
-    }
-    round_rows(q, c.dk, r.q_levels, r.q_group);
-    round_rows(k, c.dk, r.k_levels, r.k_group);
-    round_rows(v, c.dv, r.v_rows ? 0 : r.v_levels, 0);
-    for (size_t head = 0; r.v_rows && head < v.size(); head += c.n_kv * c.dv) {
-        for (int64_t j = 0; j < c.n_kv * c.dv; j++) {
-            const int64_t row = j / c.dv;
-            if (row % r.v_rows == 0) {
-                round_group(v.data() + head + j, std::min(r.v_rows, c.n_kv - row), c.dv, r.v_levels);
-            }
+        for (int64_t d = 0; r.k_smooth && d < c.dk; d++) {
+            s += (double) exact_q[at_q + d] * means[at_k + d];
         }
+        s *= problem.scale();
+        return c.softcap != 0 && bug != SOFTCAP_MISSING ? c.softcap * std::tanh(s / c.softcap) : s;
     }
 
-    std::vector<double> result(c.batch * c.n_q * heads * c.dv), p(c.n_kv);
-    std::vector<float>  rounded(c.n_kv);
-    for (int64_t b = 0; b < c.batch; b++) {
-        for (int64_t h = 0; h < heads; h++) {
-            const int64_t h_kv = bug == WRONG_HEAD ? h % c.heads_kv : h / c.gqa;
-            const int64_t head = (bug == BATCH_IGNORED ? 0 : b) * c.heads_kv + h_kv;
-            const float * kh   = k.data() + head * c.n_kv * c.dk;
-            const float * vh   = v.data() + head * c.n_kv * c.dv;
-            const double  m    = bug == SLOPE_MISSING ? 1.0 : slope(c, h);
-            const float * sink = c.sinks && bug != SINK_MISSING ? (const float *) problem.sinks->data + h : nullptr;
-            const int64_t end  = bug == TAIL_MISSING ? c.n_kv / 32 * 32 : c.n_kv;
-            for (int64_t i = 0; i < c.n_q; i++) {
-                const float * qi  = q.data() + ((b * heads + h) * c.n_q + i) * c.dk;
-                double        max = sink ? *sink : -INFINITY;
-                for (int64_t j = 0; j < c.n_kv; j++) {
-                    p[j]         = -INFINITY;
-                    double shift = 0;
-                    if (problem.mask && bug != MASK_MISSING) {
-                        const ggml_tensor * t = problem.mask;
-                        shift = ggml_fp16_to_fp32(((const ggml_fp16_t *) ((const char *) t->data + i * t->nb[1] +
-                                                                          h % t->ne[2] * t->nb[2] + b * t->nb[3]))[j]);
-                        if (bug == CAUSAL_TOP_LEFT && c.mask == CAUSAL) {
-                            shift = j > i ? -INFINITY : 0;
-                        }
-                    }
-                    if (shift == -INFINITY || j >= end) {
-                        continue;
-                    }
-                    double s = 0;
-                    for (int64_t d = 0; d < c.dk; d++) {
-                        s += (double) qi[d] * kh[j * c.dk + d];
-                    }
-                    s *= problem.scale();
-                    if (c.softcap != 0.0f && bug != SOFTCAP_MISSING) {
-                        s = c.softcap * std::tanh(s / c.softcap);
-                    }
-                    p[j] = s + m * shift;
-                    max  = std::fmax(max, p[j]);
-                }
-                if (max == -INFINITY) {
-                    continue;
-                }
-                double total = sink ? std::exp(*sink - max) : 0.0;
-                for (int64_t j = 0; j < c.n_kv; j++) {
-                    p[j]       = std::exp(p[j] - max);
-                    rounded[j] = (float) p[j];
-                    total += p[j];
-                }
-                for (int64_t j = 0; r.p_levels && j < c.n_kv; j += r.p_group) {
-                    round_group(rounded.data() + j, std::min(r.p_group, c.n_kv - j), 1, r.p_levels);
-                }
-                double * to =
-                    result.data() +
-                    (bug == RESULT_TRANSPOSED ? (b * heads + h) * c.n_q + i : (b * c.n_q + i) * heads + h) * c.dv;
-                for (int64_t j = 0; j < c.n_kv; j++) {
-                    const double weight = (r.p_levels ? rounded[j] : p[j]) / total;
-                    for (int64_t d = 0; weight != 0 && d < c.dv; d++) {
-                        to[d] += weight * vh[j * c.dv + d];
-                    }
+    // p: the softmax of one row; false if everything is masked.
+    bool weights(int64_t b, int64_t h, int64_t i, std::vector<double> & p) const {
+        const int64_t end  = bug == TAIL_MISSING ? c.n_kv / 32 * 32 : c.n_kv;
+        const double  m    = bug == SLOPE_MISSING ? 1.0 : slope(c, h);
+        const double  sink = c.sinks && bug != SINK_MISSING ? ((const float *) problem.sinks->data)[h] : -INFINITY;
+        double        max = sink, total = 0;
+        for (int64_t j = 0; j < c.n_kv; j++) {
+            const double shift = mask(b, h, i, j);
+            p[j]               = shift == -INFINITY || j >= end ? -INFINITY : logit(b, h, i, j) + m * shift;
+            max                = std::fmax(max, p[j]);
+        }
+        if (max == -INFINITY) {
+            return false;
+        }
+        for (double & x : p) {
+            x = std::exp(x - max);
+            total += x;
+        }
+        total += std::exp(sink - max);
+        for (double & x : p) {
+            x /= total;
+        }
+        return true;
+    }
+
+    void add_values(int64_t head, const std::vector<double> & p, double * to) const {
+        const int64_t       group = r.v_group && r.p_levels ? r.v_group : c.dv;
+        const float *       vh    = v.data() + head * c.n_kv * c.dv;
+        std::vector<double> rounded;
+        for (int64_t first = 0; first < c.dv; first += group) {
+            const int64_t n = std::min(group, c.dv - first);
+            rounded         = p;
+            if (r.p_levels) {
+                round_weights(vh + first, n, rounded);
+            }
+            for (int64_t j = 0; j < c.n_kv; j++) {
+                for (int64_t d = first; rounded[j] != 0 && d < first + n; d++) {
+                    to[d] += rounded[j] * vh[j * c.dv + d];
                 }
             }
         }
     }
-    return result;
+
+    void round_weights(const float * vh, int64_t n, std::vector<double> & p) const {
+        const int64_t tile = bug == FLAT_TAIL_LOST ? c.n_kv : r.tile;
+        for (int64_t start = 0; start < c.n_kv; start += tile) {
+            const int64_t end   = std::min(c.n_kv, start + tile);
+            double        p_max = 0, a_max = 0;
+            for (int64_t j = start; j < end; j++) {
+                p_max = std::fmax(p_max, p[j]);
+                a_max = std::fmax(a_max, (double) abs_max(vh + j * c.dv, n));
+            }
+            const double step = p_max * a_max / r.p_levels;
+            for (int64_t j = start; step > 0 && j < end; j++) {
+                const double a = abs_max(vh + j * c.dv, n);
+                p[j]           = a > 0 ? step * std::rint(p[j] * a / step) / a : 0;
+            }
+        }
+    }
+
+    const Problem &    problem;
+    const Case &       c;
+    const Rounding     r;
+    const Bug          bug;
+    const int64_t      heads;
+    std::vector<float> exact_q, q, k, v, means;  // means: one row per row of k
+};
+
+inline std::vector<double> reference(const Problem & problem, const Rounding & rounding = {}, Bug bug = CORRECT) {
+    return Reference(problem, rounding, bug).result();
 }
 
 // Root of the squared distance over the squared size of b; anything not finite in a counts as infinite.
@@ -403,12 +238,12 @@ template <class T> double relative_error(const std::vector<T> & a, const std::ve
     double distance = 0, size = 0;
     for (size_t i = 0; i < b.size(); i++) {
         if (!std::isfinite((double) a[i])) {
-            return std::numeric_limits<double>::infinity();
+            return INFINITY;
         }
         distance += (a[i] - b[i]) * (a[i] - b[i]);
         size += b[i] * b[i];
     }
-    return size > 0 ? std::sqrt(distance / size) : distance > 0 ? std::numeric_limits<double>::infinity() : 0.0;
+    return size > 0 ? std::sqrt(distance / size) : distance > 0 ? INFINITY : 0.0;
 }
 
 }  // namespace attention
