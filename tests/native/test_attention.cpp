@@ -43,10 +43,10 @@ struct Mode {
         return r;
     }
 
-    // Logits up to a few hundred in float32: 2^-24 of them, as a relative error of exp. Upstream sums V in f16, and
-    // rounds q to f16 for a cache of that type.
+    // Logits up to a few hundred in float32: 2^-24 of them, as a relative error of exp. Upstream adds up to 1500 weights
+    // one by one, sums V of type F16 in f16 and rounds q to f16 for K of type F16.
     double floats(const Case & c) const {
-        return applies(c) ? 1e-4 : c.k == GGML_TYPE_F16 || c.v == GGML_TYPE_F16 ? 1e-2 : 1e-4;
+        return applies(c) ? 1e-4 : c.k == GGML_TYPE_F16 || c.v == GGML_TYPE_F16 ? 1e-2 : 5e-4;
     }
 };
 

@@ -273,7 +273,7 @@ void test_accumulate(const ggml_ext_attention_path & path, const Tile & t, const
 }
 
 void test_softcap(const ggml_ext_attention_path & path) {
-    for (int n : { 1, 63, 64, 256 }) {
+    for (int n = TILE; n <= BATCH * TILE; n += TILE) {
         Array<float> a(n), b(n);
         for (int i = 0; i < n; i++) {
             a[i] = b[i] = normal() * (float) std::pow(10.0, uniform(-3, 2));
