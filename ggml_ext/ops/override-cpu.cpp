@@ -31,6 +31,8 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
             case GGML_OP_MUL_MAT:
             case GGML_OP_MUL_MAT_ID:
                 return fq4_mul_mat.feature.applies(op) ? &fq4_mul_mat : nullptr;
+            case GGML_OP_FLASH_ATTN_EXT:
+                return attention.feature.applies(op) ? &attention : nullptr;
             default:
                 return nullptr;
         }
@@ -38,6 +40,7 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
 
   private:
     override_traits fq4_mul_mat{ ggml_ext_cpu_fq4_mul_mat };
+    override_traits attention{ ggml_ext_cpu_attention };
 };
 
 const char * buffer_type_name(ggml_backend_buffer_type_t) {
@@ -57,7 +60,7 @@ override_buffer_type overrides;
 ggml_backend_buffer_type buffer_type = {
     /* .iface   = */ { buffer_type_name, alloc_buffer, alignment, nullptr, nullptr, nullptr },
     /* .device  = */
-     nullptr,
+    nullptr,
     /* .context = */ &overrides,
 };
 
