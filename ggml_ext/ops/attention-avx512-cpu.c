@@ -33,6 +33,49 @@ TARGET static float quantize(int n, int n_pad, const float * x, int8_t * codes) 
     return max / 127.0f;
 }
 
+// --- scales ---
+
+EXPAND __m128i eight_halves(const char * const * rows, size_t at) {
+    uint16_t    h[8];
+#    pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        memcpy(&h[i], rows[i] + at, sizeof(h[i]));
+    }
+    return _mm_setr_epi16((short) h[0], (short) h[1], (short) h[2], (short) h[3], (short) h[4], (short) h[5],
+                          (short) h[6], (short) h[7]);
+}
+
+TARGET static void scales(int n_blocks, size_t block_size, const char * const * rows, float * out) {
+    for (int t = 0; t < TILE; t += 8) {
+        for (int g = 0; g < n_blocks; g++) {
+            _mm256_store_ps(out + g * TILE + t, _mm256_cvtph_ps(eight_halves(rows + t, g * block_size)));
+        }
+    }
+}
+
+TARGET static bool levels(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate) {
+    __mmask16 negative = 0;
+    for (int g = 0; g < n_groups; g++, scale += TILE, negate += TILE) {
+        __m512 x[4];
+#    pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            x[i]                  = _mm512_load_ps(scale + 16 * i);
+            const __mmask16 below = _mm512_cmp_ps_mask(x[i], _mm512_setzero_ps(), _CMP_LT_OQ);
+            negative |= below;
+            _mm_storeu_si128((__m128i *) (negate + 16 * i), _mm_movm_epi8(below));
+            x[i] = _mm512_abs_ps(x[i]);
+        }
+        const float max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
+        unit[g]         = max / n_levels;
+        const __m512 inverse = _mm512_set1_ps(max > 0.0f ? n_levels / max : 0.0f);
+#    pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            _mm512_store_ps(scale + 16 * i, _mm512_mul_ps(x[i], inverse));
+        }
+    }
+    return negative != 0;
+}
+
 // --- codes ---
 
 // Where block g of a row keeps its codes, and the 16 codes that nibbles stand for.
@@ -168,6 +211,13 @@ TARGET static void pack_v(enum ggml_type type, const char * const * rows, int n_
     }
 }
 
+// One load for all rows: GCC would load again in every vpdpbusd.
+EXPAND __m512i load_once(const void * x) {
+    __m512i v = _mm512_load_si512(x);
+    __asm__("" : "+v"(v));
+    return v;
+}
+
 // --- logits ---
 
 // `rows` rows against 16 * vecs tokens from t on. 8 accumulators hide the latency of vpdpbusd.
@@ -197,7 +247,7 @@ EXPAND void scores_part(const struct ggml_ext_attention_dims * dims, const struc
             __m512i kv[4];
 #    pragma GCC unroll 4
             for (int v = 0; v < vecs; v++) {
-                kv[v] = _mm512_load_si512(k + 64 * v);
+                kv[v] = load_once(k + 64 * v);
             }
 #    pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
@@ -401,8 +451,8 @@ EXPAND void accumulate_rows(const struct ggml_ext_attention_dims * dims, const s
             }
         }
         for (int j = 0; j < TILE / 4; j++, v += (size_t) dims->dv_pad * 4, p += 4) {
-            const __m512i v0 = _mm512_load_si512(v);
-            const __m512i v1 = _mm512_load_si512(v + 64);
+            const __m512i v0 = load_once(v);
+            const __m512i v1 = load_once(v + 64);
 #    pragma GCC unroll 4
             for (int r = 0; r < n_rows; r++) {
 #    pragma GCC unroll 2
@@ -463,7 +513,17 @@ TARGET static void accumulate(const struct ggml_ext_attention_dims * dims, const
 }
 
 const struct ggml_ext_attention_path ggml_ext_attention_avx512 = {
-    "avx512-vnni", available, quantize, pack_k, pack_v, scores, softcap, weights, accumulate,
+    .name       = "avx512-vnni",
+    .available  = available,
+    .quantize   = quantize,
+    .scales     = scales,
+    .levels     = levels,
+    .pack_k     = pack_k,
+    .pack_v     = pack_v,
+    .scores     = scores,
+    .softcap    = softcap,
+    .weights    = weights,
+    .accumulate = accumulate,
 };
 
 #endif  // GGML_EXT_X86

@@ -312,6 +312,18 @@ static bool look_at_mask(const struct plan * plan, const struct task * task, int
     return any;
 }
 
+// A head's rows are too far apart for the processor's own prefetching.
+static void prefetch(const struct ggml_tensor * x, const char * rows, int64_t begin, int64_t end) {
+    const size_t size = ggml_row_size(x->type, x->ne[0]);
+    for (int64_t t = begin; t < end; t++) {
+        const char * row = rows + t * x->nb[1];
+        for (size_t at = 0; at < size; at += 64) {
+            __builtin_prefetch(row + at);
+        }
+        __builtin_prefetch(row + size - 1);
+    }
+}
+
 static void add_mean(const struct plan * plan, const struct scratch * w, int row, int n_rows) {
     for (int r = row; r < row + n_rows; r++) {
         float sum = 0.0f;
@@ -343,6 +355,9 @@ static void attend(const struct plan * plan, const struct ggml_ext_attention_pat
         if (!look_at_mask(plan, task, t0, n, w)) {
             continue;
         }
+        const int64_t next = MIN(t0 + 2 * TILE, task->end);
+        prefetch(k, k_rows, t0 + TILE, next);
+        prefetch(v, v_rows, t0 + TILE, next);
         ggml_ext_attention_load_k(path, k->type, plan->dk, n, k_rows + t0 * k->nb[1], k->nb[1], &w->tile);
         ggml_ext_attention_load_v(path, v->type, plan->dv, n, v_rows + t0 * v->nb[1], v->nb[1], levels, &w->tile);
         for (int row = 0; row < n_rows; row += BATCH) {

@@ -85,6 +85,11 @@ struct ggml_ext_attention_path {
     bool (*available)(void);
     // Largest |x| / 127 as the scale, codes rounded to nearest even; n_pad - n zero codes follow. Scale 0: all zero.
     float (*quantize)(int n, int n_pad, const float * x, int8_t * codes);
+    // The f16 scales that start a row's blocks, block_size bytes apart. out [n_blocks][64 tokens]
+    void (*scales)(int n_blocks, size_t block_size, const char * const * rows, float * out);
+    // Per group: unit = max |scale| / n_levels, scale = |scale| / unit, negate = -1 where scale was negative, else 0.
+    // scale [n_groups][64]. Returns whether any was negative.
+    bool (*levels)(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate);
     // Codes of 64 tokens into the tile's layout. rows: the tokens' first blocks, for GGML_TYPE_I8 bare codes.
     // Types: Q8_0, Q4_0, IQ4_NL, I8. n_blocks of 32 codes. negate: 64 bytes per block, 0 or -1, or NULL.
     void (*pack_k)(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k);

@@ -20,21 +20,6 @@ static void rows_of(int n, const char * rows, size_t stride, const char * out[TI
     }
 }
 
-// Every quantised cache type starts its blocks with an f16 scale. out [n_blocks][64 tokens].
-static void load_scales(enum ggml_type type, int n_blocks, int n, const char * const rows[TILE], float * out) {
-    const size_t block = ggml_type_size(type);
-    ggml_fp16_t  half[TILE];
-    for (int g = 0; g < n_blocks; g++) {
-        for (int t = 0; t < TILE; t++) {
-            memcpy(&half[t], rows[t] + g * block, sizeof(half[t]));
-        }
-        ggml_cpu_fp16_to_fp32(half, out + g * TILE, TILE);
-        for (int t = n; t < TILE; t++) {
-            out[g * TILE + t] = 0.0f;
-        }
-    }
-}
-
 static void stage_q5_0(int n_blocks, const char * const rows[TILE], int8_t * out) {
     for (int t = 0; t < TILE; t++) {
         for (int g = 0; g < n_blocks; g++, out += GROUP) {
@@ -88,7 +73,10 @@ static enum ggml_type stage(const struct ggml_ext_attention_path * path, enum gg
     if (type == GGML_TYPE_F16) {
         stage_f16(path, d, d_pad, n, rows, mean, tile->floats, tile->staging, scale);
     } else {
-        load_scales(type, n_blocks, n, rows, scale);
+        path->scales(n_blocks, ggml_type_size(type), rows, scale);
+        for (int g = 0; n < TILE && g < n_blocks; g++) {
+            memset(scale + g * TILE + n, 0, sizeof(float) * (TILE - n));
+        }
         if (type != GGML_TYPE_Q5_0) {
             return type;
         }
@@ -117,23 +105,8 @@ void ggml_ext_attention_load_v(const struct ggml_ext_attention_path * path, enum
     const int            n_groups = type == GGML_TYPE_F16 ? 1 : n_blocks;
 
     // A weight times a scale has to stay positive: the sign of a scale moves to the codes.
-    int8_t * negate   = tile->staging + (codes == GGML_TYPE_I8 ? (size_t) TILE * n_blocks * GROUP : 0);
-    bool     negative = false;
-    for (int g = 0; g < n_groups; g++) {
-        float * scale = tile->v_level + g * TILE;
-        float   max   = 0.0f;
-        for (int t = 0; t < TILE; t++) {
-            negative |= scale[t] < 0.0f;
-            negate[g * TILE + t] = scale[t] < 0.0f ? -1 : 0;
-            scale[t]             = fabsf(scale[t]);
-            max                  = scale[t] > max ? scale[t] : max;
-        }
-        tile->v_unit[g]     = max / levels;
-        const float inverse = max > 0.0f ? levels / max : 0.0f;
-        for (int t = 0; t < TILE; t++) {
-            scale[t] *= inverse;
-        }
-    }
+    int8_t *   negate   = tile->staging + (codes == GGML_TYPE_I8 ? (size_t) TILE * n_blocks * GROUP : 0);
+    const bool negative = path->levels(n_groups, levels, tile->v_level, tile->v_unit, negate);
     path->pack_v(codes, row, n_blocks, negative ? negate : NULL, tile->v);
 }
 
@@ -153,6 +126,34 @@ static float quantize_generic(int n, int n_pad, const float * x, int8_t * codes)
         codes[i] = i < n ? (int8_t) rintf(x[i] * inverse) : 0;
     }
     return max / 127.0f;
+}
+
+static void scales_generic(int n_blocks, size_t block_size, const char * const * rows, float * out) {
+    for (int g = 0; g < n_blocks; g++) {
+        for (int t = 0; t < TILE; t++) {
+            ggml_fp16_t half;
+            memcpy(&half, rows[t] + g * block_size, sizeof(half));
+            out[g * TILE + t] = ggml_fp16_to_fp32(half);
+        }
+    }
+}
+
+static bool levels_generic(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate) {
+    bool negative = false;
+    for (int g = 0; g < n_groups; g++, scale += TILE, negate += TILE) {
+        float max = 0.0f;
+        for (int t = 0; t < TILE; t++) {
+            negate[t] = scale[t] < 0.0f ? -1 : 0;
+            negative |= negate[t] != 0;
+            max = fmaxf(max, fabsf(scale[t]));
+        }
+        unit[g]             = max / n_levels;
+        const float inverse = max > 0.0f ? n_levels / max : 0.0f;
+        for (int t = 0; t < TILE; t++) {
+            scale[t] = fabsf(scale[t]) * inverse;
+        }
+    }
+    return negative;
 }
 
 static void decode_block(enum ggml_type type, const char * row, int g, int8_t out[GROUP]) {
@@ -308,8 +309,17 @@ static void accumulate_generic(const struct ggml_ext_attention_dims * dims, cons
 }
 
 const struct ggml_ext_attention_path ggml_ext_attention_generic = {
-    "generic",      always,          quantize_generic, pack_k_generic,     pack_v_generic,
-    scores_generic, softcap_generic, weights_generic,  accumulate_generic,
+    .name       = "generic",
+    .available  = always,
+    .quantize   = quantize_generic,
+    .scales     = scales_generic,
+    .levels     = levels_generic,
+    .pack_k     = pack_k_generic,
+    .pack_v     = pack_v_generic,
+    .scores     = scores_generic,
+    .softcap    = softcap_generic,
+    .weights    = weights_generic,
+    .accumulate = accumulate_generic,
 };
 
 const struct ggml_ext_attention_path * const ggml_ext_attention_paths[] = {

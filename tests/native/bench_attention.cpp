@@ -1,8 +1,8 @@
 // Attention over a cache: llama.cpp's own code against quantised attention, in one process, in turn. Shapes of a 1B
 // Llama (32 query heads and 8 kv heads of 64), cache and queries random, causal mask. The time is that of a graph with
-// one FLASH_ATTN_EXT over each of LAYERS caches, so that a step reads its cache from memory as a model does.
+// one FLASH_ATTN_EXT over each of several caches, so that a token reads its cache from memory as in a model.
 //
-//     bench_attention [threads] [rounds] [n_kv ...]
+//     bench_attention [threads] [rounds] [q_len] [n_kv ...]
 //
 // A line gives medians: milliseconds per layer with each setting, and the ratio of times within a round.
 
@@ -24,7 +24,6 @@
 namespace {
 
 constexpr int64_t HEADS = 32, KV_HEADS = 8, HEAD = 64;
-constexpr int     LAYERS = 4;
 
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -71,6 +70,8 @@ struct Bench {
     std::vector<ggml_tensor *> results;
 
     Bench(ggml_type type, int64_t n_q, int64_t n_kv) {
+        const int layers = n_q < 16 ? 16 : 1;
+
         ctx   = ggml_init({ 1 << 20, nullptr, true });
         graph = ggml_new_graph(ctx);
 
@@ -78,7 +79,7 @@ struct Bench {
         ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, HEADS, n_q);
 
         std::vector<ggml_tensor *> leaves = { q };
-        for (int layer = 0; layer < LAYERS; layer++) {
+        for (int layer = 0; layer < layers; layer++) {
             // As llama.cpp's cache: a token's heads are adjacent.
             ggml_tensor * k = ggml_new_tensor_3d(ctx, type, HEAD, KV_HEADS, n_kv);
             ggml_tensor * v = ggml_new_tensor_3d(ctx, type, HEAD, KV_HEADS, n_kv);
@@ -112,7 +113,7 @@ struct Bench {
         }
         const double start = now();
         ggml_backend_graph_compute(backend, graph);
-        return (now() - start) / LAYERS;
+        return (now() - start) / (double) results.size();
     }
 
     std::vector<float> result() const {
@@ -173,15 +174,16 @@ void measure(ggml_backend_t backend, int64_t n_q, int64_t n_kv, int rounds) {
 int main(int argc, char ** argv) {
     const int            threads = argc > 1 ? std::atoi(argv[1]) : 1;
     const int            rounds  = argc > 2 ? std::atoi(argv[2]) : 3;
+    const int64_t        n_q     = argc > 3 ? std::atoi(argv[3]) : 1;
     std::vector<int64_t> sizes;
-    for (int i = 3; i < argc; i++) {
+    for (int i = 4; i < argc; i++) {
         sizes.push_back(std::atoi(argv[i]));
     }
     if (sizes.empty()) {
         sizes = { 512, 4096, 8192 };
     }
-    if (threads < 1 || rounds < 1 || *std::min_element(sizes.begin(), sizes.end()) < 512) {
-        std::fprintf(stderr, "usage: bench_attention [threads] [rounds] [n_kv, at least 512 ...]\n");
+    if (threads < 1 || rounds < 1 || n_q < 1 || *std::min_element(sizes.begin(), sizes.end()) < n_q) {
+        std::fprintf(stderr, "usage: bench_attention [threads] [rounds] [q_len] [n_kv, at least q_len ...]\n");
         return 2;
     }
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
@@ -190,10 +192,8 @@ int main(int argc, char ** argv) {
     std::printf("%d threads, medians of %d rounds, ms per layer\n", threads, rounds);
     std::printf("%6s %6s  %-5s %-9s %9s %9s %9s %8s %8s  %s\n", "q_len", "n_kv", "cache", "mode", "ours", "stock",
                 "stock f16", "stock/", "f16/", "distance");
-    for (const int64_t n_q : { 1, 512 }) {
-        for (const int64_t n_kv : sizes) {
-            measure(backend, n_q, n_kv, n_q == 1 ? 20 * rounds : rounds);
-        }
+    for (const int64_t n_kv : sizes) {
+        measure(backend, n_q, n_kv, rounds);
     }
     ggml_backend_free(backend);
     return 0;
