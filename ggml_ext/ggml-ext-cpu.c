@@ -2,6 +2,7 @@
 
 #include "ggml-cpu.h"
 #include "ggml-ext.h"
+#include "ggml-impl.h"
 #include "types/fq4-cpu.h"
 
 #include <stdio.h>
@@ -41,14 +42,15 @@ static int32_t fq4_dot(const char * name, const void * row, const float * x, int
     if (path == NULL) {
         return GGML_EXT_E_TYPE;
     }
-    struct ggml_ext_fq4_act * activations = malloc(n / QK_FQ4 * sizeof(*activations));
+    const size_t              size        = n / QK_FQ4 * sizeof(struct ggml_ext_fq4_act);
+    struct ggml_ext_fq4_act * activations = ggml_aligned_malloc(size);
     if (activations == NULL) {
         return GGML_EXT_E_MEMORY;
     }
     const struct ggml_ext_fq4_act * column = activations;
     path->quantize(n, x, activations);
     path->dots((int) (n / QK_FQ4), row, 1, &column, result);
-    free(activations);
+    ggml_aligned_free(activations, size);
     return 0;
 }
 

@@ -5,6 +5,7 @@
 #include "ggml-impl.h"
 
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -41,9 +42,12 @@ static int from_environment(void) {
     }
     const int choice = find(name);
     if (choice == UNREAD) {
-        GGML_ABORT("ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to off, half, full, half/f16, "
-                   "full/f16, half/f16/smooth or full/f16/smooth",
-                   name);
+        // The user's mistake, not the program's: a line, no backtrace.
+        fprintf(stderr,
+                "ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to off, half, full, half/f16, full/f16, "
+                "half/f16/smooth or full/f16/smooth\n",
+                name);
+        exit(EXIT_FAILURE);
     }
     return choice;
 }

@@ -45,7 +45,7 @@ FQ4_AVX2 FQ4_INLINE void decode_block(const ggml_ext_block_fq4 * x, __m256i w[8]
 
 // vpmaddubsw wants an unsigned operand: |w| with the sign moved to q; its pair sums stay below 2 * 127 * 127 < 2^15.
 FQ4_AVX2 FQ4_INLINE __m256i madd(__m256i sum, __m256i w, const int8_t * q) {
-    const __m256i q8    = _mm256_loadu_si256((const __m256i *) q);
+    const __m256i q8    = _mm256_load_si256((const __m256i *) q);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q8, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }

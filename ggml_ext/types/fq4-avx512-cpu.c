@@ -7,6 +7,7 @@
 // Tile: two groups of 16 rows. The 64 bytes at w[4096 g + 16 k], k = 0, 4, .. 252, hold the weights k .. k + 3 of row
 // 16 g + l in lane l: one register times four activations, broadcast, adds to 16 rows.
 
+#include "fq4-pairs-cpu.h"
 #include "fq4-paths-cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -16,8 +17,10 @@
 #    include <string.h>
 
 #    define FQ4_VNNI   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#    define FQ4_VBMI   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
 #    define FQ4_INLINE static inline __attribute__((always_inline))
+
+// Bytes ahead: rows that follow each other are one stream from memory. docs/fq4.md has the measurement.
+#    define FQ4_PREFETCH 4096
 
 typedef struct ggml_ext_fq4_act fq4_act;
 
@@ -25,10 +28,6 @@ static bool has_vnni(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-}
-
-static bool has_vbmi(void) {
-    return has_vnni() && __builtin_cpu_supports("avx512vbmi");
 }
 
 FQ4_VNNI static void quantize(int64_t k, const float * x, fq4_act * y) {
@@ -57,7 +56,7 @@ FQ4_VNNI static void quantize(int64_t k, const float * x, fq4_act * y) {
                 const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + j), scale));
                 _mm_storeu_si128((__m128i *) (y->q + j), _mm512_cvtepi32_epi8(q));
             }
-            sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(y->q + i));
+            sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(y->q + i));
         }
         y->d     = 1.0f / inv;
         y->start = -128 * _mm512_reduce_add_epi32(sum);
@@ -151,84 +150,112 @@ FQ4_VNNI static void multiply(const struct ggml_ext_fq4_tile * tile, int n_cols,
     }
 }
 
-// The table of a path, in registers.
-struct fq4_table {
-    __m512i rows[4];    // 4 rows of T + 128 each
-    __m512i spread[4];  // spread[g], 128-bit lane l: 4 g + l in every byte
-};
-
-FQ4_VNNI FQ4_INLINE struct fq4_table load_table(void) {
-    const __m512i lanes =
-        _mm512_set_epi32(0x03030303, 0x03030303, 0x03030303, 0x03030303, 0x02020202, 0x02020202, 0x02020202, 0x02020202,
-                         0x01010101, 0x01010101, 0x01010101, 0x01010101, 0, 0, 0, 0);
-    struct fq4_table table;
-    for (int i = 0; i < 4; i++) {
-        table.rows[i]   = _mm512_xor_si512(_mm512_loadu_si512(ggml_ext_fq4_table[4 * i]), _mm512_set1_epi8(-128));
-        table.spread[i] = _mm512_add_epi8(lanes, _mm512_set1_epi8((char) (4 * i)));
-    }
-    return table;
-}
-
-// The codes of a block, 64 weights per register, in order.
-FQ4_VNNI FQ4_INLINE void unpack_codes(const ggml_ext_block_fq4 * x, __m512i codes[4]) {
+// The 256 weights of a block as T + 128, 64 per register, in order: 16 weights share a table row, which one lane of
+// vpshufb holds.
+FQ4_VNNI FQ4_INLINE void decode_block(const ggml_ext_block_fq4 * x, __m512i w[4]) {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int h = 0; h < 2; h++) {
-        const __m512i q  = _mm512_loadu_si512(x->q + 64 * h);
-        codes[2 * h]     = _mm512_and_si512(q, mask);
-        codes[2 * h + 1] = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
+        __m512i q = _mm512_loadu_si512(x->q + 64 * h);
+        // Keeps the compiler from loading twice what nearly always crosses a cache line.
+        __asm__("" : "+v"(q));
+        const __m512i codes[2] = { _mm512_and_si512(q, mask), _mm512_and_si512(_mm512_srli_epi16(q, 4), mask) };
+        for (int i = 2 * h; i < 2 * h + 2; i++) {
+            const __m256i rows_01 = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[x->s[2 * i]]);
+            const __m256i rows_23 = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[x->s[2 * i + 1]]);
+            const __m512i rows    = _mm512_inserti64x4(_mm512_castsi256_si512(rows_01), rows_23, 1);
+            w[i]                  = _mm512_shuffle_epi8(rows, codes[i % 2]);
+        }
     }
 }
 
-FQ4_VNNI FQ4_INLINE const __m128i * table_row(const ggml_ext_block_fq4 * x, int sub_block) {
-    return (const __m128i *) ggml_ext_fq4_table[x->s[sub_block / 2] >> (4 * (sub_block % 2)) & 15];
-}
-
-// The 256 weights of a block as T + 128, 64 per register. Without VBMI: 16 weights share a table row, which one lane
-// of vpshufb holds.
-FQ4_VNNI FQ4_INLINE void decode_block_vnni(const struct fq4_table * table, const ggml_ext_block_fq4 * x, __m512i w[4]) {
-    (void) table;
-    __m512i codes[4];
-    unpack_codes(x, codes);
-    for (int i = 0; i < 4; i++) {
-        __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128(table_row(x, 4 * i)));
-        rows         = _mm512_inserti32x4(rows, _mm_loadu_si128(table_row(x, 4 * i + 1)), 1);
-        rows         = _mm512_inserti32x4(rows, _mm_loadu_si128(table_row(x, 4 * i + 2)), 2);
-        rows         = _mm512_inserti32x4(rows, _mm_loadu_si128(table_row(x, 4 * i + 3)), 3);
-        w[i]         = _mm512_xor_si512(_mm512_shuffle_epi8(rows, codes[i]), _mm512_set1_epi8(-128));
+FQ4_VNNI FQ4_INLINE void dots_cols(int n_blocks, const ggml_ext_block_fq4 * x, const int n_cols,
+                                   const fq4_act * const * y, float * out) {
+    __m512      acc[GGML_EXT_FQ4_MAX_COLS];
+#    pragma GCC unroll 8
+    for (int c = 0; c < n_cols; c++) {
+        acc[c] = _mm512_setzero_ps();
+    }
+    for (int ib = 0; ib < n_blocks; ib++) {
+        for (int line = 0; line < 192; line += 64) {
+            _mm_prefetch((const char *) (x + ib) + FQ4_PREFETCH + line, _MM_HINT_T0);
+        }
+        __m512i w[4];
+        decode_block(x + ib, w);
+        const float d = _cvtsh_ss(x[ib].d);
+#    pragma GCC unroll 8
+        for (int c = 0; c < n_cols; c++) {
+            const fq4_act * act = y[c] + ib;
+            __m512i         sum = _mm512_zextsi128_si512(_mm_cvtsi32_si128(act->start));
+            for (int i = 0; i < 4; i++) {
+                sum = _mm512_dpbusd_epi32(sum, w[i], _mm512_load_si512(act->q + 64 * i));
+            }
+            acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(d * act->d), _mm512_cvtepi32_ps(sum), acc[c]);
+        }
+    }
+#    pragma GCC unroll 8
+    for (int c = 0; c < n_cols; c++) {
+        out[c] = _mm512_reduce_add_ps(acc[c]);
     }
 }
 
-// With VBMI the whole table is in four registers: the index row * 16 + code is one byte, its top bit picks one of two
-// 128-byte permutes. No memory look-up, no work per sub-block.
-FQ4_VBMI FQ4_INLINE void decode_block_vbmi(const struct fq4_table * table, const ggml_ext_block_fq4 * x, __m512i w[4]) {
-    const __m128i s8     = _mm_loadl_epi64((const __m128i *) x->s);
-    const __m128i high   = _mm_set1_epi8(-16);
-    const __m128i even   = _mm_and_si128(_mm_slli_epi16(s8, 4), high);
-    const __m128i odd    = _mm_and_si128(s8, high);
-    // 16 times the sub-blocks' row indices, one per byte, in every lane.
-    const __m512i rows16 = _mm512_broadcast_i32x4(_mm_unpacklo_epi8(even, odd));
-    __m512i       codes[4];
-    unpack_codes(x, codes);
-    for (int i = 0; i < 4; i++) {
-        const __m512i index = _mm512_or_si512(_mm512_shuffle_epi8(rows16, table->spread[i]), codes[i]);
-        const __m512i lower = _mm512_permutex2var_epi8(table->rows[0], index, table->rows[1]);
-        const __m512i upper = _mm512_permutex2var_epi8(table->rows[2], index, table->rows[3]);
-        w[i]                = _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(index), upper);
+FQ4_VNNI static void dots(int n_blocks, const void * x, int n_cols, const fq4_act * const * y, float * out) {
+    switch (n_cols) {
+        case 1:
+            dots_cols(n_blocks, x, 1, y, out);
+            return;
+        case 2:
+            dots_cols(n_blocks, x, 2, y, out);
+            return;
+        case 3:
+            dots_cols(n_blocks, x, 3, y, out);
+            return;
+        case 4:
+            dots_cols(n_blocks, x, 4, y, out);
+            return;
+        case 5:
+            dots_cols(n_blocks, x, 5, y, out);
+            return;
+        case 6:
+            dots_cols(n_blocks, x, 6, y, out);
+            return;
+        case 7:
+            dots_cols(n_blocks, x, 7, y, out);
+            return;
+        default:
+            dots_cols(n_blocks, x, 8, y, out);
+            return;
     }
 }
 
-#    define FQ4_TARGET     FQ4_VNNI
-#    define FQ4_NAME(name) name##_vnni
-#    include "fq4-avx512-decode.h"
-#    undef FQ4_TARGET
-#    undef FQ4_NAME
-#    define FQ4_TARGET     FQ4_VBMI
-#    define FQ4_NAME(name) name##_vbmi
-#    include "fq4-avx512-decode.h"
+FQ4_VNNI static void decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
+    for (int first = 0; first < GGML_EXT_FQ4_TILE_ROWS; first += 16) {
+        __m512i t[4][16];
+        for (int l = 0; l < 16; l++) {
+            const int r = first + l;
+            if (r < n_rows) {
+                const ggml_ext_block_fq4 * block = (const void *) ((const char *) x + r * row_size);
+                __m512i                    w[4];
+                decode_block(block, w);
+                for (int i = 0; i < 4; i++) {
+                    t[i][l] = w[i];
+                }
+                tile->d[r] = _cvtsh_ss(block->d);
+            } else {
+                for (int i = 0; i < 4; i++) {
+                    t[i][l] = _mm512_set1_epi8(-128);
+                }
+                tile->d[r] = 0.0f;
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            transpose(t[i]);
+            for (int j = 0; j < 16; j++) {
+                _mm512_store_si512(tile->w + QK_FQ4 * first + 64 * (16 * i + j), t[i][j]);
+            }
+        }
+    }
+}
 
-const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vbmi = { "avx512-vbmi", has_vbmi,    quantize,
-                                                            dots_vbmi,     decode_vbmi, multiply };
-const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni = { "avx512-vnni", has_vnni,    quantize,
-                                                            dots_vnni,     decode_vnni, multiply };
+const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni = { "avx512-vnni", has_vnni, quantize, dots, decode, multiply };
 
 #endif

@@ -12,11 +12,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
-static_assert(sizeof(struct ggml_ext_fq4_act) == 264, "activation blocks follow each other without gaps");
-
 const struct ggml_ext_fq4_path * const ggml_ext_fq4_paths[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
-    &ggml_ext_fq4_avx512_vbmi,
     &ggml_ext_fq4_avx512_vnni,
     &ggml_ext_fq4_avx2,
 #endif
@@ -50,9 +47,11 @@ void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, c
     const block_q8_K *               y    = vy;
     float                            sum  = 0.0f;
     for (int ib = 0; ib < n / QK_FQ4; ib++) {
-        struct ggml_ext_fq4_act         act  = { y[ib].d, 0, { 0 } };
+        struct ggml_ext_fq4_act         act;
         const struct ggml_ext_fq4_act * acts = &act;
         float                           part;
+        act.d     = y[ib].d;
+        act.start = 0;
         memcpy(act.q, y[ib].qs, sizeof(act.q));
         for (int i = 0; i < QK_FQ4 / 16; i++) {
             act.start -= 128 * y[ib].bsums[i];

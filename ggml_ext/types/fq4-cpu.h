@@ -10,6 +10,7 @@
 
 #include "fq4.h"
 
+#include <stdalign.h>
 #include <stdbool.h>
 
 #ifdef __cplusplus
@@ -20,17 +21,17 @@ extern "C" {
 #define GGML_EXT_FQ4_TILE_ROWS 32  // rows of a tile
 
 // 256 activations: x = d * q. The values are those of upstream's Q8_K (quantize_row_q8_K_ref), without its sums per
-// 16, of which these kernels need none. Blocks follow each other without gaps.
+// 16, of which these kernels need none. Aligned so that no load of q crosses a cache line.
 struct ggml_ext_fq4_act {
+    alignas(64) int8_t q[QK_FQ4];
     float   d;      // largest |x| / 127; NaN if an x is NaN or infinite
     int32_t start;  // -128 times the sum of q: where a sum starts whose weights are stored as T + 128
-    int8_t  q[QK_FQ4];
 };
 
-// One block of each of GGML_EXT_FQ4_TILE_ROWS rows, decoded to bytes in the path's own layout. 64-byte aligned.
+// One block of each of GGML_EXT_FQ4_TILE_ROWS rows, decoded to bytes in the path's own layout.
 struct ggml_ext_fq4_tile {
-    uint8_t w[GGML_EXT_FQ4_TILE_ROWS * QK_FQ4];
-    float   d[GGML_EXT_FQ4_TILE_ROWS];  // the blocks' scales
+    alignas(64) uint8_t w[GGML_EXT_FQ4_TILE_ROWS * QK_FQ4];
+    float d[GGML_EXT_FQ4_TILE_ROWS];  // the blocks' scales
 };
 
 struct ggml_ext_fq4_path {

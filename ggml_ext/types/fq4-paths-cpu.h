@@ -5,8 +5,7 @@
 
 #include "fq4-cpu.h"
 
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vbmi;  // fq4-avx512-cpu.c
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;  // fq4-avx512-cpu.c
 extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx2;         // fq4-avx2-cpu.c
 extern const struct ggml_ext_fq4_path ggml_ext_fq4_generic;      // fq4-generic-cpu.c
 
