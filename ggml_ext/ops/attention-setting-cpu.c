@@ -2,7 +2,6 @@
 
 #include "attention-cpu.h"
 #include "ggml-ext.h"
-#include "ggml-impl.h"
 
 #include <stdatomic.h>
 #include <stdio.h>
