@@ -73,6 +73,11 @@ GGML_EXT_API const char * ggml_ext_cpu_paths(void);
 GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
                                       float * result);
 
+// Quantised attention on the CPU (docs/attention.md) for the whole process; it takes the place of the environment's
+// GGML_EXT_ATTN. mode: "off", "half", "full", "half/f16", "full/f16", "half/f16/smooth", "full/f16/smooth" or
+// "default". Not while a graph is computed. Returns 0 or GGML_EXT_E_TYPE for another mode. [ggml-cpu]
+GGML_EXT_API int32_t ggml_ext_attention_set(const char * mode);
+
 // The levels that quantised weights can take. A group is `group` consecutive weights of a row; its weights take
 // the values scale * book[level] + offset, level = 0 .. n_levels - 1. All arrays are contiguous, row-major.
 struct ggml_ext_grid {

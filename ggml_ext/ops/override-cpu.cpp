@@ -45,6 +45,8 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
             case GGML_OP_MUL_MAT:
             case GGML_OP_MUL_MAT_ID:
                 return fq4_mul_mat.feature.applies(op) ? &fq4_mul_mat : nullptr;
+            case GGML_OP_FLASH_ATTN_EXT:
+                return attention.feature.applies(op) ? &attention : nullptr;
             default:
                 return nullptr;
         }
@@ -52,6 +54,7 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
 
   private:
     override_traits fq4_mul_mat{ ggml_ext_cpu_fq4_mul_mat };
+    override_traits attention{ ggml_ext_cpu_attention };
 };
 
 override_buffer_type overrides;

@@ -27,6 +27,7 @@ struct ggml_ext_cpu_override {
 
 // One per feature, in the feature's own file.
 extern const struct ggml_ext_cpu_override ggml_ext_cpu_fq4_mul_mat;  // MUL_MAT and MUL_MAT_ID
+extern const struct ggml_ext_cpu_override ggml_ext_cpu_attention;    // FLASH_ATTN_EXT
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,74 @@
+// The switch of quantised attention: the environment's GGML_EXT_ATTN, or ggml_ext_attention_set.
+
+#include "attention-cpu.h"
+#include "ggml-ext.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct {
+    const char *                      name;
+    struct ggml_ext_attention_setting setting;
+} choices[] = {
+    { "default",         { GGML_EXT_ATTENTION_FULL, false, false, true }  },
+    { "off",             { GGML_EXT_ATTENTION_OFF, false, false, false }  },
+    { "half",            { GGML_EXT_ATTENTION_HALF, false, false, false } },
+    { "full",            { GGML_EXT_ATTENTION_FULL, false, false, false } },
+    { "half/f16",        { GGML_EXT_ATTENTION_HALF, true, false, false }  },
+    { "full/f16",        { GGML_EXT_ATTENTION_FULL, true, false, false }  },
+    { "half/f16/smooth", { GGML_EXT_ATTENTION_HALF, true, true, false }   },
+    { "full/f16/smooth", { GGML_EXT_ATTENTION_FULL, true, true, false }   },
+};
+
+enum { N_CHOICES = sizeof(choices) / sizeof(choices[0]), DEFAULT_CHOICE = 0, UNREAD = -1 };
+
+static atomic_int chosen = UNREAD;
+
+static int find(const char * name) {
+    for (int i = 0; i < N_CHOICES; i++) {
+        if (strcmp(choices[i].name, name) == 0) {
+            return i;
+        }
+    }
+    return UNREAD;
+}
+
+static int from_environment(void) {
+    const char * name = getenv("GGML_EXT_ATTN");
+    if (name == NULL) {
+        return DEFAULT_CHOICE;
+    }
+    const int choice = find(name);
+    if (choice == UNREAD) {
+        // The user's mistake, not the program's: a line, no backtrace.
+        fprintf(stderr,
+                "ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to default, off, half, full, half/f16, "
+                "full/f16, half/f16/smooth or full/f16/smooth\n",
+                name);
+        exit(EXIT_FAILURE);
+    }
+    return choice;
+}
+
+struct ggml_ext_attention_setting ggml_ext_attention_setting(void) {
+    int choice = atomic_load_explicit(&chosen, memory_order_relaxed);
+    if (choice == UNREAD) {
+        choice       = from_environment();
+        int expected = UNREAD;  // a set that came in between stays
+        if (!atomic_compare_exchange_strong(&chosen, &expected, choice)) {
+            choice = expected;
+        }
+    }
+    return choices[choice].setting;
+}
+
+int32_t ggml_ext_attention_set(const char * mode) {
+    const int choice = find(mode);
+    if (choice == UNREAD) {
+        return GGML_EXT_E_TYPE;
+    }
+    atomic_store(&chosen, choice);
+    return 0;
+}
