@@ -36,8 +36,7 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
         const ggml_tensor * weights = op->src[0];
         return (op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) && weights->buffer != nullptr &&
-               weights->buffer->buft->iface.get_name == buffer_type_name &&
-               fq4_mul_mat.feature.applies(op);
+               weights->buffer->buft->iface.get_name == buffer_type_name && fq4_mul_mat.feature.applies(op);
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
