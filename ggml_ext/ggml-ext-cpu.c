@@ -49,7 +49,7 @@ static int32_t fq4_dot(const char * name, const void * row, const float * x, int
     }
     const struct ggml_ext_fq4_act * column = activations;
     path->quantize(n, x, activations);
-    path->dots((int) (n / QK_FQ4), row, 1, &column, result);
+    path->dots(1, (int) (n / QK_FQ4), row, 0, 1, &column, &result);
     ggml_aligned_free(activations, size);
     return 0;
 }

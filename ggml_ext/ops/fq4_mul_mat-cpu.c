@@ -176,20 +176,16 @@ static const struct ggml_ext_fq4_act * get_column(const struct work * w, const s
     return (const struct ggml_ext_fq4_act *) (w->acts + column * w->act_size);
 }
 
-static void multiply_few(const struct work * w, const struct group * g, int64_t row, int64_t end) {
+static void multiply_few(const struct work * w, const struct group * g, int64_t row, int64_t n_rows) {
     const struct ggml_tensor *      src0 = w->dst->src[0];
     const struct ggml_ext_fq4_act * y[FEW_COLS];
     float *                         out[FEW_COLS];
     for (int64_t c = 0; c < g->n_cols; c++) {
         y[c] = get_column(w, g, c, &out[c]);
+        out[c] += row;
     }
-    for (; row < end; row++) {
-        float result[FEW_COLS];
-        w->path->dots((int) (src0->ne[0] / QK_FQ4), g->weights + row * src0->nb[1], (int) g->n_cols, y, result);
-        for (int64_t c = 0; c < g->n_cols; c++) {
-            out[c][row] = result[c];
-        }
-    }
+    w->path->dots((int) n_rows, (int) (src0->ne[0] / QK_FQ4), g->weights + row * src0->nb[1], src0->nb[1],
+                  (int) g->n_cols, y, out);
 }
 
 static void multiply_tile(const struct work * w, const struct group * g, int64_t row, int64_t n_rows, int64_t col,
@@ -238,7 +234,7 @@ static void compute_piece(const struct work * w, const struct group * g, const s
     const int64_t row   = piece % cut->by_rows * cut->rows;
     const int64_t count = MIN(cut->rows, w->dst->src[0]->ne[1] - row);
     if (cut->few) {
-        multiply_few(w, g, row, row + count);
+        multiply_few(w, g, row, count);
     } else {
         const int64_t col = piece / cut->by_rows * CHUNK_COLS;
         multiply_tile(w, g, row, count, col, MIN(CHUNK_COLS, g->n_cols - col), w->scratch);

@@ -168,61 +168,65 @@ FQ4_VNNI FQ4_INLINE void decode_block(const ggml_ext_block_fq4 * x, __m512i w[4]
     }
 }
 
-FQ4_VNNI FQ4_INLINE void dots_cols(int n_blocks, const ggml_ext_block_fq4 * x, const int n_cols,
-                                   const fq4_act * const * y, float * out) {
-    __m512      acc[GGML_EXT_FQ4_MAX_COLS];
-#    pragma GCC unroll 8
-    for (int c = 0; c < n_cols; c++) {
-        acc[c] = _mm512_setzero_ps();
-    }
-    for (int ib = 0; ib < n_blocks; ib++) {
-        for (int line = 0; line < 192; line += 64) {
-            _mm_prefetch((const char *) (x + ib) + FQ4_PREFETCH + line, _MM_HINT_T0);
-        }
-        __m512i w[4];
-        decode_block(x + ib, w);
-        const float d = _cvtsh_ss(x[ib].d);
+FQ4_VNNI FQ4_INLINE void dots_cols(int n_rows, int n_blocks, const void * rows, size_t row_size, const int n_cols,
+                                   const fq4_act * const * y, float * const * out) {
+    for (int r = 0; r < n_rows; r++) {
+        const ggml_ext_block_fq4 * x = (const ggml_ext_block_fq4 *) ((const char *) rows + r * row_size);
+        __m512                     acc[GGML_EXT_FQ4_MAX_COLS];
 #    pragma GCC unroll 8
         for (int c = 0; c < n_cols; c++) {
-            const fq4_act * act = y[c] + ib;
-            __m512i         sum = _mm512_zextsi128_si512(_mm_cvtsi32_si128(act->start));
-            for (int i = 0; i < 4; i++) {
-                sum = _mm512_dpbusd_epi32(sum, w[i], _mm512_load_si512(act->q + 64 * i));
-            }
-            acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(d * act->d), _mm512_cvtepi32_ps(sum), acc[c]);
+            acc[c] = _mm512_setzero_ps();
         }
-    }
+        for (int ib = 0; ib < n_blocks; ib++) {
+            for (int line = 0; line < 192; line += 64) {
+                _mm_prefetch((const char *) (x + ib) + FQ4_PREFETCH + line, _MM_HINT_T0);
+            }
+            __m512i w[4];
+            decode_block(x + ib, w);
+            const float d = _cvtsh_ss(x[ib].d);
 #    pragma GCC unroll 8
-    for (int c = 0; c < n_cols; c++) {
-        out[c] = _mm512_reduce_add_ps(acc[c]);
+            for (int c = 0; c < n_cols; c++) {
+                const fq4_act * act = y[c] + ib;
+                __m512i         sum = _mm512_zextsi128_si512(_mm_cvtsi32_si128(act->start));
+                for (int i = 0; i < 4; i++) {
+                    sum = _mm512_dpbusd_epi32(sum, w[i], _mm512_load_si512(act->q + 64 * i));
+                }
+                acc[c] = _mm512_fmadd_ps(_mm512_set1_ps(d * act->d), _mm512_cvtepi32_ps(sum), acc[c]);
+            }
+        }
+#    pragma GCC unroll 8
+        for (int c = 0; c < n_cols; c++) {
+            out[c][r] = _mm512_reduce_add_ps(acc[c]);
+        }
     }
 }
 
-FQ4_VNNI static void dots(int n_blocks, const void * x, int n_cols, const fq4_act * const * y, float * out) {
+FQ4_VNNI static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                          const fq4_act * const * y, float * const * out) {
     switch (n_cols) {
         case 1:
-            dots_cols(n_blocks, x, 1, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 1, y, out);
             return;
         case 2:
-            dots_cols(n_blocks, x, 2, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 2, y, out);
             return;
         case 3:
-            dots_cols(n_blocks, x, 3, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 3, y, out);
             return;
         case 4:
-            dots_cols(n_blocks, x, 4, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 4, y, out);
             return;
         case 5:
-            dots_cols(n_blocks, x, 5, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 5, y, out);
             return;
         case 6:
-            dots_cols(n_blocks, x, 6, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 6, y, out);
             return;
         case 7:
-            dots_cols(n_blocks, x, 7, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 7, y, out);
             return;
         default:
-            dots_cols(n_blocks, x, 8, y, out);
+            dots_cols(n_rows, n_blocks, x, row_size, 8, y, out);
             return;
     }
 }

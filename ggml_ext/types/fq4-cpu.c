@@ -56,13 +56,14 @@ void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, c
         struct ggml_ext_fq4_act         act;
         const struct ggml_ext_fq4_act * acts = &act;
         float                           part;
-        act.d     = y[ib].d;
-        act.start = 0;
+        float *                         out = &part;
+        act.d                               = y[ib].d;
+        act.start                           = 0;
         memcpy(act.q, y[ib].qs, sizeof(act.q));
         for (int i = 0; i < QK_FQ4 / 16; i++) {
             act.start -= 128 * y[ib].bsums[i];
         }
-        path->dots(1, x + ib, 1, &acts, &part);
+        path->dots(1, 1, x + ib, 0, 1, &acts, &out);
         sum += part;
     }
     *s = sum;

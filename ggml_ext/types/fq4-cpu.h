@@ -39,8 +39,10 @@ struct ggml_ext_fq4_path {
     bool (*available)(void);
     // k (a multiple of 256) floats to k / 256 blocks. All paths give the same bits.
     void (*quantize)(int64_t k, const float * x, struct ggml_ext_fq4_act * y);
-    // One row of n_blocks blocks times n_cols (1 .. GGML_EXT_FQ4_MAX_COLS) columns: out[n_cols].
-    void (*dots)(int n_blocks, const void * x, int n_cols, const struct ggml_ext_fq4_act * const * y, float * out);
+    // n_rows rows of n_blocks blocks, row_size bytes apart, times n_cols (1 .. GGML_EXT_FQ4_MAX_COLS) columns:
+    // out[c][r] for column c and row r. Reads the weights as one stream.
+    void (*dots)(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                 const struct ggml_ext_fq4_act * const * y, float * const * out);
     // Decodes one block of n_rows (1 .. GGML_EXT_FQ4_TILE_ROWS) rows, row_size bytes apart; the other rows become
     // zero weights.
     void (*decode)(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile);

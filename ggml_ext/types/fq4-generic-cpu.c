@@ -54,15 +54,21 @@ static int32_t dot_block(const int8_t * w, const int8_t * q) {
     return sum;
 }
 
-static void dots(int n_blocks, const void * x, int n_cols, const struct ggml_ext_fq4_act * const * y, float * out) {
-    const ggml_ext_block_fq4 * blocks = x;
-    memset(out, 0, n_cols * sizeof(float));
-    for (int ib = 0; ib < n_blocks; ib++) {
-        int8_t      w[QK_FQ4];
-        const float d = GGML_FP16_TO_FP32(blocks[ib].d);
-        decode_row(blocks + ib, w);
+static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                 const struct ggml_ext_fq4_act * const * y, float * const * out) {
+    for (int r = 0; r < n_rows; r++) {
+        const ggml_ext_block_fq4 * blocks                     = (const void *) ((const char *) x + r * row_size);
+        float                      sum[GGML_EXT_FQ4_MAX_COLS] = { 0 };
+        for (int ib = 0; ib < n_blocks; ib++) {
+            int8_t      w[QK_FQ4];
+            const float d = GGML_FP16_TO_FP32(blocks[ib].d);
+            decode_row(blocks + ib, w);
+            for (int c = 0; c < n_cols; c++) {
+                sum[c] += d * y[c][ib].d * (float) dot_block(w, y[c][ib].q);
+            }
+        }
         for (int c = 0; c < n_cols; c++) {
-            out[c] += d * y[c][ib].d * (float) dot_block(w, y[c][ib].q);
+            out[c][r] = sum[c];
         }
     }
 }

@@ -82,9 +82,9 @@ FQ4_INLINE void decode_row(const ggml_ext_block_fq4 * x, int8x16_t w[FQ4_VECTORS
     }
 }
 
-FQ4_TARGET static void dots(int n_blocks, const void * vx, int n_cols, const fq4_act * const * y, float * out) {
-    const ggml_ext_block_fq4 * x = vx;
-    float32x4_t                acc[GGML_EXT_FQ4_MAX_COLS];
+FQ4_INLINE void dots_row(int n_blocks, const ggml_ext_block_fq4 * x, int n_cols, const fq4_act * const * y,
+                         float * const * out, int r) {
+    float32x4_t acc[GGML_EXT_FQ4_MAX_COLS];
     for (int c = 0; c < n_cols; c++) {
         acc[c] = vdupq_n_f32(0.0f);
     }
@@ -105,7 +105,14 @@ FQ4_TARGET static void dots(int n_blocks, const void * vx, int n_cols, const fq4
         }
     }
     for (int c = 0; c < n_cols; c++) {
-        out[c] = vaddvq_f32(acc[c]);
+        out[c][r] = vaddvq_f32(acc[c]);
+    }
+}
+
+FQ4_TARGET static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                            const fq4_act * const * y, float * const * out) {
+    for (int r = 0; r < n_rows; r++) {
+        dots_row(n_blocks, (const void *) ((const char *) x + r * row_size), n_cols, y, out, r);
     }
 }
 

@@ -52,69 +52,71 @@ FQ4_INLINE float fq4_sum_lanes(__m256 x) {
     return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
 
-FQ4_INLINE void fq4_dots_n(int n_blocks, const ggml_ext_block_fq4 * x, const int n_cols,
-                           const struct ggml_ext_fq4_act * const * y, float * out) {
-    __m256 acc[GGML_EXT_FQ4_MAX_COLS];
-#pragma GCC unroll 8
-    for (int c = 0; c < n_cols; c++) {
-        acc[c] = _mm256_setzero_ps();
-    }
-    for (int ib = 0; ib < n_blocks; ib++) {
-        for (int line = 0; line < 192; line += 64) {
-            _mm_prefetch((const char *) (x + ib) + FQ4_PREFETCH + line, _MM_HINT_T0);
-        }
-        __m256i w[FQ4_VECTORS];
-        __m256i sum[GGML_EXT_FQ4_MAX_COLS];
-        fq4_decode_row(x + ib, w);
+FQ4_INLINE void fq4_dots_n(int n_rows, int n_blocks, const void * rows, size_t row_size, const int n_cols,
+                           const struct ggml_ext_fq4_act * const * y, float * const * out) {
+    for (int r = 0; r < n_rows; r++) {
+        const ggml_ext_block_fq4 * x = (const ggml_ext_block_fq4 *) ((const char *) rows + r * row_size);
+        __m256                     acc[GGML_EXT_FQ4_MAX_COLS];
 #pragma GCC unroll 8
         for (int c = 0; c < n_cols; c++) {
-            sum[c] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(FQ4_OFFSET ? y[c][ib].start : 0));
+            acc[c] = _mm256_setzero_ps();
         }
-        for (int v = 0; v < FQ4_VECTORS; v++) {
+        for (int ib = 0; ib < n_blocks; ib++) {
+            for (int line = 0; line < 192; line += 64) {
+                _mm_prefetch((const char *) (x + ib) + FQ4_PREFETCH + line, _MM_HINT_T0);
+            }
+            __m256i w[FQ4_VECTORS];
+            __m256i sum[GGML_EXT_FQ4_MAX_COLS];
+            fq4_decode_row(x + ib, w);
 #pragma GCC unroll 8
             for (int c = 0; c < n_cols; c++) {
-                sum[c] = fq4_mac(sum[c], w[v], _mm256_load_si256((const __m256i *) (y[c][ib].q + 32 * v)));
+                sum[c] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(FQ4_OFFSET ? y[c][ib].start : 0));
+            }
+            for (int v = 0; v < FQ4_VECTORS; v++) {
+#pragma GCC unroll 8
+                for (int c = 0; c < n_cols; c++) {
+                    sum[c] = fq4_mac(sum[c], w[v], _mm256_load_si256((const __m256i *) (y[c][ib].q + 32 * v)));
+                }
+            }
+            const float d = _cvtsh_ss(x[ib].d);
+#pragma GCC unroll 8
+            for (int c = 0; c < n_cols; c++) {
+                acc[c] = _mm256_fmadd_ps(_mm256_set1_ps(d * y[c][ib].d), _mm256_cvtepi32_ps(sum[c]), acc[c]);
             }
         }
-        const float d = _cvtsh_ss(x[ib].d);
 #pragma GCC unroll 8
         for (int c = 0; c < n_cols; c++) {
-            acc[c] = _mm256_fmadd_ps(_mm256_set1_ps(d * y[c][ib].d), _mm256_cvtepi32_ps(sum[c]), acc[c]);
+            out[c][r] = fq4_sum_lanes(acc[c]);
         }
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < n_cols; c++) {
-        out[c] = fq4_sum_lanes(acc[c]);
     }
 }
 
-FQ4_TARGET static void fq4_dots(int n_blocks, const void * vx, int n_cols, const struct ggml_ext_fq4_act * const * y,
-                                float * out) {
-    const ggml_ext_block_fq4 * x = (const ggml_ext_block_fq4 *) vx;
+FQ4_TARGET static void fq4_dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                                const struct ggml_ext_fq4_act * const * y, float * const * out) {
     switch (n_cols) {
         case 1:
-            fq4_dots_n(n_blocks, x, 1, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 1, y, out);
             break;
         case 2:
-            fq4_dots_n(n_blocks, x, 2, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 2, y, out);
             break;
         case 3:
-            fq4_dots_n(n_blocks, x, 3, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 3, y, out);
             break;
         case 4:
-            fq4_dots_n(n_blocks, x, 4, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 4, y, out);
             break;
         case 5:
-            fq4_dots_n(n_blocks, x, 5, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 5, y, out);
             break;
         case 6:
-            fq4_dots_n(n_blocks, x, 6, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 6, y, out);
             break;
         case 7:
-            fq4_dots_n(n_blocks, x, 7, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 7, y, out);
             break;
         case 8:
-            fq4_dots_n(n_blocks, x, 8, y, out);
+            fq4_dots_n(n_rows, n_blocks, x, row_size, 8, y, out);
             break;
     }
 }

@@ -66,9 +66,11 @@ void columns_at(const Data & data, int first, int count, int block, Columns & y)
 void run_dots(const ggml_ext_fq4_path & path, Data & data, int count) {
     Columns y;
     columns_at(data, 0, count, 0, y);
-    for (int r = 0; r < N; r++) {
-        path.dots(BLOCKS, data.weights.data() + r * row_size(), count, y, data.out.data() + r * GGML_EXT_FQ4_MAX_COLS);
+    float * out[GGML_EXT_FQ4_MAX_COLS];
+    for (int c = 0; c < count; c++) {
+        out[c] = data.out.data() + c * N;
     }
+    path.dots(N, BLOCKS, data.weights.data(), row_size(), count, y, out);
 }
 
 void run_tiles(const ggml_ext_fq4_path & path, Data & data) {

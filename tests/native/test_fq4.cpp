@@ -238,7 +238,8 @@ void test_dot_exact() {
                 }
                 const ggml_ext_fq4_act * column = act.data();
                 float                    s      = 0.0f;
-                path.dots(blocks, x, 1, &column, &s);
+                float *                  out    = &s;
+                path.dots(1, blocks, x, 0, 1, &column, &out);
                 CHECK((int64_t) s == sum && (float) sum == s, "%s, %d blocks, offset %d: %.1f, expected %lld",
                       path.name, blocks, offset, s, (long long) sum);
             }
@@ -260,9 +261,10 @@ void test_dot_extremes() {
         std::memset(y.q, sign * 127, sizeof(y.q));
         const ggml_ext_fq4_act * column = &y;
         for (int p = 0; p < ggml_ext_fq4_n_paths; p++) {
-            float s = 0.0f;
+            float   s   = 0.0f;
+            float * out = &s;
             if (ggml_ext_fq4_paths[p]->available()) {
-                ggml_ext_fq4_paths[p]->dots(1, block, 1, &column, &s);
+                ggml_ext_fq4_paths[p]->dots(1, 1, block, 0, 1, &column, &out);
                 CHECK(s == (float) (sign * ggml_ext_fq4_table[7][15] * 127 * 256), "%s: %g",
                       ggml_ext_fq4_paths[p]->name, s);
             }

@@ -66,33 +66,44 @@ int64_t integer_dot(const uint8_t * block, const Act & act) {
     return sum;
 }
 
-// Breaks with a weight or activation taken from the wrong place, a block skipped, a column's sum leaking into
-// another's, a 16-bit sum that saturates, a `start` forgotten; under ASan with a byte read beyond a row's end.
+// Breaks with a weight or activation taken from the wrong place, a block or row skipped, a column's sum leaking into
+// another's, a 16-bit sum that saturates, a `start` forgotten; under ASan with a byte read beyond the last row's end.
+void test_dots(const ggml_ext_fq4_path & path, int n_rows, int n_blocks, int n_cols, size_t gap) {
+    const size_t row_size = n_blocks * BLOCK_BYTES + gap;
+    const auto   x        = std::make_unique<uint8_t[]>(n_rows * row_size - gap);
+    for (int r = 0; r < n_rows; r++) {
+        for (int ib = 0; ib < n_blocks; ib++) {
+            fq4_reference::random_block(rng, 1.0f, x.get() + r * row_size + ib * BLOCK_BYTES);
+        }
+    }
+    std::vector<std::vector<Act>>   columns;
+    std::vector<std::vector<float>> results(n_cols, std::vector<float>(n_rows, NAN));
+    std::vector<const Act *>        y;
+    std::vector<float *>            out;
+    for (int c = 0; c < n_cols; c++) {
+        columns.push_back(random_acts(n_blocks, n_blocks <= 3 ? 127 : 20));
+    }
+    for (int c = 0; c < n_cols; c++) {
+        y.push_back(columns[c].data());
+        out.push_back(results[c].data());
+    }
+    path.dots(n_rows, n_blocks, x.get(), row_size, n_cols, y.data(), out.data());
+    for (int c = 0; c < n_cols; c++) {
+        for (int r = 0; r < n_rows; r++) {
+            int64_t sum = 0;
+            for (int ib = 0; ib < n_blocks; ib++) {
+                sum += integer_dot(x.get() + r * row_size + ib * BLOCK_BYTES, columns[c][ib]);
+            }
+            CHECK(results[c][r] == (float) sum, "%s, %d blocks, row %d of %d, column %d of %d: %.1f, expected %lld",
+                  path.name, n_blocks, r, n_rows, c, n_cols, results[c][r], (long long) sum);
+        }
+    }
+}
+
 void test_dots(const ggml_ext_fq4_path & path) {
     for (int n_blocks : { 1, 2, 3, 8, 17 }) {
         for (int n_cols = 1; n_cols <= MAX_COLS; n_cols++) {
-            const auto x = std::make_unique<uint8_t[]>(n_blocks * BLOCK_BYTES);
-            for (int ib = 0; ib < n_blocks; ib++) {
-                fq4_reference::random_block(rng, 1.0f, x.get() + ib * BLOCK_BYTES);
-            }
-            std::vector<std::vector<Act>> columns;
-            std::vector<const Act *>      y;
-            for (int c = 0; c < n_cols; c++) {
-                columns.push_back(random_acts(n_blocks, n_blocks <= 3 ? 127 : 20));
-            }
-            for (const auto & column : columns) {
-                y.push_back(column.data());
-            }
-            std::vector<float> out(n_cols, NAN);
-            path.dots(n_blocks, x.get(), n_cols, y.data(), out.data());
-            for (int c = 0; c < n_cols; c++) {
-                int64_t sum = 0;
-                for (int ib = 0; ib < n_blocks; ib++) {
-                    sum += integer_dot(x.get() + ib * BLOCK_BYTES, columns[c][ib]);
-                }
-                CHECK(out[c] == (float) sum, "%s, %d blocks, column %d of %d: %.1f, expected %lld", path.name, n_blocks,
-                      c, n_cols, out[c], (long long) sum);
-            }
+            test_dots(path, 1 + n_cols % 3, n_blocks, n_cols, n_cols % 2 ? 0 : 3 * BLOCK_BYTES);
         }
     }
 }
@@ -166,7 +177,8 @@ void test_extremes(const ggml_ext_fq4_path & path) {
             const Act * y        = &act;
             const float expected = (float) (q * BLOCK * ggml_ext_fq4_table[7][code]);
             float       out      = 0;
-            path.dots(1, block, 1, &y, &out);
+            float *     to       = &out;
+            path.dots(1, 1, block, 0, 1, &y, &to);
             CHECK(out == expected, "%s: dot %g, expected %g", path.name, out, expected);
             Tile tile;
             Sums sums = {};
