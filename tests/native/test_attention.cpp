@@ -241,6 +241,33 @@ void test_off() {
     CHECK(ggml_ext_attention_set("default") == 0, "default");
 }
 
+// A NaN or an infinity in q spoils the row it belongs to, visibly, and no other. (Upstream loses a NaN where it rounds
+// q to q8_0.)
+void test_not_finite() {
+    for (const Mode & mode : modes) {
+        use(mode);
+        for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
+            if (!mode.applies({ 64, 64, 90, 3, 1, 2, type, type })) {
+                continue;
+            }
+            for (float value : { (float) NAN, INFINITY }) {
+                const Case c = { 64, 64, 90, 3, 1, 2, type, type };
+                Problem    problem(c);
+                const auto before                       = problem.compute(1);
+                ((float *) problem.q->data)[2 * 64 + 7] = value;  // query 1, head 0
+                const auto after                        = problem.compute(1);
+                for (int64_t row = 0; row < c.n_q * 2; row++) {
+                    const auto at   = after.begin() + row * c.dv;
+                    const bool same = std::equal(at, at + c.dv, before.begin() + row * c.dv);
+                    const bool nan  = std::all_of(at, at + c.dv, [](float x) { return std::isnan(x); });
+                    CHECK(row == 2 ? nan : same, "%s: %s: row %d after q = %g", mode.name, c.text().c_str(), (int) row,
+                          value);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -251,5 +278,6 @@ int main() {
     test_flat_tail();
     test_bugs();
     test_budget();
+    test_not_finite();
     return check_done();
 }
