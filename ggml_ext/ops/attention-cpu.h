@@ -32,6 +32,7 @@ struct ggml_ext_attention_setting {
     enum ggml_ext_attention_mode mode;
     bool                         f16;     // f16 caches as well
     bool                         smooth;  // K smoothing, for f16 K
+    bool                         fast;    // only where this processor has kernels of its own
 };
 
 // The process's setting: ggml_ext_attention_set, or else the environment's GGML_EXT_ATTN and GGML_EXT_ATTN_SMOOTH.
@@ -110,6 +111,9 @@ struct ggml_ext_attention_path {
 // Fastest first; the last is the generic path, plain C, which is always available and the reference of the others.
 GGML_API const struct ggml_ext_attention_path * const ggml_ext_attention_paths[];
 GGML_API const int                                    ggml_ext_attention_n_paths;
+
+// The first available one.
+GGML_API const struct ggml_ext_attention_path * ggml_ext_attention_fastest(void);
 
 extern const struct ggml_ext_attention_path ggml_ext_attention_generic;
 extern const struct ggml_ext_attention_path ggml_ext_attention_avx512;

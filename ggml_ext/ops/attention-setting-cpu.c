@@ -2,7 +2,6 @@
 
 #include "attention-cpu.h"
 #include "ggml-ext.h"
-#include "ggml-impl.h"
 
 #include <stdatomic.h>
 #include <stdio.h>
@@ -13,16 +12,17 @@ static const struct {
     const char *                      name;
     struct ggml_ext_attention_setting setting;
 } choices[] = {
-    { "off",             { GGML_EXT_ATTENTION_OFF, false, false }  },
-    { "half",            { GGML_EXT_ATTENTION_HALF, false, false } },
-    { "full",            { GGML_EXT_ATTENTION_FULL, false, false } },
-    { "half/f16",        { GGML_EXT_ATTENTION_HALF, true, false }  },
-    { "full/f16",        { GGML_EXT_ATTENTION_FULL, true, false }  },
-    { "half/f16/smooth", { GGML_EXT_ATTENTION_HALF, true, true }   },
-    { "full/f16/smooth", { GGML_EXT_ATTENTION_FULL, true, true }   },
+    { "default",         { GGML_EXT_ATTENTION_FULL, false, false, true }  },
+    { "off",             { GGML_EXT_ATTENTION_OFF, false, false, false }  },
+    { "half",            { GGML_EXT_ATTENTION_HALF, false, false, false } },
+    { "full",            { GGML_EXT_ATTENTION_FULL, false, false, false } },
+    { "half/f16",        { GGML_EXT_ATTENTION_HALF, true, false, false }  },
+    { "full/f16",        { GGML_EXT_ATTENTION_FULL, true, false, false }  },
+    { "half/f16/smooth", { GGML_EXT_ATTENTION_HALF, true, true, false }   },
+    { "full/f16/smooth", { GGML_EXT_ATTENTION_FULL, true, true, false }   },
 };
 
-enum { N_CHOICES = sizeof(choices) / sizeof(choices[0]), DEFAULT_CHOICE = 2, UNREAD = -1 };
+enum { N_CHOICES = sizeof(choices) / sizeof(choices[0]), DEFAULT_CHOICE = 0, UNREAD = -1 };
 
 static atomic_int chosen = UNREAD;
 
@@ -44,8 +44,8 @@ static int from_environment(void) {
     if (choice == UNREAD) {
         // The user's mistake, not the program's: a line, no backtrace.
         fprintf(stderr,
-                "ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to off, half, full, half/f16, full/f16, "
-                "half/f16/smooth or full/f16/smooth\n",
+                "ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to default, off, half, full, half/f16, "
+                "full/f16, half/f16/smooth or full/f16/smooth\n",
                 name);
         exit(EXIT_FAILURE);
     }
@@ -65,7 +65,7 @@ struct ggml_ext_attention_setting ggml_ext_attention_setting(void) {
 }
 
 int32_t ggml_ext_attention_set(const char * mode) {
-    const int choice = strcmp(mode, "default") == 0 ? DEFAULT_CHOICE : find(mode);
+    const int choice = find(mode);
     if (choice == UNREAD) {
         return GGML_EXT_E_TYPE;
     }

@@ -2,8 +2,8 @@
 
 #include "attention-cpu.h"
 #include "ggml-cpu.h"
-#include "ggml-quants.h"    // the blocks
-#define GGML_COMMON_IMPL_C  // the table of iq4_nl
+#include "ggml-quants.h"
+#define GGML_COMMON_IMPL_C
 #include "ggml-common.h"
 
 #include <math.h>
@@ -329,3 +329,11 @@ const struct ggml_ext_attention_path * const ggml_ext_attention_paths[] = {
     &ggml_ext_attention_generic,
 };
 const int ggml_ext_attention_n_paths = (int) (sizeof(ggml_ext_attention_paths) / sizeof(ggml_ext_attention_paths[0]));
+
+const struct ggml_ext_attention_path * ggml_ext_attention_fastest(void) {
+    const struct ggml_ext_attention_path * const * path = ggml_ext_attention_paths;
+    while (!(*path)->available()) {
+        path++;
+    }
+    return *path;
+}
