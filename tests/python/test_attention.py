@@ -120,7 +120,7 @@ def test_a_wrong_value_is_refused(
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith(
-        f"ggml-ext: environment variable GGML_EXT_ATTN is '{value}'; set it to off, half, full"
+        f"ggml-ext: environment variable GGML_EXT_ATTN is '{value}'; set it to default, off, half, full"
     )
     assert not (tmp_path / "x.npy").exists()
 
