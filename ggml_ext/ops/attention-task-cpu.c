@@ -118,6 +118,29 @@ static float slope_of(const struct ggml_ext_attention_plan * plan, int64_t head)
                                      powf(powf(2.0f, -plan->max_bias / 2.0f / power), (float) (2 * (head - power) + 1));
 }
 
+// Integers, since a comparison of floats would not vectorise.
+static bool all_finite(int n, const float * x) {
+    uint32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof(bits));
+        largest = MAX(largest, bits & 0x7fffffff);
+    }
+    return largest < 0x7f800000;
+}
+
+// A query that is not finite has no codes: its row starts, and so ends, as NaN.
+static void spoil(const struct ggml_ext_attention_plan * plan, struct ggml_ext_attention_scratch * w, int row) {
+    memset(w->q + (size_t) row * plan->dims.dk_pad, 0, plan->dims.dk_pad);
+    w->q_scale[row] = 0.0f;
+    for (int i = 0; plan->smooth && i < plan->dk; i++) {
+        w->q_floats[(size_t) row * plan->dims.dk_pad + i] = 0.0f;
+    }
+    for (int i = 0; i < plan->dims.dv_pad; i++) {
+        w->o[(size_t) row * plan->dims.dv_pad + i] = NAN;
+    }
+}
+
 static void load_queries(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
                          const struct ggml_tensor * dst, const struct ggml_ext_attention_task * task,
                          struct ggml_ext_attention_scratch * w) {
@@ -127,6 +150,8 @@ static void load_queries(const struct ggml_ext_attention_plan * plan, const stru
     const int                              width = d->dk_pad / d->k_groups;
     const int                              n     = (int) task->n_queries * plan->heads;
     const float scale = plan->cap != 0.0f ? plan->scale / plan->cap : plan->scale * GGML_EXT_LOG2E;
+    memset(w->sum, 0, sizeof(float) * 16 * n);
+    memset(w->o, 0, sizeof(float) * d->dv_pad * n);
     for (int r = 0; r < n; r++) {
         const int64_t i1 = task->query + r / plan->heads;
         const int64_t i2 = task->group * plan->heads + r % plan->heads;
@@ -152,9 +177,10 @@ static void load_queries(const struct ggml_ext_attention_plan * plan, const stru
                                           i2 % mask->ne[2] * mask->nb[2] + task->stream % mask->ne[3] * mask->nb[3]) :
                    NULL;
         w->max[r] = -INFINITY;
+        if (!all_finite(plan->dk, x)) {
+            spoil(plan, w, r);
+        }
     }
-    memset(w->sum, 0, sizeof(float) * 16 * n);
-    memset(w->o, 0, sizeof(float) * d->dv_pad * n);
 }
 
 // What the mask does to n tokens from t0 on: nothing where all are 0, everything where all are -inf.

@@ -97,7 +97,7 @@ void test_random() {
     const int64_t   dims[]  = { 64, 96, 128, 256 };
     std::mt19937    rng(7);
     const auto pick = [&](int64_t low, int64_t high) { return low + (int64_t) (rng() % (uint64_t) (high - low + 1)); };
-    for (unsigned round = 0; round < 105; round++) {
+    for (unsigned round = 0; round < 84; round++) {
         Case c;
         c.dk              = dims[pick(0, 3)];
         c.dv              = pick(0, 2) ? c.dk : dims[pick(0, 3)];
@@ -125,6 +125,9 @@ void test_random() {
 void test_edges() {
     for (const Mode & mode : modes) {
         for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
+            if (mode.f16 && type != GGML_TYPE_F16) {
+                continue;  // the same as without /f16
+            }
             Case one = { 64, 64, 1, 1, 1, 1, type, type };
             check(one, mode);
             one.mask = RANDOM;  // its only row is masked
@@ -142,10 +145,13 @@ void test_edges() {
             check(mla, mode);
         }
         // Decoding over a cache that is split among threads.
+        if (mode.f16) {
+            check({ 64, 64, 1100, 3, 1, 2, GGML_TYPE_F16, GGML_TYPE_F16, RANDOM, CACHE, 2 }, mode);
+            continue;
+        }
         check({ 64, 64, 1500, 1, 2, 4, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, NO_MASK }, mode);
         check({ 128, 128, 1409, 1, 1, 5, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, RANDOM, SPARE_ROWS, 1, 5 },
               mode);  // row 0: masked
-        check({ 64, 64, 1100, 3, 1, 2, GGML_TYPE_F16, GGML_TYPE_F16, RANDOM, CACHE, 2 }, mode);
         Case sinks  = { 64, 128, 700, 2, 2, 2, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
         sinks.sinks = true;
         check(sinks, mode);
@@ -155,15 +161,17 @@ void test_edges() {
 // One position holds half of every row and 1499 others share the rest, each below half a step of the largest weight's
 // scale: a kernel that rounds weights against the row's maximum loses half of the result.
 void test_flat_tail() {
-    for (const Mode & mode : modes) {
+    for (const Mode & mode : { modes[0], modes[1], modes[2] }) {
         for (int64_t n_q : { 1, 66 }) {
             Case c       = { 64, 64, 1500, n_q, 1, 2, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, NO_MASK };
             c.sink_token = true;
             check(c, mode);
             Problem                   problem(c);
             const std::vector<double> want = reference(problem);
-            const double              lost =
-                relative_error(reference(problem, { 0, 0, false, 0, 0, 255, 32 }, FLAT_TAIL_LOST), want);
+            Rounding                  coarse;
+            coarse.p_levels   = 255;
+            coarse.v_group    = 32;
+            const double lost = relative_error(reference(problem, coarse, FLAT_TAIL_LOST), want);
             CHECK(mode.p_levels != 255 || lost > 5 * tolerance(problem, want, mode),
                   "%s: a lost tail, %.3g, would pass", mode.name, lost);
         }
@@ -196,7 +204,7 @@ void test_bugs() {
         { SLOPE_MISSING,     "one ALiBi slope for all heads",  biased },
         { BATCH_IGNORED,     "first batch entry used for all", two    },
     };
-    for (const Mode & mode : modes) {
+    for (const Mode & mode : { modes[0], modes[1], modes[2] }) {
         use(mode);
         for (const Broken & b : broken) {
             Problem      problem(b.c);
@@ -241,6 +249,33 @@ void test_off() {
     CHECK(ggml_ext_attention_set("default") == 0, "default");
 }
 
+// A NaN or an infinity in q spoils the row it belongs to, visibly, and no other. (Upstream loses a NaN where it rounds
+// q to q8_0.)
+void test_not_finite() {
+    for (const Mode & mode : modes) {
+        use(mode);
+        for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
+            if (!mode.applies({ 64, 64, 90, 3, 1, 2, type, type })) {
+                continue;
+            }
+            for (float value : { (float) NAN, INFINITY }) {
+                const Case c = { 64, 64, 90, 3, 1, 2, type, type };
+                Problem    problem(c);
+                const auto before                       = problem.compute(1);
+                ((float *) problem.q->data)[2 * 64 + 7] = value;  // query 1, head 0
+                const auto after                        = problem.compute(1);
+                for (int64_t row = 0; row < c.n_q * 2; row++) {
+                    const auto at   = after.begin() + row * c.dv;
+                    const bool same = std::equal(at, at + c.dv, before.begin() + row * c.dv);
+                    const bool nan  = std::all_of(at, at + c.dv, [](float x) { return std::isnan(x); });
+                    CHECK(row == 2 ? nan : same, "%s: %s: row %d after q = %g", mode.name, c.text().c_str(), (int) row,
+                          value);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -251,5 +286,6 @@ int main() {
     test_flat_tail();
     test_bugs();
     test_budget();
+    test_not_finite();
     return check_done();
 }

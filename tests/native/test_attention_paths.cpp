@@ -173,6 +173,40 @@ void test_quantize(const ggml_ext_attention_path & path) {
     }
 }
 
+void test_scales(const ggml_ext_attention_path & path) {
+    for (int n_blocks : { 1, 3, 8 }) {
+        const size_t                block = 18;
+        std::vector<Array<uint8_t>> rows;
+        const char *                at[TILE];
+        for (int t = 0; t < TILE; t++) {
+            rows.emplace_back(n_blocks * block);
+            for (int g = 0; g < n_blocks; g++) {
+                const ggml_fp16_t half = ggml_fp32_to_fp16(normal() * (float) std::pow(10.0, uniform(-6, 3)));
+                std::memcpy(rows[t].data + g * block, &half, sizeof(half));
+            }
+        }
+        for (int t = 0; t < TILE; t++) {
+            at[t] = (const char *) rows[t].data;
+        }
+        Array<float> a(n_blocks * TILE, 1), b(n_blocks * TILE, 2);
+        generic().scales(n_blocks, block, at, a.data);
+        path.scales(n_blocks, block, at, b.data);
+        CHECK(a == b, "%s: scales of %d blocks", path.name, n_blocks);
+
+        for (int signs = 0; signs < 3; signs++) {  // as they are, none negative, all zero
+            for (size_t i = 0; i < a.n; i++) {
+                a[i] = b[i] = signs == 2 ? 0.0f : signs == 1 ? std::fabs(a[i]) : a[i];
+            }
+            Array<float>  ua(n_blocks, 1), ub(n_blocks, 2), sa(a), sb(b);
+            Array<int8_t> na(n_blocks * TILE, 1), nb(n_blocks * TILE, 2);
+            const bool    ga = generic().levels(n_blocks, 65535.0f, sa.data, ua.data, na.data);
+            const bool    gb = path.levels(n_blocks, 65535.0f, sb.data, ub.data, nb.data);
+            CHECK(ga == gb && ga == (signs == 0), "%s: negative scales: %d, %d", path.name, ga, gb);
+            CHECK(sa == sb && ua == ub && na == nb, "%s: levels of %d groups", path.name, n_blocks);
+        }
+    }
+}
+
 void test_pack(const ggml_ext_attention_path & path) {
     for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL, GGML_TYPE_I8 }) {
         for (int n_blocks : { 1, 2, 3, 4, 8, 18 }) {
@@ -298,6 +332,7 @@ int main() {
             continue;
         }
         test_quantize(path);
+        test_scales(path);
         test_pack(path);
         test_softcap(path);
         for (int round = 0; round < 200; round++) {

@@ -66,15 +66,18 @@ def test_off_is_stock(
     off, log = logits(patched_lib_dir, base, tmp_path / "off.npy", *options)
     assert off.tobytes() == stock.tobytes()
     assert LOG not in log
-    monkeypatch.delenv("GGML_EXT_ATTN")
-    ours, log = logits(patched_lib_dir, base, tmp_path / "ours.npy", *options)
-    assert ours.tobytes() != stock.tobytes()
+    monkeypatch.setenv("GGML_EXT_ATTN", "full")
+    full, log = logits(patched_lib_dir, base, tmp_path / "full.npy", *options)
+    assert full.tobytes() != stock.tobytes()
     # 8 bits for q move a random model's logits by a few thousandths, a wrong head or position by their size.
-    assert np.abs(ours - stock).max() < 0.05 * np.abs(stock).max()
+    assert np.abs(full - stock).max() < 0.05 * np.abs(stock).max()
     lines = [line for line in log.splitlines() if LOG in line]
     assert len(lines) == 1, "logged once, over 9 graphs of 2 blocks"
     assert "K q8_0" in lines[0]
-    assert "GGML_EXT_ATTN=off" in lines[0]
+    assert "8-bit weights" in lines[0]
+    monkeypatch.delenv("GGML_EXT_ATTN")
+    default, log = logits(patched_lib_dir, base, tmp_path / "default.npy", *options)
+    assert default.tobytes() == (full if LOG in log else stock).tobytes(), "off where there are no kernels"
 
 
 @pytest.mark.parametrize("stock_cache", [(F16, F16)], indirect=True, ids=["f16"])
@@ -117,7 +120,7 @@ def test_a_wrong_value_is_refused(
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith(
-        f"ggml-ext: environment variable GGML_EXT_ATTN is '{value}'; set it to off, half, full"
+        f"ggml-ext: environment variable GGML_EXT_ATTN is '{value}'; set it to default, off, half, full"
     )
     assert not (tmp_path / "x.npy").exists()
 
