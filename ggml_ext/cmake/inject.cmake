@@ -43,6 +43,9 @@ get_property(GGML_EXT_GGML_TARGETS DIRECTORY "${GGML_EXT_LLAMA_DIR}/ggml/src" PR
 foreach(target IN LISTS GGML_EXT_GGML_TARGETS)
     if (target MATCHES "^ggml-cpu(-.+)?$" AND NOT target MATCHES "-feats$")
         ggml_ext_inject(${target} ${GGML_EXT_CPU_SOURCES})
+        # The reference of the dot products, which numpy repeats bit for bit.
+        set_property(SOURCE "${GGML_EXT_ROOT}/ggml_ext/types/fq4-generic-cpu.c" TARGET_DIRECTORY ${target}
+            APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
         set(GGML_EXT_HAS_CPU TRUE)
     endif()
 endforeach()

@@ -12,7 +12,7 @@ static const struct {
     const char *                      name;
     struct ggml_ext_attention_setting setting;
 } choices[] = {
-    { "default",         { GGML_EXT_ATTENTION_FULL, false, false, true }  },
+    { "default",         { GGML_EXT_ATTENTION_HALF, false, false, true }  },
     { "off",             { GGML_EXT_ATTENTION_OFF, false, false, false }  },
     { "half",            { GGML_EXT_ATTENTION_HALF, false, false, false } },
     { "full",            { GGML_EXT_ATTENTION_FULL, false, false, false } },

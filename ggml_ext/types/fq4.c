@@ -1,4 +1,4 @@
-// FQ4 reference: encoder, decoder, dot product. Every float operation is a single-precision one in
+// FQ4 reference: encoder, decoder. Every float operation is a single-precision one in
 // the order written (the file is compiled without contraction), so that all machines, and the numpy
 // version in python/ggml_ext/fq4.py, give the same bytes.
 
@@ -6,9 +6,6 @@
 
 #include "fq4-nearest.h"
 #include "fq4-table.h"
-
-#define GGML_COMMON_DECL_C
-#include "ggml-common.h"
 #include "ggml-impl.h"
 #include "ggml-threading.h"
 
@@ -240,21 +237,4 @@ void ggml_ext_fq4_dequantize_row(const void * x, float * y, int64_t k) {
             y[i]           = d * (float) ggml_ext_fq4_table[row][code];
         }
     }
-}
-
-float ggml_ext_fq4_dot_ref(int n_blocks, const void * vx, const void * vy) {
-    const ggml_ext_block_fq4 * x   = vx;
-    const block_q8_K *         y   = vy;
-    float                      sum = 0.0f;
-    for (int ib = 0; ib < n_blocks; ib++) {
-        int32_t isum = 0;
-        for (int i = 0; i < QK_FQ4; i++) {
-            const int b    = i / 16;
-            const int row  = x[ib].s[b / 2] >> (4 * (b % 2)) & 15;
-            const int code = x[ib].q[64 * (i / 128) + i % 64] >> (4 * (i / 64 % 2)) & 15;
-            isum += ggml_ext_fq4_table[row][code] * y[ib].qs[i];
-        }
-        sum += GGML_FP16_TO_FP32(x[ib].d) * y[ib].d * (float) isum;
-    }
-    return sum;
 }

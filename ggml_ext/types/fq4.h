@@ -47,9 +47,6 @@ GGML_API size_t ggml_ext_fq4_quantize(const float * src, void * dst, int64_t nro
 
 GGML_API void ggml_ext_fq4_dequantize_row(const void * x, float * y, int64_t k);
 
-// Reference dot product of n_blocks blocks of weights with as many of upstream's Q8_K activation blocks.
-GGML_API float ggml_ext_fq4_dot_ref(int n_blocks, const void * x, const void * y);
-
 #ifdef __cplusplus
 }
 #endif

@@ -1,10 +1,12 @@
 """Program: the logits of a model under the llama.cpp of a folder, as raw float32.
 
     python logits.py LIB_DIR MODEL OUT.npy [--flash] [--rpc ADDRESS] [--cache K V] [--lora GGUF] [--shift]
+        [--no-repack]
 
 Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
 process of its own, since a process holds one llama.cpp. --cache: ggml types of K and V.
---shift: moves the cache by one position before the last token, the way a context shift does.
+--shift: moves the cache by one position before the last token, the way a context shift does. --no-repack: the
+weights stay in the mapped file.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def compute(model_path: str, options: argparse.Namespace) -> NDArray[np.float32]
     api.llama_backend_init()
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 99
+    model_params.use_extra_bufts = not options.no_repack
     model = api.llama_model_load_from_file(model_path.encode(), model_params)
     if not model:
         sys.exit(1)
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--cache", type=int, nargs=2)
     parser.add_argument("--lora")
     parser.add_argument("--shift", action="store_true")
+    parser.add_argument("--no-repack", action="store_true")
     options = parser.parse_args()
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = options.lib_dir
     if options.rpc:

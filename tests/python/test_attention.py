@@ -75,9 +75,11 @@ def test_off_is_stock(
     assert len(lines) == 1, "logged once, over 9 graphs of 2 blocks"
     assert "K q8_0" in lines[0]
     assert "8-bit weights" in lines[0]
+    monkeypatch.setenv("GGML_EXT_ATTN", "half")
+    half, log = logits(patched_lib_dir, base, tmp_path / "half.npy", *options)
     monkeypatch.delenv("GGML_EXT_ATTN")
     default, log = logits(patched_lib_dir, base, tmp_path / "default.npy", *options)
-    assert default.tobytes() == (full if LOG in log else stock).tobytes(), "off where there are no kernels"
+    assert default.tobytes() == (half if LOG in log else stock).tobytes(), "off where there are no kernels"
 
 
 @pytest.mark.parametrize("stock_cache", [(F16, F16)], indirect=True, ids=["f16"])
