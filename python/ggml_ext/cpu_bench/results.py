@@ -145,7 +145,7 @@ LINES = (
         )
     ),
 )
-"""What the FQ4 kernels and the attention over a quantised cache have to reach (issue 4)."""
+"""What the FQ4 kernels and the attention over a quantised cache have to reach."""
 
 
 @dataclass(frozen=True)
