@@ -6,13 +6,27 @@
 #define GGML_COMMON_IMPL_C
 #include "ggml-common.h"
 
+#include <float.h>
+#include <math.h>
 #include <string.h>
 
 #ifdef GGML_EXT_X86
 
 TARGET float ggml_ext_attention_quantize_avx512(int n, int n_pad, const float * x, int8_t * codes) {
-    const float  max     = ggml_ext_abs_max_avx512(n, x);
-    const __m512 inverse = _mm512_set1_ps(max > 0.0f ? 127.0f / max : 0.0f);
+    // Magnitudes order as integers, NaN above Inf.
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(ggml_ext_mask16(n - i), x + i));
+        largest        = _mm512_max_epi32(largest, _mm512_castps_si512(v));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(largest);
+    float         max;
+    memcpy(&max, &bits, sizeof(max));
+    if (!isfinite(max) || !(127.0f / max <= FLT_MAX)) {
+        memset(codes, 0, n_pad);
+        return isfinite(max) ? 0.0f : NAN;
+    }
+    const __m512 inverse = _mm512_set1_ps(127.0f / max);
     for (int i = 0; i < n_pad; i += 16) {
         const __mmask16 mask = i < n ? ggml_ext_mask16(n - i) : 0;
         const __m512i   c    = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));

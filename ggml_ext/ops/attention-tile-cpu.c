@@ -6,6 +6,7 @@
 #define GGML_COMMON_IMPL_C
 #include "ggml-common.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -34,7 +35,19 @@ static void stage_q5_0(int n_blocks, const char * const rows[TILE], int8_t * out
     }
 }
 
-// One scale per token; the tile's mean is taken off first where mean is not NULL.
+// Integers, since a comparison of floats would not vectorise.
+static bool all_finite(int n, const float * x) {
+    uint32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof(bits));
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest < 0x7f800000;
+}
+
+// One scale per token; the mean of the tile's finite tokens is taken off first where mean is not NULL.
 static void stage_f16(const struct ggml_ext_attention_path * path, int d, int d_pad, int n,
                       const char * const rows[TILE], float * mean, float * x, int8_t * out, float * scale) {
     for (int t = 0; t < n; t++) {
@@ -44,13 +57,18 @@ static void stage_f16(const struct ggml_ext_attention_path * path, int d, int d_
         for (int i = 0; i < d_pad; i++) {
             mean[i] = 0.0f;
         }
+        int n_finite = 0;
         for (int t = 0; t < n; t++) {
+            if (!all_finite(d, x + (size_t) t * d_pad)) {
+                continue;
+            }
             for (int i = 0; i < d; i++) {
                 mean[i] += x[(size_t) t * d_pad + i];
             }
+            n_finite++;
         }
-        for (int i = 0; i < d; i++) {
-            mean[i] /= (float) n;
+        for (int i = 0; n_finite && i < d; i++) {
+            mean[i] /= (float) n_finite;
         }
         for (int t = 0; t < n; t++) {
             for (int i = 0; i < d; i++) {
@@ -88,12 +106,29 @@ static enum ggml_type stage(const struct ggml_ext_attention_path * path, enum gg
     return GGML_TYPE_I8;
 }
 
+// Sets scales that are NaN or Inf to 0, so that rows that do not see the token stay as they are; returns the tokens.
+static uint64_t take_spoilt(int n_groups, float * scale) {
+    if (all_finite(n_groups * TILE, scale)) {
+        return 0;
+    }
+    uint64_t tokens = 0;
+    for (int i = 0; i < n_groups * TILE; i++) {
+        if (!isfinite(scale[i])) {
+            scale[i] = 0.0f;
+            tokens |= UINT64_C(1) << i % TILE;
+        }
+    }
+    return tokens;
+}
+
 void ggml_ext_attention_load_k(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
                                const char * rows, size_t stride, struct ggml_ext_attention_tile * tile) {
     const char * row[TILE];
     rows_of(n, rows, stride, row);
-    const enum ggml_type codes = stage(path, type, d, n, tile->k_mean, tile, tile->k_scale, row);
-    path->pack_k(codes, row, (d + GROUP - 1) / GROUP, tile->k);
+    const enum ggml_type codes    = stage(path, type, d, n, tile->k_mean, tile, tile->k_scale, row);
+    const int            n_blocks = (d + GROUP - 1) / GROUP;
+    tile->spoilt                  = take_spoilt(type == GGML_TYPE_F16 ? 1 : n_blocks, tile->k_scale);
+    path->pack_k(codes, row, n_blocks, tile->k);
 }
 
 void ggml_ext_attention_load_v(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
@@ -103,6 +138,7 @@ void ggml_ext_attention_load_v(const struct ggml_ext_attention_path * path, enum
     const enum ggml_type codes    = stage(path, type, d, n, NULL, tile, tile->v_level, row);
     const int            n_blocks = (d + GROUP - 1) / GROUP;
     const int            n_groups = type == GGML_TYPE_F16 ? 1 : n_blocks;
+    tile->spoilt |= take_spoilt(n_groups, tile->v_level);
 
     // A weight times a scale has to stay positive: the sign of a scale moves to the codes.
     int8_t *   negate   = tile->staging + (codes == GGML_TYPE_I8 ? (size_t) TILE * n_blocks * GROUP : 0);
@@ -121,7 +157,12 @@ static float quantize_generic(int n, int n_pad, const float * x, int8_t * codes)
     for (int i = 0; i < n; i++) {
         max = fmaxf(max, fabsf(x[i]));
     }
-    const float inverse = max > 0.0f ? 127.0f / max : 0.0f;
+    const float inverse = 127.0f / max;
+    const bool  finite  = all_finite(n, x);
+    if (!finite || !(inverse <= FLT_MAX)) {
+        memset(codes, 0, n_pad);
+        return finite ? 0.0f : NAN;
+    }
     for (int i = 0; i < n_pad; i++) {
         codes[i] = i < n ? (int8_t) rintf(x[i] * inverse) : 0;
     }

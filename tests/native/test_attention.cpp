@@ -276,6 +276,42 @@ void test_not_finite() {
     }
 }
 
+// A scale of K or V that is NaN or an infinity spoils the rows that see its token, and no other.
+void test_spoilt_cache() {
+    for (const Mode & mode : modes) {
+        use(mode);
+        for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F16 }) {
+            for (int64_t n_kv : { 90, 700 }) {  // 700: in chunks
+                const Case c = { 64, 64, n_kv, 3, 2, 2, type, type };
+                if (!mode.applies(c)) {
+                    continue;
+                }
+                for (uint16_t value : { 0x7e00, 0x7c00, 0xfc00 }) {  // NaN, both infinities
+                    for (bool in_k : { true, false }) {
+                        Problem             problem(c);
+                        const auto          before = problem.compute(1);
+                        const ggml_tensor * cache  = in_k ? problem.k : problem.v;
+                        // Kv head 1, seen by queries 1 and 2. A block starts with its scale.
+                        std::memcpy((char *) cache->data + (n_kv - 2) * cache->nb[1] + cache->nb[2], &value, 2);
+                        const auto after = problem.compute(2);
+                        for (int64_t row = 0; row < c.n_q * 4; row++) {
+                            const bool sees = row / 4 >= 1 && row % 4 >= 2;
+                            const auto at   = after.begin() + row * c.dv;
+                            const bool nan  = std::all_of(at, at + c.dv, [](float x) { return std::isnan(x); });
+                            const bool none = std::none_of(at, at + c.dv, [](float x) { return std::isnan(x); });
+                            // The token is missing where the tile's largest scale, or its mean, is taken.
+                            const bool same = std::equal(at, at + c.dv, before.begin() + row * c.dv,
+                                                         [](float x, float y) { return std::fabs(x - y) < 0.02f; });
+                            CHECK(sees ? nan : none && same, "%s: %s: row %d after %x in %c", mode.name,
+                                  c.text().c_str(), (int) row, value, in_k ? 'K' : 'V');
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -287,5 +323,6 @@ int main() {
     test_bugs();
     test_budget();
     test_not_finite();
+    test_spoilt_cache();
     return check_done();
 }
