@@ -114,11 +114,15 @@ struct ggml_ext_attention_path {
 GGML_API const struct ggml_ext_attention_path * const ggml_ext_attention_paths[];
 GGML_API const int                                    ggml_ext_attention_n_paths;
 
-// The first available one.
+// The first available one, without those that ggml_ext_attention_skip leaves out.
 GGML_API const struct ggml_ext_attention_path * ggml_ext_attention_fastest(void);
+
+// For tests and measurements: leaves the first n_paths of the table out. Not between the planning and the end of a graph.
+GGML_API void ggml_ext_attention_skip(int n_paths);
 
 extern const struct ggml_ext_attention_path ggml_ext_attention_generic;
 extern const struct ggml_ext_attention_path ggml_ext_attention_avx512;
+extern const struct ggml_ext_attention_path ggml_ext_attention_avx2;
 
 // Decodes n tokens, stride bytes apart, of a cache of head size d into the tile. levels: 255 or 65535. load_k starts
 // the tile's `spoilt`, load_v adds to it.

@@ -8,6 +8,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define TILE  GGML_EXT_ATTENTION_TILE
@@ -366,13 +367,22 @@ const struct ggml_ext_attention_path ggml_ext_attention_generic = {
 const struct ggml_ext_attention_path * const ggml_ext_attention_paths[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
     &ggml_ext_attention_avx512,
+    &ggml_ext_attention_avx2,
 #endif
     &ggml_ext_attention_generic,
 };
 const int ggml_ext_attention_n_paths = (int) (sizeof(ggml_ext_attention_paths) / sizeof(ggml_ext_attention_paths[0]));
 
+static atomic_int skipped = 0;
+
+void ggml_ext_attention_skip(int n_paths) {
+    GGML_ASSERT(n_paths >= 0 && n_paths < ggml_ext_attention_n_paths);
+    atomic_store(&skipped, n_paths);
+}
+
 const struct ggml_ext_attention_path * ggml_ext_attention_fastest(void) {
-    const struct ggml_ext_attention_path * const * path = ggml_ext_attention_paths;
+    const struct ggml_ext_attention_path * const * path =
+        ggml_ext_attention_paths + atomic_load_explicit(&skipped, memory_order_relaxed);
     while (!(*path)->available()) {
         path++;
     }

@@ -8,6 +8,7 @@
 #include "attention_reference.h"
 #include "check.h"
 #include "ggml-ext.h"
+#include "ops/attention-cpu.h"
 
 using namespace attention;
 
@@ -314,15 +315,28 @@ void test_spoilt_cache() {
 
 }  // namespace
 
+// Every path of this machine, the plain one only where there is no other: test_attention_paths holds the others to it.
 int main() {
     ggml_cpu_init();
-    test_off();
-    test_random();
-    test_edges();
-    test_flat_tail();
-    test_bugs();
-    test_budget();
-    test_not_finite();
-    test_spoilt_cache();
+    int n_tested = 0;
+    for (int i = 0; i < ggml_ext_attention_n_paths; i++) {
+        const ggml_ext_attention_path & path = *ggml_ext_attention_paths[i];
+        if (!path.available() || (n_tested && i == ggml_ext_attention_n_paths - 1)) {
+            continue;
+        }
+        ggml_ext_attention_skip(i);
+        n_tested++;
+        CHECK(ggml_ext_attention_fastest() == &path, "path %s", path.name);
+        const int before = check_failures;
+        test_off();
+        test_random();
+        test_edges();
+        test_flat_tail();
+        test_bugs();
+        test_budget();
+        test_not_finite();
+        test_spoilt_cache();
+        std::printf("path %s: %d failures\n", path.name, check_failures - before);
+    }
     return check_done();
 }
