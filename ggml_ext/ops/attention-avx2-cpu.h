@@ -1,4 +1,4 @@
-// Attention tiles with AVX2: what its two files share.
+// Attention tiles with AVX2: what its files share.
 
 #ifndef GGML_EXT_ATTENTION_AVX2_CPU_H
 #define GGML_EXT_ATTENTION_AVX2_CPU_H
@@ -22,6 +22,11 @@ bool  ggml_ext_attention_levels_avx2(int n_groups, float n_levels, float * scale
 void  ggml_ext_attention_pack_k_avx2(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k);
 void ggml_ext_attention_pack_v_avx2(enum ggml_type type, const char * const * rows, int n_blocks, const int8_t * negate,
                                     int8_t * v);
+
+void ggml_ext_attention_softcap_avx2(int n, float cap, float * s);
+void ggml_ext_attention_weights_avx2(const struct ggml_ext_attention_dims * dims,
+                                     const struct ggml_ext_attention_tile * tile, int n,
+                                     const struct ggml_ext_attention_rows * rows);
 
 #endif  // GGML_EXT_X86
 

@@ -1,10 +1,6 @@
 // The decoding of queries and of tiles of K and V with AVX2.
 
 #include "attention-avx2-cpu.h"
-#include "ggml-impl.h"
-#include "ggml-quants.h"
-#define GGML_COMMON_IMPL_C
-#include "ggml-common.h"
 
 #include <float.h>
 #include <math.h>
@@ -105,38 +101,6 @@ TARGET bool ggml_ext_attention_levels_avx2(int n_groups, float n_levels, float *
 
 // --- codes ---
 
-// Where block g of a row keeps its codes, and the 16 codes that nibbles stand for.
-struct source {
-    size_t stride, offset;
-    bool   nibbles;
-    int8_t table[16];
-};
-
-static struct source source_of(enum ggml_type type) {
-    struct source s = { 0 };
-    switch (type) {
-        case GGML_TYPE_Q8_0:
-            s.stride = sizeof(block_q8_0);
-            s.offset = offsetof(block_q8_0, qs);
-            break;
-        case GGML_TYPE_Q4_0:
-        case GGML_TYPE_IQ4_NL:
-            s.stride  = sizeof(block_q4_0);
-            s.offset  = offsetof(block_q4_0, qs);
-            s.nibbles = true;
-            for (int i = 0; i < 16; i++) {
-                s.table[i] = (int8_t) (type == GGML_TYPE_Q4_0 ? i - 8 : kvalues_iq4nl[i]);
-            }
-            break;
-        case GGML_TYPE_I8:
-            s.stride = GROUP;
-            break;
-        default:
-            GGML_ABORT("attention: no codes for type %s", ggml_type_name(type));
-    }
-    return s;
-}
-
 // The 32 codes of a block. Low nibbles come first.
 EXPAND __m256i codes_of(bool nibbles, __m256i table, const char * block) {
     if (!nibbles) {
@@ -169,7 +133,8 @@ EXPAND void transpose8(__m256i x[8]) {
     }
 }
 
-EXPAND void pack_k_of(const struct source * s, bool nibbles, const char * const * rows, int n_blocks, uint8_t * k) {
+EXPAND void pack_k_of(const struct ggml_ext_attention_source * s, bool nibbles, const char * const * rows, int n_blocks,
+                      uint8_t * k) {
     const __m256i offset = _mm256_set1_epi8((char) 0x80);
     const __m256i table  = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) s->table));
     for (int t = 0; t < TILE; t += 8) {
@@ -190,7 +155,7 @@ EXPAND void pack_k_of(const struct source * s, bool nibbles, const char * const 
 }
 
 TARGET void ggml_ext_attention_pack_k_avx2(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k) {
-    const struct source s = source_of(type);
+    const struct ggml_ext_attention_source s = ggml_ext_attention_source_of(type);
     if (s.nibbles) {
         pack_k_of(&s, true, rows, n_blocks, k);
     } else {
@@ -198,7 +163,7 @@ TARGET void ggml_ext_attention_pack_k_avx2(enum ggml_type type, const char * con
     }
 }
 
-EXPAND void pack_v_of(const struct source * s, bool nibbles, const char * const * rows, int n_blocks,
+EXPAND void pack_v_of(const struct ggml_ext_attention_source * s, bool nibbles, const char * const * rows, int n_blocks,
                       const int8_t * negate, int8_t * v) {
     const size_t  d     = (size_t) n_blocks * GROUP;
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) s->table));
@@ -238,7 +203,7 @@ EXPAND void pack_v_of(const struct source * s, bool nibbles, const char * const 
 
 TARGET void ggml_ext_attention_pack_v_avx2(enum ggml_type type, const char * const * rows, int n_blocks,
                                            const int8_t * negate, int8_t * v) {
-    const struct source s = source_of(type);
+    const struct ggml_ext_attention_source s = ggml_ext_attention_source_of(type);
     if (s.nibbles) {
         pack_v_of(&s, true, rows, n_blocks, negate, v);
     } else {

@@ -124,6 +124,18 @@ extern const struct ggml_ext_attention_path ggml_ext_attention_generic;
 extern const struct ggml_ext_attention_path ggml_ext_attention_avx512;
 extern const struct ggml_ext_attention_path ggml_ext_attention_avx2;
 
+// Where block g of a row of quantised codes keeps them: 32 bytes, or 16 bytes of nibbles, low ones first, with a table.
+// Types as pack_k has them.
+struct ggml_ext_attention_source {
+    size_t stride, offset;
+    bool   nibbles;
+    int8_t table[16];
+};
+
+struct ggml_ext_attention_source ggml_ext_attention_source_of(enum ggml_type type);
+
+bool ggml_ext_attention_all_finite(int n, const float * x);
+
 // Decodes n tokens, stride bytes apart, of a cache of head size d into the tile. levels: 255 or 65535. load_k starts
 // the tile's `spoilt`, load_v adds to it.
 GGML_API void ggml_ext_attention_load_k(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
