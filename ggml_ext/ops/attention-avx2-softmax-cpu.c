@@ -7,7 +7,7 @@
 
 #ifdef GGML_EXT_X86
 
-// 2^n in two factors: below -126 a single one would not be a number of its own.
+// 2^n in two factors, since an exponent field holds none below -126.
 EXPAND __m256 exp2_ps(__m256 x) {
     x              = _mm256_max_ps(x, _mm256_set1_ps(GGML_EXT_EXP2_MIN));  // the bound for NaN
     const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
