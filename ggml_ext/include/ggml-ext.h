@@ -75,7 +75,9 @@ GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const voi
 
 // Quantised attention on the CPU (docs/attention.md) for the whole process; it takes the place of the environment's
 // GGML_EXT_ATTN. mode: "off", "half", "full", "half/f16", "full/f16", "half/f16/smooth", "full/f16/smooth" or
-// "default". Not while a graph is computed. Returns 0 or GGML_EXT_E_TYPE for another mode. [ggml-cpu]
+// "default". Not between the planning of a graph (ggml_graph_plan, or a backend's graph_compute) and the end of its
+// computation, in any thread: the plan's work buffer is sized for the mode. Returns 0 or GGML_EXT_E_TYPE for another
+// mode. [ggml-cpu]
 GGML_EXT_API int32_t ggml_ext_attention_set(const char * mode);
 
 // The levels that quantised weights can take. A group is `group` consecutive weights of a row; its weights take

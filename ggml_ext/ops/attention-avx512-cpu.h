@@ -17,7 +17,7 @@
 
 // As in struct ggml_ext_attention_path.
 float ggml_ext_attention_quantize_avx512(int n, int n_pad, const float * x, int8_t * codes);
-void  ggml_ext_attention_scales_avx512(int n_blocks, size_t block_size, const char * const * rows, float * out);
+void  ggml_ext_attention_scales_avx2(int n_blocks, size_t block_size, const char * const * rows, float * out);
 bool  ggml_ext_attention_levels_avx512(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate);
 void  ggml_ext_attention_pack_k_avx512(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k);
 void  ggml_ext_attention_pack_v_avx512(enum ggml_type type, const char * const * rows, int n_blocks,

@@ -1,18 +1,28 @@
 // The decoding of queries and of tiles of K and V with AVX-512 and VBMI.
 
 #include "attention-avx512-cpu.h"
-#include "ggml-impl.h"
-#include "ggml-quants.h"
-#define GGML_COMMON_IMPL_C
-#include "ggml-common.h"
 
+#include <float.h>
+#include <math.h>
 #include <string.h>
 
 #ifdef GGML_EXT_X86
 
 TARGET float ggml_ext_attention_quantize_avx512(int n, int n_pad, const float * x, int8_t * codes) {
-    const float  max     = ggml_ext_abs_max_avx512(n, x);
-    const __m512 inverse = _mm512_set1_ps(max > 0.0f ? 127.0f / max : 0.0f);
+    // Magnitudes order as integers, NaN above Inf.
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(ggml_ext_mask16(n - i), x + i));
+        largest        = _mm512_max_epi32(largest, _mm512_castps_si512(v));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(largest);
+    float         max;
+    memcpy(&max, &bits, sizeof(max));
+    if (!isfinite(max) || !(127.0f / max <= FLT_MAX)) {
+        memset(codes, 0, n_pad);
+        return isfinite(max) ? 0.0f : NAN;
+    }
+    const __m512 inverse = _mm512_set1_ps(127.0f / max);
     for (int i = 0; i < n_pad; i += 16) {
         const __mmask16 mask = i < n ? ggml_ext_mask16(n - i) : 0;
         const __m512i   c    = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse));
@@ -22,24 +32,6 @@ TARGET float ggml_ext_attention_quantize_avx512(int n, int n_pad, const float * 
 }
 
 // --- scales ---
-
-EXPAND __m128i eight_halves(const char * const * rows, size_t at) {
-    uint16_t    h[8];
-#    pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        memcpy(&h[i], rows[i] + at, sizeof(h[i]));
-    }
-    return _mm_setr_epi16((short) h[0], (short) h[1], (short) h[2], (short) h[3], (short) h[4], (short) h[5],
-                          (short) h[6], (short) h[7]);
-}
-
-TARGET void ggml_ext_attention_scales_avx512(int n_blocks, size_t block_size, const char * const * rows, float * out) {
-    for (int t = 0; t < TILE; t += 8) {
-        for (int g = 0; g < n_blocks; g++) {
-            _mm256_store_ps(out + g * TILE + t, _mm256_cvtph_ps(eight_halves(rows + t, g * block_size)));
-        }
-    }
-}
 
 TARGET bool ggml_ext_attention_levels_avx512(int n_groups, float n_levels, float * scale, float * unit,
                                              int8_t * negate) {
@@ -67,38 +59,6 @@ TARGET bool ggml_ext_attention_levels_avx512(int n_groups, float n_levels, float
 
 // --- codes ---
 
-// Where block g of a row keeps its codes, and the 16 codes that nibbles stand for.
-struct source {
-    size_t stride, offset;
-    bool   nibbles;
-    int8_t table[16];
-};
-
-static struct source source_of(enum ggml_type type) {
-    struct source s = { 0 };
-    switch (type) {
-        case GGML_TYPE_Q8_0:
-            s.stride = sizeof(block_q8_0);
-            s.offset = offsetof(block_q8_0, qs);
-            break;
-        case GGML_TYPE_Q4_0:
-        case GGML_TYPE_IQ4_NL:
-            s.stride  = sizeof(block_q4_0);
-            s.offset  = offsetof(block_q4_0, qs);
-            s.nibbles = true;
-            for (int i = 0; i < 16; i++) {
-                s.table[i] = (int8_t) (type == GGML_TYPE_Q4_0 ? i - 8 : kvalues_iq4nl[i]);
-            }
-            break;
-        case GGML_TYPE_I8:
-            s.stride = GROUP;
-            break;
-        default:
-            GGML_ABORT("attention: no codes for type %s", ggml_type_name(type));
-    }
-    return s;
-}
-
 EXPAND __m512i four_lanes(const char * a, const char * b, const char * c, const char * d) {
     __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) a));
     x         = _mm512_mask_broadcast_i32x4(x, 0x00f0, _mm_loadu_si128((const __m128i *) b));
@@ -125,9 +85,9 @@ EXPAND void transpose16(const char * const * rows, size_t at, __m512i out[4]) {
 
 TARGET void ggml_ext_attention_pack_k_avx512(enum ggml_type type, const char * const * rows, int n_blocks,
                                              uint8_t * k) {
-    const struct source s      = source_of(type);
-    const __m512i       offset = _mm512_set1_epi8((char) 0x80);
-    const __m512i       low    = _mm512_set1_epi8(15);
+    const struct ggml_ext_attention_source s      = ggml_ext_attention_source_of(type);
+    const __m512i                          offset = _mm512_set1_epi8((char) 0x80);
+    const __m512i                          low    = _mm512_set1_epi8(15);
     const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) s.table)), offset);
     for (int g = 0; g < n_blocks; g++) {
         uint8_t * out = k + (size_t) g * GROUP * TILE;
@@ -158,10 +118,10 @@ EXPAND __m512i two_halves(const char * a, const char * b) {
 
 TARGET void ggml_ext_attention_pack_v_avx512(enum ggml_type type, const char * const * rows, int n_blocks,
                                              const int8_t * negate, int8_t * v) {
-    const struct source s = source_of(type);
-    const size_t        d = (size_t) n_blocks * GROUP;
+    const struct ggml_ext_attention_source s = ggml_ext_attention_source_of(type);
+    const size_t                           d = (size_t) n_blocks * GROUP;
     // Byte 4 i + u of the result is code i of token u; from 32-byte rows in two registers, and from 16-byte rows in one.
-    uint8_t             from32[64], from16[64];
+    uint8_t                                from32[64], from16[64];
     for (int i = 0; i < 64; i++) {
         from32[i] = (uint8_t) (i % 4 * 32 + i / 4);
         from16[i] = (uint8_t) (i % 4 * 16 + i / 4);

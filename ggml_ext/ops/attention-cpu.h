@@ -52,6 +52,7 @@ struct ggml_ext_attention_tile {
     float *   v_unit;   // [v_groups], max |scale of the group| / levels
     int8_t *  staging;  // [64 tokens][max(dk_pad, dv_pad)], for types that the path does not decode itself
     float *   floats;   // [64 tokens][max(dk_pad, dv_pad)], for f16
+    uint64_t  spoilt;   // bit t: token t has a scale that is NaN or Inf in K or V, which the arrays hold as 0
 };
 
 // A batch of 1 .. 4 rows. Arrays of a batch have room for 4 rows whatever n_rows is.
@@ -84,7 +85,8 @@ struct ggml_ext_attention_dims {
 struct ggml_ext_attention_path {
     const char * name;
     bool (*available)(void);
-    // Largest |x| / 127 as the scale, codes rounded to nearest even; n_pad - n zero codes follow. Scale 0: all zero.
+    // Largest |x| / 127 as the scale, codes rounded to nearest even; n_pad - n zero codes follow. Where 127 / largest |x|
+    // overflows, all codes and the scale are 0; where an x is NaN or Inf, all codes are 0 and the scale is NaN.
     float (*quantize)(int n, int n_pad, const float * x, int8_t * codes);
     // The f16 scales that start a row's blocks, block_size bytes apart. out [n_blocks][64 tokens]
     void (*scales)(int n_blocks, size_t block_size, const char * const * rows, float * out);
@@ -98,7 +100,7 @@ struct ggml_ext_attention_path {
     // s = (sum over groups of k_scale * (q . k)) * q_scale + q_bias
     void (*scores)(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
                    const struct ggml_ext_attention_rows * rows);
-    // s = cap * tanh(s) of n values
+    // s = cap * tanh(s) of n values, n a multiple of 64, s 64-byte aligned
     void (*softcap)(int n, float cap, float * s);
     // Softmax of s over the tile's first n tokens: max, sum, alpha, gamma, and p = round(exp2(s - tile's max) * v_level)
     void (*weights)(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile, int n,
@@ -112,13 +114,30 @@ struct ggml_ext_attention_path {
 GGML_API const struct ggml_ext_attention_path * const ggml_ext_attention_paths[];
 GGML_API const int                                    ggml_ext_attention_n_paths;
 
-// The first available one.
+// The first available one, without those that ggml_ext_attention_skip leaves out.
 GGML_API const struct ggml_ext_attention_path * ggml_ext_attention_fastest(void);
+
+// For tests and measurements: leaves the first n_paths of the table out. Not between the planning and the end of a graph.
+GGML_API void ggml_ext_attention_skip(int n_paths);
 
 extern const struct ggml_ext_attention_path ggml_ext_attention_generic;
 extern const struct ggml_ext_attention_path ggml_ext_attention_avx512;
+extern const struct ggml_ext_attention_path ggml_ext_attention_avx2;
 
-// Decodes n tokens, stride bytes apart, of a cache of head size d into the tile. levels: 255 or 65535.
+// Where block g of a row of quantised codes keeps them: 32 bytes, or 16 bytes of nibbles, low ones first, with a table.
+// Types as pack_k has them.
+struct ggml_ext_attention_source {
+    size_t stride, offset;
+    bool   nibbles;
+    int8_t table[16];
+};
+
+struct ggml_ext_attention_source ggml_ext_attention_source_of(enum ggml_type type);
+
+bool ggml_ext_attention_all_finite(int n, const float * x);
+
+// Decodes n tokens, stride bytes apart, of a cache of head size d into the tile. levels: 255 or 65535. load_k starts
+// the tile's `spoilt`, load_v adds to it.
 GGML_API void ggml_ext_attention_load_k(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
                                         const char * rows, size_t stride, struct ggml_ext_attention_tile * tile);
 GGML_API void ggml_ext_attention_load_v(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,

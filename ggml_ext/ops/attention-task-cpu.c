@@ -10,9 +10,10 @@
 #define TILE           GGML_EXT_ATTENTION_TILE
 #define GROUP          GGML_EXT_ATTENTION_GROUP
 #define BATCH          GGML_EXT_ATTENTION_BATCH
-#define ROWS_PER_BLOCK 64  // 128 is 7 % slower: queries and results no longer fit the first-level cache
+#define ROWS_PER_BLOCK 64  // 128 measured 7 % slower
 #define MIN_CHUNK      256
 #define MAX_CHUNKS     32
+#define MASKED         0xfc00  // -inf in f16
 
 // --- layout ---
 
@@ -118,20 +119,8 @@ static float slope_of(const struct ggml_ext_attention_plan * plan, int64_t head)
                                      powf(powf(2.0f, -plan->max_bias / 2.0f / power), (float) (2 * (head - power) + 1));
 }
 
-// Integers, since a comparison of floats would not vectorise.
-static bool all_finite(int n, const float * x) {
-    uint32_t largest = 0;
-    for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, sizeof(bits));
-        largest = MAX(largest, bits & 0x7fffffff);
-    }
-    return largest < 0x7f800000;
-}
-
 // A query that is not finite has no codes: its row starts, and so ends, as NaN.
 static void spoil(const struct ggml_ext_attention_plan * plan, struct ggml_ext_attention_scratch * w, int row) {
-    memset(w->q + (size_t) row * plan->dims.dk_pad, 0, plan->dims.dk_pad);
     w->q_scale[row] = 0.0f;
     for (int i = 0; plan->smooth && i < plan->dk; i++) {
         w->q_floats[(size_t) row * plan->dims.dk_pad + i] = 0.0f;
@@ -157,8 +146,9 @@ static void load_queries(const struct ggml_ext_attention_plan * plan, const stru
         const int64_t i2 = task->group * plan->heads + r % plan->heads;
         const float * x =
             (const float *) ((const char *) q->data + i1 * q->nb[1] + i2 * q->nb[2] + task->stream * q->nb[3]);
-        int8_t * c    = w->q + (size_t) r * d->dk_pad;
-        w->q_scale[r] = path->quantize(plan->dk, d->dk_pad, x, c) * scale;
+        int8_t *    c    = w->q + (size_t) r * d->dk_pad;
+        const float unit = path->quantize(plan->dk, d->dk_pad, x, c);
+        w->q_scale[r]    = unit * scale;
         for (int g = 0; g < d->k_groups; g++) {
             int32_t sum = 0;
             for (int i = 0; i < width; i++) {
@@ -177,7 +167,7 @@ static void load_queries(const struct ggml_ext_attention_plan * plan, const stru
                                           i2 % mask->ne[2] * mask->nb[2] + task->stream % mask->ne[3] * mask->nb[3]) :
                    NULL;
         w->max[r] = -INFINITY;
-        if (!all_finite(plan->dk, x)) {
+        if (isnan(unit)) {
             spoil(plan, w, r);
         }
     }
@@ -199,13 +189,25 @@ static bool look_at_mask(const struct ggml_ext_attention_plan * plan, const stru
         uint16_t         ones = 0, others = 0;
         for (int t = 0; m && t < n; t++) {
             ones |= m[t];
-            others |= m[t] ^ 0xfc00;  // -inf
+            others |= m[t] ^ MASKED;
         }
         w->mask[r] = ones ? m : NULL;
         w->skip[r] = m && !others;
         any |= !w->skip[r];
     }
     return any;
+}
+
+// A token whose scale is NaN or Inf makes the rows that see it NaN, as in upstream's code.
+static void spoil_rows(int64_t t0, int n, int n_rows, struct ggml_ext_attention_scratch * w) {
+    for (int r = 0; r < n_rows; r++) {
+        const uint16_t * mask = w->mask_rows[r] ? w->mask_rows[r] + t0 : NULL;
+        for (int t = 0; t < n; t++) {
+            if (w->tile.spoilt >> t & 1 && !(mask && mask[t] == MASKED)) {
+                w->sum[(size_t) r * 16] = NAN;
+            }
+        }
+    }
 }
 
 // Rows of all heads, or of one, of tokens [begin, end): a head's rows are too far apart for the processor's own
@@ -275,6 +277,9 @@ void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, cons
         prefetch(plan, task, v, v_rows, t0);
         ggml_ext_attention_load_k(path, k->type, plan->dk, n, k_rows + t0 * k->nb[1], k->nb[1], &w->tile);
         ggml_ext_attention_load_v(path, v->type, plan->dv, n, v_rows + t0 * v->nb[1], v->nb[1], levels, &w->tile);
+        if (w->tile.spoilt) {
+            spoil_rows(t0, n, n_rows, w);
+        }
         for (int row = 0; row < n_rows; row += BATCH) {
             const int count = MIN(BATCH, n_rows - row);
             bool      skip  = true;

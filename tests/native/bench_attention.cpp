@@ -2,7 +2,9 @@
 // Llama (32 query heads and 8 kv heads of 64), cache and queries random, causal mask. The time is that of a graph with
 // one FLASH_ATTN_EXT over each of several caches, so that a token reads its cache from memory as in a model.
 //
-//     bench_attention [threads] [rounds] [q_len] [n_kv ...]
+//     bench_attention [path=NAME] [threads] [rounds] [q_len] [n_kv ...]
+//
+// path: one that ops/attention-cpu.h lists in place of the fastest, among them avx2 and generic.
 //
 // A line gives medians: milliseconds per layer with each setting, and the ratio of times within a round.
 
@@ -10,6 +12,7 @@
 #include "ggml-cpu.h"
 #include "ggml-ext.h"
 #include "ggml.h"
+#include "ops/attention-cpu.h"
 
 #include <algorithm>
 #include <chrono>
@@ -169,9 +172,28 @@ void measure(ggml_backend_t backend, int64_t n_q, int64_t n_kv, int rounds) {
     }
 }
 
+bool force(const char * name) {
+    for (int i = 0; i < ggml_ext_attention_n_paths; i++) {
+        const ggml_ext_attention_path * path = ggml_ext_attention_paths[i];
+        if (std::strcmp(path->name, name) == 0 && path->available()) {
+            ggml_ext_attention_skip(i);
+            return true;
+        }
+    }
+    return false;
+}
+
 }  // namespace
 
 int main(int argc, char ** argv) {
+    if (argc > 1 && std::strncmp(argv[1], "path=", 5) == 0) {
+        if (!force(argv[1] + 5)) {
+            std::fprintf(stderr, "no such path on this machine: %s\n", argv[1] + 5);
+            return 2;
+        }
+        argc--;
+        argv++;
+    }
     const int            threads = argc > 1 ? std::atoi(argv[1]) : 1;
     const int            rounds  = argc > 2 ? std::atoi(argv[2]) : 3;
     const int64_t        n_q     = argc > 3 ? std::atoi(argv[3]) : 1;
@@ -183,7 +205,8 @@ int main(int argc, char ** argv) {
         sizes = { 512, 4096, 8192 };
     }
     if (threads < 1 || rounds < 1 || n_q < 1 || *std::min_element(sizes.begin(), sizes.end()) < n_q) {
-        std::fprintf(stderr, "usage: bench_attention [threads] [rounds] [q_len] [n_kv, at least q_len ...]\n");
+        std::fprintf(stderr,
+                     "usage: bench_attention [path=NAME] [threads] [rounds] [q_len] [n_kv, at least q_len ...]\n");
         return 2;
     }
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);

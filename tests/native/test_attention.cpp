@@ -8,6 +8,7 @@
 #include "attention_reference.h"
 #include "check.h"
 #include "ggml-ext.h"
+#include "ops/attention-cpu.h"
 
 using namespace attention;
 
@@ -276,16 +277,66 @@ void test_not_finite() {
     }
 }
 
+// A scale of K or V that is NaN or an infinity spoils the rows that see its token, and no other.
+void test_spoilt_cache() {
+    for (const Mode & mode : modes) {
+        use(mode);
+        for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F16 }) {
+            for (int64_t n_kv : { 90, 700 }) {  // 700: in chunks
+                const Case c = { 64, 64, n_kv, 3, 2, 2, type, type };
+                if (!mode.applies(c)) {
+                    continue;
+                }
+                for (uint16_t value : { 0x7e00, 0x7c00, 0xfc00 }) {  // NaN, both infinities
+                    for (bool in_k : { true, false }) {
+                        Problem             problem(c);
+                        const auto          before = problem.compute(1);
+                        const ggml_tensor * cache  = in_k ? problem.k : problem.v;
+                        // Kv head 1, seen by queries 1 and 2. A block starts with its scale.
+                        std::memcpy((char *) cache->data + (n_kv - 2) * cache->nb[1] + cache->nb[2], &value, 2);
+                        const auto after = problem.compute(2);
+                        for (int64_t row = 0; row < c.n_q * 4; row++) {
+                            const bool sees = row / 4 >= 1 && row % 4 >= 2;
+                            const auto at   = after.begin() + row * c.dv;
+                            const bool nan  = std::all_of(at, at + c.dv, [](float x) { return std::isnan(x); });
+                            const bool none = std::none_of(at, at + c.dv, [](float x) { return std::isnan(x); });
+                            // The token is missing where the tile's largest scale, or its mean, is taken.
+                            const bool same = std::equal(at, at + c.dv, before.begin() + row * c.dv,
+                                                         [](float x, float y) { return std::fabs(x - y) < 0.02f; });
+                            CHECK(sees ? nan : none && same, "%s: %s: row %d after %x in %c", mode.name,
+                                  c.text().c_str(), (int) row, value, in_k ? 'K' : 'V');
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
+// Every path of this machine, the plain one only where there is no other: test_attention_paths holds the others to it.
 int main() {
     ggml_cpu_init();
-    test_off();
-    test_random();
-    test_edges();
-    test_flat_tail();
-    test_bugs();
-    test_budget();
-    test_not_finite();
+    int n_tested = 0;
+    for (int i = 0; i < ggml_ext_attention_n_paths; i++) {
+        const ggml_ext_attention_path & path = *ggml_ext_attention_paths[i];
+        if (!path.available() || (n_tested && i == ggml_ext_attention_n_paths - 1)) {
+            continue;
+        }
+        ggml_ext_attention_skip(i);
+        n_tested++;
+        CHECK(ggml_ext_attention_fastest() == &path, "path %s", path.name);
+        const int before = check_failures;
+        test_off();
+        test_random();
+        test_edges();
+        test_flat_tail();
+        test_bugs();
+        test_budget();
+        test_not_finite();
+        test_spoilt_cache();
+        std::printf("path %s: %d failures\n", path.name, check_failures - before);
+    }
     return check_done();
 }

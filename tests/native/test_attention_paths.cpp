@@ -173,6 +173,23 @@ void test_quantize(const ggml_ext_attention_path & path) {
     }
 }
 
+// Values too small for a scale count as zeros; a value that is not finite leaves no code and a scale of NaN.
+void test_quantize_limits(const ggml_ext_attention_path & path) {
+    for (int n : { 1, 37, 64, 500 }) {
+        const int n_pad = (n + GROUP - 1) / GROUP * GROUP;
+        for (float value : { 3e-37f, 1e-38f, 1e-45f, -1e-45f, (float) NAN, -(float) NAN, INFINITY, -INFINITY }) {
+            for (int at : { 0, n / 2, n - 1 }) {
+                Array<float>  x(n, std::isfinite(value) ? 1e-45f : 1.0f);
+                Array<int8_t> codes(n_pad, 5), zero(n_pad, 0);
+                x[at]             = value;
+                const float scale = path.quantize(n, n_pad, x.data, codes.data);
+                CHECK((std::isfinite(value) ? scale == 0.0f : std::isnan(scale)) && codes == zero,
+                      "%s: quantize of %d values, one of them %g: scale %g", path.name, n, value, scale);
+            }
+        }
+    }
+}
+
 void test_scales(const ggml_ext_attention_path & path) {
     for (int n_blocks : { 1, 3, 8 }) {
         const size_t                block = 18;
@@ -325,6 +342,7 @@ void test_softcap(const ggml_ext_attention_path & path) {
 int main() {
     ggml_cpu_init();
     CHECK(std::strcmp(generic().name, "generic") == 0 && generic().available(), "the last path is generic");
+    test_quantize_limits(generic());
     for (int i = 0; i < ggml_ext_attention_n_paths - 1; i++) {
         const ggml_ext_attention_path & path = *ggml_ext_attention_paths[i];
         if (!path.available()) {
@@ -332,6 +350,7 @@ int main() {
             continue;
         }
         test_quantize(path);
+        test_quantize_limits(path);
         test_scales(path);
         test_pack(path);
         test_softcap(path);
