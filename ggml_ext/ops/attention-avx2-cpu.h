@@ -3,21 +3,13 @@
 #ifndef GGML_EXT_ATTENTION_AVX2_CPU_H
 #define GGML_EXT_ATTENTION_AVX2_CPU_H
 
-#include "attention-cpu.h"
-#include "x86.h"
+#include "attention-x86-cpu.h"
 
 #ifdef GGML_EXT_X86
 
 #    define TARGET GGML_EXT_AVX2
-// Row counts and planes are constants where a kernel is expanded.
-#    define EXPAND TARGET static inline __attribute__((always_inline))
-#    define TILE   GGML_EXT_ATTENTION_TILE
-#    define GROUP  GGML_EXT_ATTENTION_GROUP
-#    define BATCH  GGML_EXT_ATTENTION_BATCH
-
 // As in struct ggml_ext_attention_path.
 float ggml_ext_attention_quantize_avx2(int n, int n_pad, const float * x, int8_t * codes);
-void  ggml_ext_attention_scales_avx2(int n_blocks, size_t block_size, const char * const * rows, float * out);
 bool  ggml_ext_attention_levels_avx2(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate);
 void  ggml_ext_attention_pack_k_avx2(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k);
 void ggml_ext_attention_pack_v_avx2(enum ggml_type type, const char * const * rows, int n_blocks, const int8_t * negate,

@@ -205,31 +205,7 @@ EXPAND void weights_of(const struct ggml_ext_attention_dims * dims, const struct
 
 TARGET static void weights(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
                            int n, const struct ggml_ext_attention_rows * rows) {
-    switch (rows->n_rows * 2 + dims->planes - 1) {
-        case 2:
-            weights_of(dims, tile, n, rows, 1, 1);
-            break;
-        case 3:
-            weights_of(dims, tile, n, rows, 1, 2);
-            break;
-        case 4:
-            weights_of(dims, tile, n, rows, 2, 1);
-            break;
-        case 5:
-            weights_of(dims, tile, n, rows, 2, 2);
-            break;
-        case 6:
-            weights_of(dims, tile, n, rows, 3, 1);
-            break;
-        case 7:
-            weights_of(dims, tile, n, rows, 3, 2);
-            break;
-        case 8:
-            weights_of(dims, tile, n, rows, 4, 1);
-            break;
-        default:
-            weights_of(dims, tile, n, rows, 4, 2);
-    }
+    WITH_CONSTANTS(rows->n_rows, dims->planes, weights_of, dims, tile, n, rows);
 }
 
 // --- weights times V ---
@@ -285,31 +261,7 @@ EXPAND void accumulate_rows(const struct ggml_ext_attention_dims * dims, const s
 
 TARGET static void accumulate(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
                               const struct ggml_ext_attention_rows * rows) {
-    switch (rows->n_rows * 2 + dims->planes - 1) {
-        case 2:
-            accumulate_rows(dims, tile, rows, 1, 1);
-            break;
-        case 3:
-            accumulate_rows(dims, tile, rows, 1, 2);
-            break;
-        case 4:
-            accumulate_rows(dims, tile, rows, 2, 1);
-            break;
-        case 5:
-            accumulate_rows(dims, tile, rows, 2, 2);
-            break;
-        case 6:
-            accumulate_rows(dims, tile, rows, 3, 1);
-            break;
-        case 7:
-            accumulate_rows(dims, tile, rows, 3, 2);
-            break;
-        case 8:
-            accumulate_rows(dims, tile, rows, 4, 1);
-            break;
-        default:
-            accumulate_rows(dims, tile, rows, 4, 2);
-    }
+    WITH_CONSTANTS(rows->n_rows, dims->planes, accumulate_rows, dims, tile, rows);
 }
 
 const struct ggml_ext_attention_path ggml_ext_attention_avx512 = {
