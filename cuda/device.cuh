@@ -1,0 +1,243 @@
+// What device code of ours may use: CUDA's own names, and wrappers of the PTX instructions that have none. A kernel
+// lives in a .cuh that includes only this (and headers of plain structs), so that it also compiles for the emulator
+// of tests/native/cuda-emulator, which runs it on a CPU: there every name below has a plain C++ meaning.
+//
+// Architectures: sm_61 and newer; what needs more says so. GGML_EXT_CUDA_ARCH is __CUDA_ARCH__ in device code.
+
+#pragma once
+
+#ifdef GGML_EXT_CUDA_EMULATED
+#    include "emulator.h"
+#else
+
+#    include <cuda_bf16.h>
+#    include <cuda_fp16.h>
+#    include <cuda_runtime.h>
+
+#    include <cstddef>
+#    include <cstdint>
+
+#    ifdef __CUDA_ARCH__
+#        define GGML_EXT_CUDA_ARCH __CUDA_ARCH__
+#    else
+#        define GGML_EXT_CUDA_ARCH 0
+#    endif
+
+// Dynamic shared memory of the block as a pointer `name`, aligned to 128 bytes.
+#    define GGML_EXT_DYNAMIC_SHARED(type, name)                          \
+        extern __shared__ __align__(128) char ggml_ext_dynamic_shared[]; \
+        type * const                          name = reinterpret_cast<type *>(ggml_ext_dynamic_shared)
+
+// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...). More than 48 KiB of dynamic shared memory is asked
+// for here. Returns the launch's error.
+template <typename... Params, typename... Args>
+inline cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                                        cudaStream_t stream, Args... args) {
+    if (shared_bytes > 48 * 1024) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) shared_bytes);
+        if (error != cudaSuccess) {
+            return error;
+        }
+    }
+    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
+    return cudaGetLastError();
+}
+
+namespace ggml_ext {
+
+// A path that the launcher never takes on this architecture.
+__device__ __forceinline__ void unreachable_arch() {
+    __trap();
+}
+
+__device__ __forceinline__ unsigned shared_address(const void * p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// --- copies from global to shared memory, asynchronous from sm_80 on, plain before ---
+
+// BYTES: 4, 8 or 16; both pointers are aligned to it. Where !valid, nothing is read and shared memory gets zeros.
+// A copy of 16 bytes bypasses L1.
+template <int BYTES> __device__ __forceinline__ void cp_async(void * shared, const void * global, bool valid = true) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+#    if GGML_EXT_CUDA_ARCH >= 800
+    const int n = valid ? BYTES : 0;
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(n)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                     "n"(BYTES), "r"(n)
+                     : "memory");
+    }
+#    else
+    if constexpr (BYTES == 16) {
+        *static_cast<int4 *>(shared) = valid ? *static_cast<const int4 *>(global) : make_int4(0, 0, 0, 0);
+    } else if constexpr (BYTES == 8) {
+        *static_cast<int2 *>(shared) = valid ? *static_cast<const int2 *>(global) : make_int2(0, 0);
+    } else {
+        *static_cast<int *>(shared) = valid ? *static_cast<const int *>(global) : 0;
+    }
+#    endif
+}
+
+// Closes this thread's group of copies.
+__device__ __forceinline__ void cp_async_commit() {
+#    if GGML_EXT_CUDA_ARCH >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#    endif
+}
+
+// Waits until at most PENDING of this thread's latest groups are under way. Other threads see the data after a barrier.
+template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
+#    if GGML_EXT_CUDA_ARCH >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#    endif
+}
+
+// --- loads ---
+
+// Read once, from memory that no thread of the grid writes: not kept in L1.
+__device__ __forceinline__ uint32_t load_once(const uint32_t * p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ uint4 load_once(const uint4 * p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+// --- ldmatrix (sm_75 and newer): 8 x 8 matrices of 16-bit elements, rows of 16 aligned bytes in shared memory.
+// Lane l names row l % 8 of matrix l / 8 (x2: lanes 16 and up are ignored). Lane l gets elements 2 (l % 4) and
+// 2 (l % 4) + 1 of row l / 4 of each matrix; trans: of column l / 4 instead. PTX ISA, "ldmatrix".
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void * row) {
+#    if GGML_EXT_CUDA_ARCH >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#    else
+    unreachable_arch();
+#    endif
+}
+
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void * row) {
+#    if GGML_EXT_CUDA_ARCH >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+#    else
+    unreachable_arch();
+#    endif
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void * row) {
+#    if GGML_EXT_CUDA_ARCH >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#    else
+    unreachable_arch();
+#    endif
+}
+
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void * row) {
+#    if GGML_EXT_CUDA_ARCH >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+#    else
+    unreachable_arch();
+#    endif
+}
+
+// --- tensor cores ---
+// Fragments of lane l, g = l / 4, t = l % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k32" and "... m16n8k16"):
+//   d[0], d[1]: row g, columns 2 t and 2 t + 1; d[2], d[3]: row g + 8, the same columns.
+//   s8, k = 32:  a[0]: row g, k 4 t .. 4 t + 3; a[1]: row g + 8; a[2]: row g, k + 16; a[3]: row g + 8, k + 16
+//                b[0]: column g, k 4 t .. 4 t + 3; b[1]: k + 16
+//   f16, k = 16: a[0]: row g, k 2 t, 2 t + 1; a[1]: row g + 8; a[2]: row g, k + 8; a[3]: row g + 8, k + 8
+//                b[0]: column g, k 2 t, 2 t + 1; b[1]: k + 8
+
+// d += a b, s8 x s8 -> s32, no saturation. sm_75 and newer (sm_75 as four m8n8k16).
+__device__ __forceinline__ void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#    if GGML_EXT_CUDA_ARCH >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#    elif GGML_EXT_CUDA_ARCH >= 750
+    for (int half_k = 0; half_k < 2; half_k++) {
+        for (int half_m = 0; half_m < 2; half_m++) {
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(d[2 * half_m]), "+r"(d[2 * half_m + 1])
+                : "r"(a[2 * half_k + half_m]), "r"(b[half_k]));
+        }
+    }
+#    else
+    unreachable_arch();
+#    endif
+}
+
+// d += a b, f16 x f16 -> f32. Registers hold two f16, the lower k in the low half. sm_75 and newer.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#    if GGML_EXT_CUDA_ARCH >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#    elif GGML_EXT_CUDA_ARCH >= 750
+    for (int half_k = 0; half_k < 2; half_k++) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[2 * half_k]), "r"(a[2 * half_k + 1]), "r"(b[half_k]));
+    }
+#    else
+    unreachable_arch();
+#    endif
+}
+
+// --- arithmetic ---
+
+// 2^x, relative error about 2^-22, denormal results are 0 (ex2.approx.ftz).
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace ggml_ext
+
+#endif  // GGML_EXT_CUDA_EMULATED
+
+namespace ggml_ext {
+
+// Sum over the 2^n lanes whose numbers differ in the low n bits, for all of them; WIDTH = 2^n.
+template <int WIDTH = 32, typename T> __device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
+    }
+    return x;
+}
+
+template <int WIDTH = 32> __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    }
+    return x;
+}
+
+}  // namespace ggml_ext

@@ -1,0 +1,62 @@
+#include "common.cuh"
+#include "ext-cuda.h"
+#include "ggml-ext-hooks.h"
+
+static const ggml_ext_cuda_feature * const features[] = {
+    &ggml_ext_cuda_scale_add,
+};
+
+static const ggml_ext_cuda_feature * find(int device, const ggml_tensor * op) {
+    for (const ggml_ext_cuda_feature * feature : features) {
+        if (feature->applies(device, op)) {
+            return feature;
+        }
+    }
+    return nullptr;
+}
+
+static bool needs_us(const ggml_tensor * op) {
+    if (op->op == GGML_OP_EXT || op->type == GGML_TYPE_FQ4) {
+        return true;
+    }
+    for (const ggml_tensor * source : op->src) {
+        if (source && source->type == GGML_TYPE_FQ4) {
+            return true;
+        }
+    }
+    return false;
+}
+
+ggml_ext_cuda_answer ggml_ext_cuda_supports(int device, const ggml_tensor * op) {
+    if (find(device, op)) {
+        return GGML_EXT_CUDA_YES;
+    }
+    return needs_us(op) ? GGML_EXT_CUDA_NO : GGML_EXT_CUDA_NOT_OURS;
+}
+
+bool ggml_ext_cuda_owns(const ggml_tensor * product) {
+    return product->src[0]->type == GGML_TYPE_FQ4;
+}
+
+int ggml_ext_cuda_fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i) {
+    for (const ggml_ext_cuda_feature * feature : features) {
+        const int following = feature->fuse ? feature->fuse(ctx, graph, i) : 0;
+        if (following > 0) {
+            return following;
+        }
+    }
+    return 0;
+}
+
+bool ggml_ext_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_ext_cuda_feature * feature = find(ctx.device, dst);
+    if (!feature) {
+        return false;
+    }
+    feature->compute(ctx, dst);
+    return true;
+}
+
+void ggml_ext_cuda_graph_begin(ggml_backend_cuda_context &) {}
+
+void ggml_ext_cuda_free(ggml_backend_cuda_context &) {}

@@ -1,0 +1,109 @@
+// What cuda/device.cuh makes of PTX instructions, after the fragments that the PTX ISA documents. Same names and
+// meaning as there.
+
+#pragma once
+
+namespace ggml_ext {
+
+[[noreturn]] inline void unreachable_arch() {
+    ggml_ext_emulator::fail("a path that this architecture does not have");
+}
+
+template <int BYTES> void cp_async(void * shared, const void * global, bool valid = true) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    if (uintptr_t(shared) % BYTES || uintptr_t(global) % BYTES) {
+        ggml_ext_emulator::fail("cp_async: an address is not aligned to the size");
+    }
+    ggml_ext_emulator::async_copy(shared, global, BYTES, valid);
+}
+inline void cp_async_commit() {
+    ggml_ext_emulator::async_commit();
+}
+template <int PENDING> void cp_async_wait() {
+    ggml_ext_emulator::async_wait(PENDING);
+}
+
+inline uint32_t load_once(const uint32_t * p) {
+    if (uintptr_t(p) % 4) {
+        ggml_ext_emulator::fail("load_once: an address is not aligned to 4 bytes");
+    }
+    return *p;
+}
+inline uint4 load_once(const uint4 * p) {
+    if (uintptr_t(p) % 16) {
+        ggml_ext_emulator::fail("load_once: an address is not aligned to 16 bytes");
+    }
+    return *p;
+}
+
+template <int N, bool TRANS> void emulated_ldmatrix(uint32_t (&r)[N], const void * row) {
+    const auto     rows = ggml_ext_emulator::share(0xffffffffu, static_cast<const char *>(row));
+    const unsigned lane = ggml_ext_emulator::lane(), g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < N; i++) {
+        const auto element = [&](unsigned line, unsigned column) {
+            const char * p = rows[8 * i + line];
+            if (uintptr_t(p) % 16) {
+                ggml_ext_emulator::fail("ldmatrix: a row is not aligned to 16 bytes");
+            }
+            uint16_t value;
+            std::memcpy(&value, p + 2 * column, 2);
+            return uint32_t(value);
+        };
+        r[i] =
+            TRANS ? element(2 * t, g) | element(2 * t + 1, g) << 16 : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+    }
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void * row) {
+    emulated_ldmatrix<4, false>(r, row);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void * row) {
+    emulated_ldmatrix<2, false>(r, row);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void * row) {
+    emulated_ldmatrix<4, true>(r, row);
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void * row) {
+    emulated_ldmatrix<2, true>(r, row);
+}
+
+struct emulated_fragments {
+    uint32_t a[4], b[2];
+};
+
+// Calls product(row register of a, column register of b, accumulator) for the terms of this lane's four results.
+// Register pairs of k: a[0] and a[2] (rows g), a[1] and a[3] (rows g + 8) with b[0] and b[1].
+template <typename D, typename F>
+void emulated_mma(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const F & product) {
+    emulated_fragments mine;
+    std::memcpy(mine.a, a, sizeof(a));
+    std::memcpy(mine.b, b, sizeof(b));
+    const auto     all  = ggml_ext_emulator::share(0xffffffffu, mine);
+    const unsigned lane = ggml_ext_emulator::lane(), g = lane / 4, t = lane % 4;
+    for (unsigned column = 0; column < 2; column++) {
+        for (unsigned source = 0; source < 4; source++) {
+            const emulated_fragments row = all[4 * g + source], other = all[4 * (2 * t + column) + source];
+            for (unsigned k = 0; k < 2; k++) {
+                product(row.a[2 * k], other.b[k], d[column]);
+                product(row.a[2 * k + 1], other.b[k], d[2 + column]);
+            }
+        }
+    }
+}
+
+inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulated_mma(d, a, b, [](uint32_t x, uint32_t y, int32_t & sum) { sum = __dp4a(int(x), int(y), sum); });
+}
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulated_mma(d, a, b, [](uint32_t x, uint32_t y, float & sum) {
+        for (int i = 0; i < 2; i++) {
+            sum += __half2float({ uint16_t(x >> 16 * i) }) * __half2float({ uint16_t(y >> 16 * i) });
+        }
+    });
+}
+
+inline float exp2_approx(float x) {
+    const float y = std::exp2(x);
+    return std::fabs(y) < 0x1p-126f ? 0.0f : y;
+}
+
+}  // namespace ggml_ext
