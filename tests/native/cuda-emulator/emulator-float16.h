@@ -50,6 +50,12 @@ inline half ggml_ext_emulated_half(double x) {
     return { uint16_t(sign | ((biased - 1) * 1024 + mantissa)) };
 }
 
+inline half __ushort_as_half(unsigned short bits) {
+    return { bits };
+}
+inline unsigned short __half_as_ushort(half h) {
+    return h.bits;
+}
 inline half __float2half(float x) {
     return ggml_ext_emulated_half(x);
 }

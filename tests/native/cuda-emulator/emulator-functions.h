@@ -59,6 +59,16 @@ inline int __any_sync(unsigned mask, int predicate) {
 inline int __all_sync(unsigned mask, int predicate) {
     return __ballot_sync(mask, predicate) == mask;
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    const auto all    = ggml_ext_emulator::share(mask, value);
+    unsigned   result = 0;
+    for (unsigned lane = 0; lane < 32; lane++) {
+        if ((mask >> lane & 1) && all[lane] > result) {
+            result = all[lane];
+        }
+    }
+    return result;
+}
 inline unsigned __activemask() {
     return 0xffffffffu;
 }
@@ -106,17 +116,13 @@ inline int __dp4a(int a, int b, int c) {
     }
     return c;
 }
-// Byte i of the result is byte (selector nibble i, 3 bits) of b:a; with bit 3 set, copies of that byte's sign.
+// Byte i of the result is byte (selector nibble i) of b:a. Bit 3 of a nibble is ignored: CUDA's function masks it, so
+// that PTX's prmt never sees its sign mode.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t both   = uint64_t(b) << 32 | a;
     unsigned       result = 0;
     for (int i = 0; i < 4; i++) {
-        const unsigned s    = selector >> 4 * i & 0xf;
-        unsigned       byte = unsigned(both >> 8 * (s & 7)) & 0xff;
-        if (s & 8) {
-            byte = byte & 0x80 ? 0xff : 0;
-        }
-        result |= byte << 8 * i;
+        result |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
     }
     return result;
 }
@@ -125,6 +131,10 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
     return unsigned((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
+}
+// Shifts of 32 and more count as 32.
+inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
+    return shift < 32 ? __funnelshift_r(low, high, shift) : high;
 }
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
@@ -165,6 +175,12 @@ inline int64_t min(int64_t a, int64_t b) {
 inline int64_t max(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
+inline uint64_t min(uint64_t a, uint64_t b) {
+    return a < b ? a : b;
+}
+inline uint64_t max(uint64_t a, uint64_t b) {
+    return a > b ? a : b;
+}
 
 // --- floats; conversions round to nearest even and saturate, NaN becomes 0 ---
 
@@ -198,6 +214,12 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline float __fdividef(float a, float b) {
     return a / b;
+}
+inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+inline float __fmaf_rn(float a, float b, float c) {
+    return std::fma(a, b, c);
 }
 inline float __frcp_rn(float x) {
     return 1.0f / x;

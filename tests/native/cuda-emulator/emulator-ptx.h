@@ -16,6 +16,12 @@ template <int BYTES> void cp_async(void * shared, const void * global, bool vali
     }
     ggml_ext_emulator::async_copy(shared, global, BYTES, valid);
 }
+inline void cp_async_part(void * shared, const void * global, int n_bytes) {
+    if (uintptr_t(shared) % 16 || uintptr_t(global) % 16 || n_bytes < 0 || n_bytes > 16) {
+        ggml_ext_emulator::fail("cp_async_part: an address is not aligned to 16 bytes, or a wrong number of them");
+    }
+    ggml_ext_emulator::async_copy(shared, global, n_bytes ? size_t(n_bytes) : 16, n_bytes > 0);
+}
 inline void cp_async_commit() {
     ggml_ext_emulator::async_commit();
 }
@@ -36,21 +42,27 @@ inline uint4 load_once(const uint4 * p) {
     return *p;
 }
 
+struct emulated_row {
+    uint16_t values[8];
+};
+
+// Each lane reads its row when it arrives, so a row that another lane wrote needs a __syncwarp before.
 template <int N, bool TRANS> void emulated_ldmatrix(uint32_t (&r)[N], const void * row) {
-    const auto     rows = ggml_ext_emulator::share(0xffffffffu, static_cast<const char *>(row));
     const unsigned lane = ggml_ext_emulator::lane(), g = lane / 4, t = lane % 4;
+    emulated_row   mine = {};
+    if (lane < 8 * N) {
+        if (uintptr_t(row) % 16) {
+            ggml_ext_emulator::fail("ldmatrix: a row is not aligned to 16 bytes");
+        }
+        std::memcpy(&mine, row, sizeof(mine));
+    }
+    const auto rows    = ggml_ext_emulator::share(0xffffffffu, mine);
+    const auto element = [&](unsigned i, unsigned line, unsigned column) {
+        return uint32_t(rows[8 * i + line].values[column]);
+    };
     for (unsigned i = 0; i < N; i++) {
-        const auto element = [&](unsigned line, unsigned column) {
-            const char * p = rows[8 * i + line];
-            if (uintptr_t(p) % 16) {
-                ggml_ext_emulator::fail("ldmatrix: a row is not aligned to 16 bytes");
-            }
-            uint16_t value;
-            std::memcpy(&value, p + 2 * column, 2);
-            return uint32_t(value);
-        };
-        r[i] =
-            TRANS ? element(2 * t, g) | element(2 * t + 1, g) << 16 : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+        r[i] = TRANS ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16 :
+                       element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
     }
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void * row) {
@@ -64,6 +76,13 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void * row) {
 }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void * row) {
     emulated_ldmatrix<2, true>(r, row);
+}
+
+inline uint32_t move_matrix_trans(uint32_t row) {
+    const auto     rows = ggml_ext_emulator::share(0xffffffffu, row);
+    const unsigned lane = ggml_ext_emulator::lane(), g = lane / 4, t = lane % 4;
+    const auto     element = [&](unsigned line) { return rows[4 * line + g / 2] >> 16 * (g % 2) & 0xffff; };
+    return element(2 * t) | element(2 * t + 1) << 16;
 }
 
 struct emulated_fragments {
@@ -93,12 +112,47 @@ void emulated_mma(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
 inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma(d, a, b, [](uint32_t x, uint32_t y, int32_t & sum) { sum = __dp4a(int(x), int(y), sum); });
 }
+inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]) {
+    std::memcpy(d, c, sizeof(d));
+    mma_s8(d, a, b);
+}
+inline void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulated_mma(d, a, b, [](uint32_t x, uint32_t y, int32_t & sum) {
+        for (int i = 0; i < 4; i++) {
+            sum += int(uint8_t(x >> 8 * i)) * int(int8_t(y >> 8 * i));
+        }
+    });
+}
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma(d, a, b, [](uint32_t x, uint32_t y, float & sum) {
         for (int i = 0; i < 2; i++) {
             sum += __half2float({ uint16_t(x >> 16 * i) }) * __half2float({ uint16_t(y >> 16 * i) });
         }
     });
+}
+
+inline void grid_dependency_launch() {}
+inline void grid_dependency_wait() {}
+
+template <typename T> T opaque(T x) {
+    return x;
+}
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t result = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t nibble = selector >> 4 * i;
+        uint32_t       byte   = ((nibble & 4 ? b : a) >> 8 * (nibble & 3)) & 0xff;
+        if (nibble & 8) {
+            byte = byte >> 7 ? 0xff : 0;
+        }
+        result |= byte << 8 * i;
+    }
+    return result;
+}
+
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+    return (a & mask) | (b & ~mask);
 }
 
 inline float exp2_approx(float x) {

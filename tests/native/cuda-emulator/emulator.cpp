@@ -18,6 +18,7 @@ dim3  block_dim, grid_dim;
 namespace {
 
 constexpr size_t stack_size = 256 * 1024;
+constexpr int    poison     = 0xff;  // NaN as float and half, -1 as an integer
 
 struct copy {
     void *       to;
@@ -139,6 +140,49 @@ void start(size_t i) {
     makecontext(&f.context, thread_main, 0);
 }
 
+// Exactly as much as asked for, so that the address sanitizer sees the first byte past it.
+void allocate_shared(size_t n_bytes) {
+    void * memory = nullptr;
+    if (n_bytes && posix_memalign(&memory, 128, n_bytes)) {
+        fail("no memory");
+    }
+    if (memory) {
+        std::memset(memory, poison, n_bytes);
+    }
+    shared_memory = static_cast<char *>(memory);
+}
+
+// Runs every thread of a warp that is ready up to its next wait, in any order. Returns whether there was one.
+bool run_warp(size_t warp) {
+    size_t lanes[32], n = 0;
+    for (size_t i = 32 * warp; i < std::min(32 * warp + 32, fibers.size()); i++) {
+        lanes[n++] = i;
+    }
+    std::shuffle(lanes, lanes + n, order);
+    bool moved = false;
+    for (size_t i = 0; i < n; i++) {
+        if (fibers[lanes[i]].now == state::ready) {
+            to_fiber(lanes[i]);
+            moved = true;
+        }
+    }
+    return moved;
+}
+
+// Any warp with a thread that can run.
+size_t ready_warp() {
+    std::vector<size_t> ready;
+    for (size_t i = 0; i < fibers.size(); i++) {
+        if (fibers[i].now == state::ready && (ready.empty() || ready.back() != i / 32)) {
+            ready.push_back(i / 32);
+        }
+    }
+    if (ready.empty()) {
+        fail("deadlock: threads wait at a barrier or in a warp operation that others never reach");
+    }
+    return ready[order() % ready.size()];
+}
+
 void run_block(size_t n_threads) {
     fibers.clear();
     fibers.resize(n_threads);
@@ -146,22 +190,13 @@ void run_block(size_t n_threads) {
     warps.resize((n_threads + 31) / 32);
     n_running       = int(n_threads);
     barrier_waiting = barrier_sum = 0;
-    std::vector<size_t> turn(n_threads);
     for (size_t i = 0; i < n_threads; i++) {
-        turn[i] = i;
         start(i);
     }
     while (n_running > 0) {
-        std::shuffle(turn.begin(), turn.end(), order);
-        bool moved = false;
-        for (size_t i : turn) {
-            if (fibers[i].now == state::ready) {
-                to_fiber(i);
-                moved = true;
-            }
-        }
-        if (!moved) {
-            fail("deadlock: threads wait at a barrier or in a warp operation that others never reach");
+        // One warp runs on while the others stand still, so that a barrier that is missing shows.
+        const size_t warp = ready_warp();
+        for (int rounds = 1 << order() % 8; rounds > 0 && run_warp(warp); rounds--) {
         }
     }
 }
@@ -226,7 +261,9 @@ const char * exchange(unsigned mask, const void * mine, size_t size) {
     return fibers[current].all_parts;
 }
 
+// Until the wait, what is at the destination is unknown: a device may write it at once or at the last moment.
 void async_copy(void * to, const void * from, size_t size, bool valid) {
+    std::memset(to, poison, size);
     fibers[current].open.push_back({ to, from, size, valid });
 }
 
@@ -256,13 +293,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     for (unsigned z = 0; z < grid.z; z++) {
         for (unsigned y = 0; y < grid.y; y++) {
             for (unsigned x = 0; x < grid.x; x++) {
-                block_idx     = { x, y, z };
-                shared_memory = shared_bytes ?
-                                    static_cast<char *>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)) :
-                                    nullptr;
-                if (shared_memory) {
-                    std::memset(shared_memory, 0xff, shared_bytes);  // NaN as float and half, -1 as an integer
-                }
+                block_idx = { x, y, z };
+                allocate_shared(shared_bytes);
                 run_block(n_threads);
                 std::free(shared_memory);
             }

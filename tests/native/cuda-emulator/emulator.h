@@ -2,11 +2,13 @@
 // GGML_EXT_CUDA_EMULATED is defined. Every thread of a block is a fiber; blocks run one after the other.
 //
 // What it finds: wrong indices and fragments, accesses outside a buffer (under the address sanitizer), barriers and
-// warp operations that not all named threads reach (it ends the process and says which), a missing __syncthreads or
-// __syncwarp (each thread runs alone up to its next one, in an order that changes from one to the next), a missing
-// cp_async_wait (copies are made no sooner than that), shared memory that is read before it is written (NaN patterns).
-// What it cannot find: anything about speed, memory order between blocks, registers, and PTX that says something else
-// than its wrapper's comment.
+// warp operations that not all named threads reach (it ends the process and says which), a missing __syncthreads (one
+// warp, chosen by chance, runs ahead of the others for a while) or __syncwarp (each thread runs alone up to its next
+// one, in an order that changes), cp_async whose data is read before its wait or whose destination is still in use
+// (poison from the copy on, the data from the wait on), dynamic shared memory that is read before it is written (poison).
+// What it cannot find: anything about speed, memory order between blocks, registers, the flush of denormals and the
+// approximate division of -use_fast_math, reads of static __shared__ variables before they are written (these keep the
+// last block's values), and PTX that says something else than its wrapper's comment.
 
 #pragma once
 
