@@ -3,6 +3,7 @@
 #include "llama-arch.h"
 #include "llama-model.h"
 #include "ops/ext-op.h"
+#include "ops/kron.h"
 #include "transform.h"
 
 #include <stdexcept>
@@ -28,7 +29,8 @@ const ggml_ext_weight * find(const ggml_ext_model & ext, const ggml_tensor * w) 
 
 }  // namespace
 
-ggml_ext_graph::ggml_ext_graph(const llama_model & model) : model(model), ext(model.ggml_ext), outer(innermost) {
+ggml_ext_graph::ggml_ext_graph(const llama_model & model, bool observed) :
+    model(model), observed(observed), ext(model.ggml_ext), outer(innermost) {
     innermost = this;
 }
 
@@ -51,6 +53,9 @@ ggml_tensor * ggml_ext_graph::input(ggml_context * ctx, ggml_tensor * w, ggml_te
         if (!shared) {
             shared = ggml_ext_kron(ctx, ggml_ext_with_adjacent_values(ctx, x), site.left, site.right, site.hadamard,
                                    site.clip);
+            if (!observed) {
+                ggml_ext_kron_set_unobserved(shared);
+            }
         }
         x = shared;
     }

@@ -27,7 +27,8 @@ void ggml_ext_llama_load(llama_model_loader & ml, llama_model & model);
 // long as its construction. Outside of it they change nothing.
 class ggml_ext_graph {
   public:
-    explicit ggml_ext_graph(const llama_model & model);
+    // observed: an evaluation callback sees the nodes.
+    ggml_ext_graph(const llama_model & model, bool observed);
     ~ggml_ext_graph();
     ggml_ext_graph(const ggml_ext_graph &)             = delete;
     ggml_ext_graph & operator=(const ggml_ext_graph &) = delete;
@@ -51,6 +52,7 @@ class ggml_ext_graph {
     void check_caches(const ggml_tensor * node) const;
 
     const llama_model &                   model;
+    const bool                            observed;
     std::shared_ptr<const ggml_ext_model> ext;
     ggml_ext_graph * const                outer;
 

@@ -3,6 +3,8 @@
 #include "ext-op-new.h"
 #include "ggml-impl.h"
 
+#include <string.h>
+
 static void kron_check_factor(const struct ggml_tensor * factor, int64_t n) {
     GGML_ASSERT((factor->type == GGML_TYPE_F32 || factor->type == GGML_TYPE_F16) && "kron: a factor is F32 or F16");
     GGML_ASSERT(factor->ne[0] == factor->ne[1] && factor->ne[2] == 1 && factor->ne[3] == 1 &&
@@ -33,11 +35,18 @@ struct ggml_tensor * ggml_ext_kron(struct ggml_context * ctx, struct ggml_tensor
                 "kron: the orders multiply to the row length of x");
     GGML_ASSERT((left || right_order > 0 || clip < 1.0f) && "kron: there is a factor or a clip");
 
-    const struct ggml_ext_kron_params params = { hadamard, clip };
+    const struct ggml_ext_kron_params params = { hadamard, clip, 0 };
     struct ggml_tensor *              result = ggml_new_tensor(ctx, GGML_TYPE_F32, GGML_MAX_DIMS, x->ne);
     ggml_ext_op_init(result, GGML_EXT_OP_KRON, &params, sizeof(params));
     result->src[0] = x;
     result->src[1] = left;
     result->src[2] = right;
     return result;
+}
+
+void ggml_ext_kron_set_unobserved(struct ggml_tensor * kron) {
+    struct ggml_ext_kron_params params;
+    memcpy(&params, kron->op_params + 1, sizeof(params));
+    params.unobserved = 1;
+    memcpy(kron->op_params + 1, &params, sizeof(params));
 }
