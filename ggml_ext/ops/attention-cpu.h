@@ -8,6 +8,7 @@
 #ifndef GGML_EXT_ATTENTION_CPU_H
 #define GGML_EXT_ATTENTION_CPU_H
 
+#include "attention-setting.h"
 #include "ggml.h"
 
 #include <stdbool.h>
@@ -21,23 +22,6 @@ extern "C" {
 #define GGML_EXT_ATTENTION_GROUP  32  // codes per block of every quantised cache type
 #define GGML_EXT_ATTENTION_BATCH  4   // rows per call of a kernel
 #define GGML_EXT_ATTENTION_PLANES 2   // at most
-
-enum ggml_ext_attention_mode {
-    GGML_EXT_ATTENTION_OFF,
-    GGML_EXT_ATTENTION_HALF,  // weights of 16 bits: two planes of bytes, the high one first
-    GGML_EXT_ATTENTION_FULL,  // weights of 8 bits
-};
-
-struct ggml_ext_attention_setting {
-    enum ggml_ext_attention_mode mode;
-    bool                         f16;     // f16 caches as well
-    bool                         smooth;  // K smoothing, for f16 K
-    bool                         fast;    // only where this processor has kernels of its own
-};
-
-// The process's setting: ggml_ext_attention_set, or else the environment's GGML_EXT_ATTN and GGML_EXT_ATTN_SMOOTH.
-// A wrong value in the environment ends the process with a message.
-struct ggml_ext_attention_setting ggml_ext_attention_setting(void);
 
 // K or V of one tile, decoded. Heads are padded with zero codes to a multiple of 32. All arrays are 64-byte aligned.
 //

@@ -1,6 +1,7 @@
 // The switch of quantised attention: the environment's GGML_EXT_ATTN, or ggml_ext_attention_set.
 
-#include "attention-cpu.h"
+#include "attention-setting.h"
+
 #include "ggml-ext.h"
 
 #include <stdatomic.h>

@@ -1,0 +1,60 @@
+// Attention of many queries: the launches, in the order in which they run. Shared with the emulator's tests.
+
+#pragma once
+
+#include "attention_merge.cuh"
+#include "attention_plan.h"
+#include "attention_quantize.cuh"
+#include "attention_shapes.cuh"
+
+namespace ggml_ext {
+
+// Blocks for n items, one per warp, in a grid-stride loop.
+inline dim3 attention_grid(int64_t n, int threads) {
+    return dim3((unsigned) std::min<int64_t>(attention_ceil(n, threads / 32), 65535));
+}
+
+inline cudaError_t attention_launch_quantize(const attention_prefill & p, cudaStream_t stream) {
+    const dim3  threads(attention_prepare_threads), per_channel((p.d + 31) / 32 * 32);
+    cudaError_t error = cudaSuccess;
+    if (p.smooth) {
+        error = ggml_ext_cuda_launch(attention_k_sums_kernel, dim3(p.n_tiles, p.n_heads), per_channel, 0, stream, p);
+        if (error == cudaSuccess) {
+            error = ggml_ext_cuda_launch(attention_k_mean_kernel, dim3(p.n_heads), per_channel, 0, stream, p);
+        }
+    }
+    if (error == cudaSuccess) {
+        error = ggml_ext_cuda_launch(attention_quantize_q_kernel,
+                                     attention_grid(p.n_heads * p.padded_rows, attention_prepare_threads), threads, 0,
+                                     stream, p);
+    }
+    if (error == cudaSuccess) {
+        error = ggml_ext_cuda_launch(p.full ? attention_prepare_kv_kernel<true> : attention_prepare_kv_kernel<false>,
+                                     dim3((unsigned) (p.padded_kv / p.layout.tokens), p.n_heads), threads,
+                                     p.full ? p.layout.tokens * (sizeof(float) + p.d) : 0, stream, p);
+    }
+    if (error == cudaSuccess && p.visible) {
+        error =
+            ggml_ext_cuda_launch(attention_visible_kernel,
+                                 attention_grid(p.n_mask_streams * p.n_blocks * p.n_tiles, attention_prepare_threads),
+                                 threads, 0, stream, p);
+    }
+    return error;
+}
+
+// Everything, for a planned and placed problem. prefill: attention_launch_prefill of its head size.
+template <typename F>
+cudaError_t attention_launch(const attention_prefill & p, cudaStream_t stream, const F & prefill) {
+    cudaError_t error = attention_launch_quantize(p, stream);
+    if (error == cudaSuccess) {
+        error = prefill(p, stream);
+    }
+    if (error == cudaSuccess && p.n_chunks > 1) {
+        error = ggml_ext_cuda_launch(attention_merge_kernel,
+                                     attention_grid(int64_t(p.n_heads) * p.n_rows, attention_merge_threads),
+                                     dim3(attention_merge_threads), 0, stream, p);
+    }
+    return error;
+}
+
+}  // namespace ggml_ext
