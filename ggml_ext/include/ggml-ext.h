@@ -25,7 +25,7 @@ extern "C" {
 // --- cffi: begin ---
 
 enum ggml_ext_error {
-    GGML_EXT_E_TYPE   = -1,  // no such type, or one that cannot be used this way
+    GGML_EXT_E_TYPE   = -1,  // no such type or object, or one that cannot be used this way
     GGML_EXT_E_SHAPE  = -2,  // row length is no multiple of the type's block, or a negative size
     GGML_EXT_E_FINITE = -3,  // NaN, Inf, or a value too large for the type among the inputs
     GGML_EXT_E_MEMORY = -4,  // out of memory
@@ -73,11 +73,11 @@ GGML_EXT_API const char * ggml_ext_cpu_paths(void);
 GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
                                       float * result);
 
-// Quantised attention on the CPU (docs/attention.md) for the whole process; it takes the place of the environment's
+// Quantised attention (docs/attention.md) for the whole process and every backend; it takes the place of the environment's
 // GGML_EXT_ATTN. mode: "off", "half", "full", "half/f16", "full/f16", "half/f16/smooth", "full/f16/smooth" or
 // "default". Not between the planning of a graph (ggml_graph_plan, or a backend's graph_compute) and the end of its
 // computation, in any thread: the plan's work buffer is sized for the mode. Returns 0 or GGML_EXT_E_TYPE for another
-// mode. [ggml-cpu]
+// mode. [ggml-base]
 GGML_EXT_API int32_t ggml_ext_attention_set(const char * mode);
 
 // The levels that quantised weights can take. A group is `group` consecutive weights of a row; its weights take
@@ -145,6 +145,58 @@ GGML_EXT_API bool ggml_ext_layers_eval(struct ggml_tensor * tensor, bool ask, vo
 // signal = sum array^2. Returns the number of outputs that were seen (none before a decode), or
 // GGML_EXT_E_SHAPE if one was no contiguous F32 [n_embd, tokens] or came twice. [llama]
 GGML_EXT_API int32_t ggml_ext_layers_sums(const struct ggml_ext_layers * layers, double * error, double * signal);
+
+// Fused sampler (docs/sampling.md): top-k, locally typical, top-p, min-p and temperature in any order, and the draw, as
+// one llama_sampler. Logit bias, penalties and grammars stay upstream's and run before it in a chain.
+struct llama_sampler;
+
+enum ggml_ext_sampler_stage {
+    GGML_EXT_SAMPLER_TOP_K       = 0,
+    GGML_EXT_SAMPLER_TYPICAL     = 1,
+    GGML_EXT_SAMPLER_TOP_P       = 2,
+    GGML_EXT_SAMPLER_MIN_P       = 3,
+    GGML_EXT_SAMPLER_TEMPERATURE = 4,
+};
+
+// A stage that is not listed is off, and so is one whose value says so. Ties: of equal logits the lower token id
+// comes first.
+struct ggml_ext_sampler_params {
+    int32_t  n_stages;     // 0 .. 8
+    int32_t  stages[8];    // enum ggml_ext_sampler_stage, each at most once, run in this order; upstream's default is
+                           // top_k, typical, top_p, min_p, temperature
+    float    temperature;  // <= 0: the largest logit
+    int32_t  top_k;        // <= 0: off
+    float    top_p;        // >= 1: off
+    float    min_p;        // <= 0: off
+    float    typical_p;    // >= 1: off
+    size_t   min_keep;     // top-p, min-p and typical keep at least so many candidates
+    uint32_t seed;         // 0xFFFFFFFF: random, and again at every llama_sampler_reset
+};
+
+// The sampler, for llama_sampler_chain_add or by itself; llama_sampler_free frees it. It must be the last of a chain.
+// It offers backend sampling (llama_set_sampler) for the stages top-k, top-p, min-p, temperature in this order.
+// NULL, with a line in llama.cpp's log, for a number that is not finite, an unknown stage or one listed twice.
+//
+// llama_sampler_apply leaves the kept candidates in ascending order of their ids (sorted = false) with p set, and
+// `selected`. Where a logit is NaN or +Inf, or none is finite, it leaves none (size 0, selected -1, which
+// llama_sampler_sample refuses) and logs that once; data[-1] then exists and holds LLAMA_TOKEN_NULL.
+// Reset, clone and free are as of upstream's dist sampler; one sampler is for one thread at a time. [llama]
+GGML_EXT_API struct llama_sampler * ggml_ext_sampler_fused(const struct ggml_ext_sampler_params * params);
+
+// Draws a token for logits [n_vocab] without an array of candidates; advances the generator as apply does. Returns
+// the token, GGML_EXT_E_FINITE where apply would leave none, GGML_EXT_E_SHAPE for n_vocab < 1, or GGML_EXT_E_TYPE for
+// another sampler or a null pointer. [llama]
+GGML_EXT_API int32_t ggml_ext_sampler_sample_logits(struct llama_sampler * fused, const float * logits,
+                                                    int32_t n_vocab);
+
+// The kept tokens in ascending order and their probabilities, without a draw. ids, probs [n_vocab]. Returns their
+// count or an error as above. [llama]
+GGML_EXT_API int32_t ggml_ext_sampler_kept(struct llama_sampler * fused, const float * logits, int32_t n_vocab,
+                                           int32_t * ids, float * probs);
+
+// The seed in use (a random one too, unlike the parameter), or GGML_EXT_E_TYPE for another sampler or a null pointer.
+// [llama]
+GGML_EXT_API int64_t ggml_ext_sampler_seed(const struct llama_sampler * fused);
 
 // --- cffi: end ---
 

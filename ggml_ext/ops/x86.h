@@ -1,5 +1,5 @@
 // x86 SIMD of the ops, chosen at run time: function attributes give each path its instructions,
-// whatever flags the file is compiled with. Included by *-cpu.c only.
+// whatever flags the file is compiled with. Included by *-cpu.c and llama/sampler-*.cpp only.
 
 #ifndef GGML_EXT_X86_H
 #define GGML_EXT_X86_H
