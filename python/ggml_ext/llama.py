@@ -216,6 +216,12 @@ class Model:
             )
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
 
+    @property
+    def context(self) -> int:
+        """Address of the llama_context that ``start`` made, for C functions that take one."""
+        assert self._context, "call start first"
+        return int(self._context)
+
     def clear(self) -> None:
         """Forget all sequences."""
         memory = self._api.llama_get_memory(self._context)

@@ -17,11 +17,15 @@ MAX_FILES = 18
 HOME = {
     "ggml/src/ggml-cuda/ggml-cuda.cu": {
         "ggml_ext_cuda_free": "ggml_backend_cuda_context::~ggml_backend_cuda_context(",
-        "ggml_ext_cuda_owns": "ggml_cuda_should_fuse_mul_mat_vec_q(",
+        "ggml_ext_cuda_owns(tensor)": "ggml_cuda_should_fuse_mul_mat_vec_q(",
+        "ggml_ext_cuda_owns(node)": "ggml_cuda_graph_check_compability(",
         "ggml_ext_cuda_compute": "ggml_cuda_compute_forward(",
         "ggml_ext_cuda_fuse": "ggml_cuda_try_fuse(",
         "ggml_ext_cuda_graph_begin": "ggml_cuda_graph_evaluate_and_capture(",
         "ggml_ext_cuda_supports": "ggml_backend_cuda_device_supports_op(",
+    },
+    "common/sampling.cpp": {
+        "ggml_ext_common_chain(": "common_sampler_init(",
     },
     "src/llama-graph.cpp": {
         "ggml_mul_mat(ctx0, w, ggml_ext_llama_input": "llm_graph_context::build_lora_mm(",
@@ -41,6 +45,10 @@ HOME = {
         "ext.check(": "llama_model::build_graph(",
     },
     "src/llama-model.h": {"ggml_ext; //": "struct llama_model {"},
+    "src/llama-sampler.cpp": {
+        "ggml_ext_sampler_alone(": "llama_token llama_sampler_sample(",
+        "ggml_ext_sampler_seed(": "uint32_t llama_sampler_get_seed(",
+    },
     "src/llama-model-saver.cpp": {"!model->ggml_ext": "llama_model_saver::add_tensors_from_model("},
 }
 
