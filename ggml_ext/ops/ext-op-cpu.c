@@ -7,6 +7,7 @@ static const struct ggml_ext_cpu_op * const table[GGML_EXT_OP_COUNT] = {
     [GGML_EXT_OP_SCALE_ADD] = &ggml_ext_cpu_scale_add,
     [GGML_EXT_OP_KRON]      = &ggml_ext_cpu_kron,
     [GGML_EXT_OP_ACT_ROUND] = &ggml_ext_cpu_act_round,
+    [GGML_EXT_OP_SAMPLE]    = &ggml_ext_cpu_sample,
 };
 
 // A graph that holds a sub-op we do not have can only come from a newer peer over RPC: stop, by name.

@@ -26,6 +26,7 @@ size_t ggml_ext_cpu_work_size(const struct ggml_tensor * dst, int n_tasks);
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_scale_add;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kron;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_act_round;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_sample;
 
 #ifdef __cplusplus
 }

@@ -9,6 +9,7 @@ static const char * const names[GGML_EXT_OP_COUNT] = {
     [GGML_EXT_OP_SCALE_ADD] = "scale_add",
     [GGML_EXT_OP_KRON]      = "kron",
     [GGML_EXT_OP_ACT_ROUND] = "act_round",
+    [GGML_EXT_OP_SAMPLE]    = "sample",
 };
 
 const char * ggml_ext_op_name(int32_t sub_op) {
@@ -20,6 +21,8 @@ void ggml_ext_op_init(struct ggml_tensor * result, enum ggml_ext_op sub_op, cons
     const int32_t id = sub_op;
     result->op       = GGML_OP_EXT;
     memcpy(result->op_params, &id, sizeof(id));
-    memcpy(result->op_params + 1, params, size);
+    if (size > 0) {
+        memcpy(result->op_params + 1, params, size);
+    }
     ggml_format_name(result, "ext_%s", ggml_ext_op_name(id));
 }

@@ -15,6 +15,7 @@ enum ggml_ext_op {
     GGML_EXT_OP_SCALE_ADD = 0,
     GGML_EXT_OP_KRON      = 1,
     GGML_EXT_OP_ACT_ROUND = 2,
+    GGML_EXT_OP_SAMPLE    = 3,
     GGML_EXT_OP_COUNT,
 };
 
@@ -43,7 +44,7 @@ GGML_API struct ggml_tensor * ggml_ext_scale_add(struct ggml_context * ctx, stru
 //                the place of right, which must be NULL; 0 or 1: none.
 //   clip:        in (0, 1]: each result row is clamped to +-clip * max|row|; 1: not clamped. Without
 //                any factor it must be below 1.
-// Result: F32, contiguous, shape of x. Identity factors give x back exactly (a zero may lose its sign).
+// Result: F32, contiguous, shape of x. Identity factors give x back exactly on the CPU (a zero may lose its sign).
 // NaN stays NaN and counts for no maximum.
 GGML_API struct ggml_tensor * ggml_ext_kron(struct ggml_context * ctx, struct ggml_tensor * x,
                                             struct ggml_tensor * left, struct ggml_tensor * right, int hadamard,
@@ -57,6 +58,29 @@ GGML_API struct ggml_tensor * ggml_ext_kron(struct ggml_context * ctx, struct gg
 // x: F32, nb0 == 4, other strides arbitrary; bits: 2..8. Result: F32, contiguous, shape of x.
 GGML_API struct ggml_tensor * ggml_ext_act_round(struct ggml_context * ctx, struct ggml_tensor * x, int bits,
                                                  int group);
+
+// What a row is sampled with; the stages come in the order of the fields. A row of I32 words in the op's parameters.
+struct ggml_ext_sample_params {
+    int32_t  top_k;        // <= 0: off
+    float    top_p;        // >= 1: off
+    double   log_min_p;    // ln(min_p); -Inf: off
+    int32_t  min_keep;     // top-p and min-p keep at least so many tokens
+    float    temperature;  // <= 0: the largest logit, the lowest id of equal ones
+    uint64_t uniform;      // the draw's random number, in units of 2^-64
+};
+
+#define GGML_EXT_SAMPLE_WORDS     8          // of 4 bytes, in ggml_ext_sample_params
+#define GGML_EXT_SAMPLE_MAX_VOCAB (1 << 22)  // sums of masses stay below 2^63
+
+// Draws a token per row by top-k, top-p, min-p and temperature, in this order (docs/sampling.md, "On a backend").
+//   logits:     F32 [n_vocab, n_rows], nb0 == 4, 1 <= n_vocab <= GGML_EXT_SAMPLE_MAX_VOCAB.
+//   parameters: I32 [GGML_EXT_SAMPLE_WORDS, n_rows], nb0 == 4: a struct ggml_ext_sample_params per row.
+//   ids:        I32 [n_vocab, n_rows], nb0 == 4: the tokens that the places of a row stand for; NULL: 0, 1, ... Of equal
+//               logits the lower place comes first, and the draw goes through the places in their order.
+// Result: I32 [n_rows], the token, or -1 where a logit is NaN or +Inf, or none is finite. A logit of -Inf is no
+// candidate. All backends give the same tokens: sums are of integers, so their order does not matter.
+GGML_API struct ggml_tensor * ggml_ext_sample(struct ggml_context * ctx, struct ggml_tensor * logits,
+                                              struct ggml_tensor * parameters, struct ggml_tensor * ids);
 
 #ifdef __cplusplus
 }
