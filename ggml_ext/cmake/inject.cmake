@@ -9,8 +9,11 @@
 get_filename_component(GGML_EXT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
 
 set(GGML_EXT_WARNINGS -Wall -Wextra)
+# Upstream's headers, which ours include, have unused parameters and functions.
+set(GGML_EXT_CUDA_WARNINGS -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-Wno-unused-function)
 if (GGML_EXT_TESTS)
     list(APPEND GGML_EXT_WARNINGS -Werror)
+    list(APPEND GGML_EXT_CUDA_WARNINGS -Werror=all-warnings -Xcompiler=-Werror)
 endif()
 
 # Upstream's patched files include our headers by name; PRIVATE, since no installed header does.
@@ -23,7 +26,13 @@ function(ggml_ext_inject target)
     ggml_ext_include(${target})
     target_sources(${target} PRIVATE ${ARGN})
     # Source properties are seen by the directory that compiles the file, which is upstream's.
-    set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS ${GGML_EXT_WARNINGS})
+    foreach(source IN ITEMS ${ARGN})
+        set(warnings ${GGML_EXT_WARNINGS})
+        if (source MATCHES "\\.cu$")
+            set(warnings ${GGML_EXT_CUDA_WARNINGS})
+        endif()
+        set_property(SOURCE "${source}" TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS ${warnings})
+    endforeach()
     set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} PROPERTY SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()
 
@@ -38,6 +47,7 @@ file(GLOB GGML_EXT_CUDA_SOURCES CONFIGURE_DEPENDS "${GGML_EXT_ROOT}/cuda/*.cu" "
 
 ggml_ext_inject(ggml-base ${GGML_EXT_BASE_SOURCES})
 ggml_ext_inject(llama ${GGML_EXT_LLAMA_SOURCES})
+ggml_ext_include(llama-common)
 
 get_property(GGML_EXT_GGML_TARGETS DIRECTORY "${GGML_EXT_LLAMA_DIR}/ggml/src" PROPERTY BUILDSYSTEM_TARGETS)
 foreach(target IN LISTS GGML_EXT_GGML_TARGETS)
@@ -55,8 +65,14 @@ endif()
 
 if (TARGET ggml-cuda AND GGML_EXT_CUDA_SOURCES)
     ggml_ext_inject(ggml-cuda ${GGML_EXT_CUDA_SOURCES})
-    target_include_directories(ggml-cuda PRIVATE "${GGML_EXT_ROOT}/cuda")
+    target_include_directories(ggml-cuda PRIVATE "${GGML_EXT_ROOT}/cuda" "${GGML_EXT_LLAMA_DIR}/ggml/src/ggml-cuda")
 endif()
+
+# The same token for the same seed, whatever the processor: the paths of the sampler give the same bits.
+set(GGML_EXT_SAMPLER_SOURCES ${GGML_EXT_LLAMA_SOURCES})
+list(FILTER GGML_EXT_SAMPLER_SOURCES INCLUDE REGEX "/sampler[^/]*\\.cpp$")
+set_property(SOURCE ${GGML_EXT_SAMPLER_SOURCES} TARGET_DIRECTORY llama
+    APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
 
 # The encoder's results are part of the format's definition: the same bits from every compiler.
 file(GLOB GGML_EXT_TYPE_SOURCES "${GGML_EXT_ROOT}/ggml_ext/types/*.c")

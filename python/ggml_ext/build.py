@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ggml_ext import cuda as toolkit
 from ggml_ext import paths, process, tools
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.progress import track
@@ -48,22 +49,39 @@ def _check_compilers(cuda: bool) -> None:
         program = os.environ.get(variable, default).split()[0]
         if shutil.which(program) is None:
             raise GgmlExtError(f"{program} is not on the PATH; install {package} or clang, or set {variable}")
-    toolkit = next((os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ), None)
-    nvcc = os.environ.get("CUDACXX", str(Path(toolkit) / "bin" / "nvcc") if toolkit else "nvcc")
-    if cuda and shutil.which(nvcc) is None:
-        raise GgmlExtError(f"--cuda: no {nvcc}; install the CUDA toolkit, or set CUDACXX to its nvcc")
+    if cuda and toolkit.nvcc() is None:
+        raise GgmlExtError(
+            f"--cuda: no {toolkit.nvcc_name()}; install the CUDA toolkit, or set CUDACXX to its nvcc"
+        )
 
 
-def build(dest: Path, *, source: Path | None = None, cuda: bool = False, rpc: bool = False) -> Path:
+def _architectures(text: str | None) -> str:
+    """CMake's argument for --arch; without one, CMakeLists.txt looks for devices anew."""
+    compiler = toolkit.nvcc()
+    if text is None or compiler is None:
+        return "-UCMAKE_CUDA_ARCHITECTURES"
+    return f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(toolkit.parse_architectures(text, compiler))}"
+
+
+def build(
+    dest: Path,
+    *,
+    source: Path | None = None,
+    cuda: bool = False,
+    arch: str | None = None,
+    rpc: bool = False,
+) -> Path:
     """Builds the patched llama.cpp into dest/lib, dest/bin and dest/include; returns dest, absolute.
 
     source: a llama.cpp tree or archive in place of the pinned release, not changed. cuda, rpc: with these
-    backends. dest/build keeps the build tree, so that a second run compiles only what changed. Raises
-    GgmlExtError naming the missing program, or the log when the build fails.
+    backends. arch: CUDA architectures as in "80,90a", in place of those of this machine's devices (of
+    CUDA's ARCHITECTURES where it has none). dest/build keeps the build tree, so that a second run compiles
+    only what changed. Raises GgmlExtError naming the missing program, or the log when the build fails.
     """
     dest = dest.resolve()
     cmake = _cmake()
     _check_compilers(cuda)
+    architectures = _architectures(arch)
     work, log = dest / "build", dest / "build.log"
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -73,7 +91,7 @@ def build(dest: Path, *, source: Path | None = None, cuda: bool = False, rpc: bo
     configure: list[str | Path] = [cmake, "-S", sdk_dir(), "-B", work, f"-DCMAKE_INSTALL_PREFIX={dest}"]
     configure += [f"-DGGML_EXT_LLAMA_SOURCE={source.resolve() if source is not None else ''}"]
     configure += [f"-DGGML_CUDA={_switch(cuda)}", f"-DGGML_RPC={_switch(rpc)}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [architectures, f"-DPython_EXECUTABLE={sys.executable}"]
     if shutil.which("ninja") is not None and not (work / "Makefile").exists():
         configure += ["-G", "Ninja"]
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
@@ -110,10 +128,16 @@ def _run(command: Sequence[str | Path], log: Path, watch: Callable[[str], None] 
     with log.open("a", encoding="utf-8") as file:
         file.write(finished.output)
     if finished.status != 0:
-        lines = [line.strip() for line in finished.output.splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
-        reason = (errors or lines or ["no message"])[0]
-        raise GgmlExtError(f"the build failed: {reason}; the log is {log}")
+        raise GgmlExtError(f"the build failed: {_reason(finished.output)}; the log is {log}")
+
+
+def _reason(output: str) -> str:
+    """What CMake says below the place of its error, else the first line with an error."""
+    if stated := re.search(r"^CMake Error at .*:\n\n?((?:  .+\n)+)", output, re.MULTILINE):
+        return " ".join(stated[1].split())
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+    return (errors or lines or ["no message"])[0]
 
 
 def run_tool(name: str, arguments: Sequence[str]) -> NoReturn:

@@ -410,12 +410,21 @@ def build(
         typer.Option(metavar="DIR", help="llama.cpp tree or archive instead of the pinned release."),
     ] = None,
     cuda: Annotated[bool, typer.Option("--cuda", help="With the CUDA backend.")] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="CUDA architectures, as 80,86,90a. [default: this machine's devices, else 75,80,86,89,90a]",
+        ),
+    ] = None,
     rpc: Annotated[bool, typer.Option("--rpc", help="With the RPC backend and server.")] = False,
 ) -> None:
     """Build the patched llama.cpp elsewhere, with other backends or from another source."""
     from ggml_ext.build import build as run_build
 
-    made = run_build(dest, source=source, cuda=cuda, rpc=rpc)
+    if arch is not None and not cuda:
+        raise typer.BadParameter("needs --cuda", param_hint="--arch")
+    made = run_build(dest, source=source, cuda=cuda, arch=arch, rpc=rpc)
     print(f"{made}: patched llama.cpp; use it with GGML_EXT_LIB_DIR={made}/lib GGML_EXT_BIN_DIR={made}/bin")
 
 

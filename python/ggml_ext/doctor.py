@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ggml_ext import __version__, paths, tools
+from ggml_ext import __version__, cuda, paths, tools
 from ggml_ext.errors import GgmlExtError
 
 CONVERTER_MODULES = ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf")
@@ -67,7 +67,26 @@ def _gpu() -> Check:
     devices = [line.strip() for line in listed.splitlines() if line.startswith(" ") and "(none)" not in line]
     if devices:
         return Check("GPU", "ok", "; ".join(devices))
-    return Check("GPU", "missing", "none that the libraries can use", "ggml-ext build --cuda")
+    if (paths.lib_dir() / "libggml-cuda.so").is_file():
+        return Check(
+            "GPU", "missing", "none that the CUDA backend of the libraries sees", "see NVIDIA device"
+        )
+    return Check("GPU", "missing", "the libraries have no backend for one", "ggml-ext build --cuda")
+
+
+def _nvidia() -> Check:
+    """Devices that NVIDIA's driver lists, whether or not the libraries can use them."""
+    if devices := cuda.devices():
+        return Check("NVIDIA device", "ok", "; ".join(devices))
+    return Check("NVIDIA device", "missing", "nvidia-smi lists none, or there is no nvidia-smi")
+
+
+def _toolkit() -> Check:
+    """What ggml-ext build --cuda would compile with."""
+    name, compiler = "ggml-ext build --cuda", cuda.nvcc()
+    if compiler is None:
+        return Check(name, "missing", f"no {cuda.nvcc_name()}", "install the CUDA toolkit")
+    return _attempt(name, lambda: f"nvcc {cuda.nvcc_version(compiler)} ({compiler})")
 
 
 def _tools() -> str:
@@ -99,7 +118,7 @@ def _compilers() -> Check:
             f"not there: {', '.join(lacking)}",
             "install a C++ compiler and CMake",
         )
-    return Check("ggml-ext build", "ok", f"cmake, cc, c++{', nvcc' if shutil.which('nvcc') else ''}")
+    return Check("ggml-ext build", "ok", "cmake, cc, c++")
 
 
 def checks() -> list[Check]:
@@ -111,9 +130,11 @@ def checks() -> list[Check]:
         _attempt("GGUF extension", _format),
         _attempt("FQ4 on this processor", _cpu_paths),
         _gpu(),
+        _nvidia(),
         _attempt("tools", _tools),
         _attempt("Hugging Face converter", lambda: str(paths.converter_dir())),
         _extra("convert from Hugging Face", CONVERTER_MODULES, "convert"),
         _extra("compare --plot", ("matplotlib",), "plot"),
         _compilers(),
+        _toolkit(),
     ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ggml_ext import GgmlExtError, build, paths, upstream
+from ggml_ext import GgmlExtError, build, cuda, paths, upstream
 
 PROJECT = """
 cmake_minimum_required(VERSION 3.21)
 project(small C)
 message(STATUS "CUDA ${GGML_CUDA} RPC ${GGML_RPC} source ${GGML_EXT_LLAMA_SOURCE}")
+message(STATUS "architectures <${CMAKE_CUDA_ARCHITECTURES}>")
 add_library(small SHARED small.c)
 install(TARGETS small LIBRARY DESTINATION lib COMPONENT runtime)
 install(FILES small.c DESTINATION sdk COMPONENT package)
@@ -72,6 +74,77 @@ def test_an_old_cmake_is_refused(programs: Path, tmp_path: Path) -> None:
 def test_cuda_without_nvcc_is_refused(programs: Path, tmp_path: Path) -> None:
     with pytest.raises(GgmlExtError, match="--cuda: no nvcc; install the CUDA toolkit"):
         build.build(tmp_path / "out", cuda=True)
+
+
+NVCC = """#!/bin/sh
+case "$1" in
+    --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+    --list-gpu-arch) echo compute_75; echo compute_80; echo compute_90 ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Stands in for the compiler; knows three architectures."""
+    program = tmp_path / "nvcc"
+    program.write_text(NVCC)
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(program))
+    return str(program)
+
+
+def test_architectures_are_cmakes(nvcc: str) -> None:
+    assert cuda.parse_architectures("80,90a", nvcc) == ["80-real", "90a-real"]
+    assert cuda.parse_architectures(" 75, 90, 75", nvcc) == ["75-real", "90-real"]
+    assert cuda.nvcc_version(nvcc) == "13.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("70", "has no architecture 70; it has 75, 80, 90"),
+        ("", "'' is no architecture; give a list such as 80,86,90a"),
+        ("80;90", "'80;90' is no architecture"),
+        ("80a", "'80a' is no architecture"),
+        ("sm_80", "'sm_80' is no architecture"),
+        ("native", "'native' is no architecture"),
+    ],
+)
+def test_a_wrong_architecture_is_refused(text: str, message: str, nvcc: str, tmp_path: Path) -> None:
+    with pytest.raises(GgmlExtError, match=f"--arch: .*{re.escape(message)}"):
+        build.build(tmp_path / "out", cuda=True, arch=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_architectures_reach_cmake_and_are_forgotten(nvcc: str, small_sdk: Path, tmp_path: Path) -> None:
+    dest = build.build(tmp_path / "out", cuda=True, arch="80,90a")
+    assert "architectures <80-real;90a-real>" in (dest / "build.log").read_text()
+    build.build(dest, cuda=True)
+    assert "architectures <>" in (dest / "build.log").read_text()
+
+
+def test_arch_without_cuda_is_a_usage_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ggml_ext.cli", "build", "-o", str(tmp_path / "out"), "--arch", "80"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs --cuda" in done.stderr
+
+
+def test_what_cmake_refuses_is_said_in_its_words(small_sdk: Path, tmp_path: Path) -> None:
+    with (small_sdk / "CMakeLists.txt").open("a") as file:
+        file.write('message(FATAL_ERROR "GGML_CUDA: the toolkit in ${CMAKE_BINARY_DIR} has no cuBLAS")\n')
+    with pytest.raises(GgmlExtError, match=r"failed: GGML_CUDA: the toolkit in .* has no cuBLAS; the log is"):
+        build.build(tmp_path / "out")
+
+
+def test_devices_are_those_of_the_driver(programs: Path) -> None:
+    assert cuda.devices() == []
+    (programs / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200, 9.0\necho Some, Other, 12.0\n")
+    (programs / "nvidia-smi").chmod(0o755)
+    assert cuda.devices() == ["NVIDIA H200 (9.0)", "Some, Other (12.0)"]
+    (programs / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    assert cuda.devices() == []
 
 
 def test_an_unwritable_folder_is_refused(programs: Path, tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_doctor_finds_the_build() -> None:
     done = cli("doctor", "--json")
     found = {check["name"]: check["state"] for check in json.loads(done.stdout)}
     assert found["libraries"] == found["bindings"] == found["tools"] == found["GGUF extension"] == "ok"
+    assert {found["GPU"], found["NVIDIA device"], found["ggml-ext build --cuda"]} <= {"ok", "missing"}
 
 
 @pytest.mark.parametrize("command", ["perplexity", "compare", "bench"])
