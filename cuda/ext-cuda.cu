@@ -3,7 +3,8 @@
 #include "ggml-ext-hooks.h"
 
 static const ggml_ext_cuda_feature * const features[] = {
-    &ggml_ext_cuda_scale_add,
+    &ggml_ext_cuda_scale_add,      &ggml_ext_cuda_act_round,   &ggml_ext_cuda_kron,      &ggml_ext_cuda_fq4_get_rows,
+    &ggml_ext_cuda_fq4_dequantize, &ggml_ext_cuda_fq4_mul_mat, &ggml_ext_cuda_attention, &ggml_ext_cuda_sample,
 };
 
 static const ggml_ext_cuda_feature * find(int device, const ggml_tensor * op) {
@@ -56,7 +57,3 @@ bool ggml_ext_cuda_compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     feature->compute(ctx, dst);
     return true;
 }
-
-void ggml_ext_cuda_graph_begin(ggml_backend_cuda_context &) {}
-
-void ggml_ext_cuda_free(ggml_backend_cuda_context &) {}

@@ -18,7 +18,8 @@ enum ggml_ext_cuda_answer {
 // supports_op. An op with FQ4 data or a sub-op of ours is never upstream's.
 enum ggml_ext_cuda_answer ggml_ext_cuda_supports(int device, const ggml_tensor * op);
 
-// Whether upstream's fused products of quantised weights must leave this product alone.
+// Whether upstream must leave this product alone: in its fusions of quantised weights, and where it decides whether a
+// product with experts waits for the device (ours never does).
 bool ggml_ext_cuda_owns(const ggml_tensor * product);
 
 // Before the nodes of a graph are launched or captured, in this order: what was cached for the last graph is void.
@@ -49,7 +50,9 @@ extern const ggml_ext_cuda_feature ggml_ext_cuda_scale_add;
 extern const ggml_ext_cuda_feature ggml_ext_cuda_act_round;
 extern const ggml_ext_cuda_feature ggml_ext_cuda_kron;
 extern const ggml_ext_cuda_feature ggml_ext_cuda_fq4_get_rows;
-extern const ggml_ext_cuda_feature ggml_ext_cuda_fq4_mul_mat;  // MUL_MAT and MUL_MAT_ID
-extern const ggml_ext_cuda_feature ggml_ext_cuda_attention;    // FLASH_ATTN_EXT
+extern const ggml_ext_cuda_feature ggml_ext_cuda_fq4_dequantize;  // CPY, DUP, CONT
+extern const ggml_ext_cuda_feature ggml_ext_cuda_fq4_mul_mat;     // MUL_MAT and MUL_MAT_ID
+extern const ggml_ext_cuda_feature ggml_ext_cuda_attention;       // FLASH_ATTN_EXT
+extern const ggml_ext_cuda_feature ggml_ext_cuda_sample;
 
-#endif                                                         // GGML_EXT_CUDA_H
+#endif  // GGML_EXT_CUDA_H
