@@ -246,4 +246,34 @@ template <class T> double relative_error(const std::vector<T> & a, const std::ve
     return size > 0 ? std::sqrt(distance / size) : distance > 0 ? INFINITY : 0.0;
 }
 
+// A bug of the reference and a problem that shows it. The distance of a result from a broken reference has to be far
+// beyond the tolerance, or the comparison with the correct one proves nothing about that bug.
+struct Broken {
+    Bug          bug;
+    const char * name;
+    Case         c;
+};
+
+// Over n_q queries; the first has the plain problem, which others share.
+inline std::vector<Broken> broken_references(int64_t n_q) {
+    const ggml_type type   = GGML_TYPE_Q8_0;
+    const Case      plain  = { 64, 64, 100, n_q, 2, 4, type, type };
+    Case            capped = plain, sunk = plain, biased = plain, two = plain;
+    capped.softcap  = 2.0f;
+    sunk.sinks      = true;
+    biased.max_bias = 8.0f;
+    two.batch       = 2;
+    return {
+        { CAUSAL_TOP_LEFT,   "causal mask aligned top left",   plain  },
+        { WRONG_HEAD,        "wrong K/V head of a group",      plain  },
+        { MASK_MISSING,      "mask forgotten",                 plain  },
+        { TAIL_MISSING,      "ragged tail dropped",            plain  },
+        { RESULT_TRANSPOSED, "result not permuted",            plain  },
+        { SOFTCAP_MISSING,   "softcap forgotten",              capped },
+        { SINK_MISSING,      "sinks forgotten",                sunk   },
+        { SLOPE_MISSING,     "one ALiBi slope for all heads",  biased },
+        { BATCH_IGNORED,     "first batch entry used for all", two    },
+    };
+}
+
 }  // namespace attention

@@ -182,32 +182,9 @@ void test_flat_tail() {
 // The distance of the kernel's result from a broken reference has to be far beyond the tolerance, or the comparison
 // with the correct one proves nothing about that bug.
 void test_bugs() {
-    struct Broken {
-        Bug          bug;
-        const char * name;
-        Case         c;
-    };
-
-    const ggml_type type = GGML_TYPE_Q8_0;
-    Case plain = { 64, 64, 100, 20, 2, 4, type, type }, capped = plain, sunk = plain, biased = plain, two = plain;
-    capped.softcap        = 2.0f;
-    sunk.sinks            = true;
-    biased.max_bias       = 8.0f;
-    two.batch             = 2;
-    const Broken broken[] = {
-        { CAUSAL_TOP_LEFT,   "causal mask aligned top left",   plain  },
-        { WRONG_HEAD,        "wrong K/V head of a group",      plain  },
-        { MASK_MISSING,      "mask forgotten",                 plain  },
-        { TAIL_MISSING,      "ragged tail dropped",            plain  },
-        { RESULT_TRANSPOSED, "result not permuted",            plain  },
-        { SOFTCAP_MISSING,   "softcap forgotten",              capped },
-        { SINK_MISSING,      "sinks forgotten",                sunk   },
-        { SLOPE_MISSING,     "one ALiBi slope for all heads",  biased },
-        { BATCH_IGNORED,     "first batch entry used for all", two    },
-    };
     for (const Mode & mode : { modes[0], modes[1], modes[2] }) {
         use(mode);
-        for (const Broken & b : broken) {
+        for (const Broken & b : broken_references(20)) {
             Problem      problem(b.c);
             const auto   got   = problem.compute(2);
             const double limit = tolerance(problem, reference(problem), mode);
