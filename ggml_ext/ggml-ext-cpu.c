@@ -3,6 +3,7 @@
 #include "ggml-cpu.h"
 #include "ggml-ext.h"
 #include "ggml-impl.h"
+#include "ggml-threading.h"
 #include "types/fq4-cpu.h"
 
 #include <stdio.h>
@@ -10,16 +11,16 @@
 #include <string.h>
 
 const char * ggml_ext_cpu_paths(void) {
-    // Every caller that races here writes the same text.
-    static char names[128];
-    char        text[sizeof(names)] = "";
-    for (int i = 0; i < ggml_ext_fq4_n_paths; i++) {
+    static char names[128] = "";
+    ggml_critical_section_start();
+    const bool first = names[0] == '\0';
+    for (int i = 0; i < ggml_ext_fq4_n_paths && first; i++) {
         if (ggml_ext_fq4_paths[i]->available()) {
-            const size_t used = strlen(text);
-            snprintf(text + used, sizeof(text) - used, "%s%s", used ? "," : "", ggml_ext_fq4_paths[i]->name);
+            const size_t length = strlen(names);
+            snprintf(names + length, sizeof(names) - length, "%s%s", length ? "," : "", ggml_ext_fq4_paths[i]->name);
         }
     }
-    memcpy(names, text, sizeof(names));
+    ggml_critical_section_end();
     return names;
 }
 

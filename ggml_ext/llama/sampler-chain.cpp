@@ -3,7 +3,6 @@
 #include "llama-impl.h"
 #include "llama.h"
 
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -28,17 +27,13 @@ constexpr stage_name stage_names[] = {
     { "temp-ext", GGML_EXT_SAMPLER_TEMPERATURE },
 };
 
-bool from_environment() {
+bool is_fused(const char * value) {
+    return std::strcmp(value, "fused") == 0;
+}
+
+bool wants_fused() {
     const char * value = std::getenv(variable);
-    if (!value || std::strcmp(value, "off") == 0) {
-        return false;
-    }
-    if (std::strcmp(value, "fused") == 0) {
-        return true;
-    }
-    // The user's mistake, not the program's: a line, no backtrace.
-    std::fprintf(stderr, "ggml-ext: environment variable %s is '%s'; set it to off or fused\n", variable, value);
-    std::exit(EXIT_FAILURE);
+    return value && is_fused(value);
 }
 
 // A server makes a chain for every request.
@@ -118,8 +113,12 @@ chain_end find_end(llama_sampler * chain, const ggml_ext_sampler_chain_values & 
 
 }  // namespace
 
+bool ggml_ext_sampler_known(const char * value) {
+    return is_fused(value) || std::strcmp(value, "off") == 0;
+}
+
 void ggml_ext_sampler_chain(llama_sampler * chain, const ggml_ext_sampler_chain_values & values) {
-    static const bool wanted = from_environment();
+    static const bool wanted = wants_fused();
     if (!wanted) {
         return;
     }

@@ -6,6 +6,9 @@
 
 struct llama_sampler;
 
+// Whether value is one that GGML_EXT_SAMPLER may have: "off" or "fused".
+bool ggml_ext_sampler_known(const char * value);
+
 // What the samplers of a chain were made with; upstream has no functions that tell.
 struct ggml_ext_sampler_chain_values {
     ggml_ext_sampler_params fused;              // but for its stages: the chain has them
@@ -16,5 +19,5 @@ struct ggml_ext_sampler_chain_values {
 // A finished chain, before its first use. Under GGML_EXT_SAMPLER=fused, its end becomes one fused sampler: upstream's
 // dist with the top-k, typical, top-p, min-p and temperature samplers before it. What stands before these stays. A
 // chain with another sampler among or behind them stays as it is; the log tells why, each reason once. Unset or "off":
-// does nothing. Another value ends the process with a message.
+// does nothing. With another value no model loads (settings.h).
 GGML_EXT_API void ggml_ext_sampler_chain(struct llama_sampler * chain, const ggml_ext_sampler_chain_values & values);

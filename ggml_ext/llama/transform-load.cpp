@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 #include "metadata.h"
+#include "settings.h"
 #include "transform-loader.h"
 
 #include <algorithm>
@@ -237,5 +238,6 @@ std::shared_ptr<ggml_ext_model> ggml_ext_transform_loader::load() {
 }
 
 void ggml_ext_llama_load(llama_model_loader & ml, llama_model & model) {
+    ggml_ext_check_settings();
     model.ggml_ext = ggml_ext_transform_loader(ml, model).load();
 }

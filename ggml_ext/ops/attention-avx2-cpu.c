@@ -7,7 +7,6 @@
 
 #ifdef GGML_EXT_X86
 
-#    define MAX_HEAD 1024  // of every cache that the op takes
 
 EXPAND __m256i load(const void * x) {
     return _mm256_load_si256((const __m256i *) x);
@@ -32,8 +31,8 @@ EXPAND __m256i odd_codes(__m256i x) {
 // --- logits ---
 
 struct queries {
-    _Alignas(32) int32_t even[BATCH][MAX_HEAD / 4];
-    _Alignas(32) int32_t odd[BATCH][MAX_HEAD / 4];
+    _Alignas(32) int32_t even[BATCH][GGML_EXT_ATTENTION_MAX_HEAD / 4];
+    _Alignas(32) int32_t odd[BATCH][GGML_EXT_ATTENTION_MAX_HEAD / 4];
 };
 
 // `rows` rows against 8 * vecs tokens from t on.

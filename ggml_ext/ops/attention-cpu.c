@@ -14,7 +14,6 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define MAX_HEAD 1024
 
 // --- whether, and how much memory ---
 
@@ -37,7 +36,7 @@ static const char * refusal(const struct ggml_tensor * dst, const struct ggml_ex
         if (!codes(kv[i]->type) && kv[i]->type != GGML_TYPE_F16) {
             return "the type of K or V";
         }
-        if (kv[i]->nb[0] != ggml_type_size(kv[i]->type) || kv[i]->ne[0] > MAX_HEAD) {
+        if (kv[i]->nb[0] != ggml_type_size(kv[i]->type) || kv[i]->ne[0] > GGML_EXT_ATTENTION_MAX_HEAD) {
             return "the layout of K or V";
         }
         if (q->ne[2] % kv[i]->ne[2] != 0 || q->ne[3] % kv[i]->ne[3] != 0 || kv[i]->ne[1] == 0) {

@@ -3,9 +3,9 @@
 #include "attention-setting.h"
 
 #include "ggml-ext.h"
+#include "ggml-impl.h"
 
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,12 +23,12 @@ static const struct {
     { "full/f16/smooth", { GGML_EXT_ATTENTION_FULL, true, true, false }   },
 };
 
-enum { N_CHOICES = sizeof(choices) / sizeof(choices[0]), DEFAULT_CHOICE = 0, UNREAD = -1 };
+enum { N_CHOICES = sizeof(choices) / sizeof(choices[0]), DEFAULT_CHOICE = 0, OFF_CHOICE = 1, UNREAD = -1 };
 
 static atomic_int chosen = UNREAD;
 
 static int find(const char * name) {
-    for (int i = 0; i < N_CHOICES; i++) {
+    for (int i = 0; name != NULL && i < N_CHOICES; i++) {
         if (strcmp(choices[i].name, name) == 0) {
             return i;
         }
@@ -36,21 +36,21 @@ static int find(const char * name) {
     return UNREAD;
 }
 
+bool ggml_ext_attention_known(const char * mode) {
+    return find(mode) != UNREAD;
+}
+
 static int from_environment(void) {
     const char * name = getenv("GGML_EXT_ATTN");
     if (name == NULL) {
         return DEFAULT_CHOICE;
     }
-    const int choice = find(name);
-    if (choice == UNREAD) {
-        // The user's mistake, not the program's: a line, no backtrace.
-        fprintf(stderr,
-                "ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to default, off, half, full, half/f16, "
-                "full/f16, half/f16/smooth or full/f16/smooth\n",
-                name);
-        exit(EXIT_FAILURE);
+    if (!ggml_ext_attention_known(name)) {
+        GGML_LOG_ERROR("ggml-ext: environment variable GGML_EXT_ATTN is '%s'; set it to %s; it is off now\n", name,
+                       GGML_EXT_ATTENTION_MODES);
+        return OFF_CHOICE;
     }
-    return choice;
+    return find(name);
 }
 
 struct ggml_ext_attention_setting ggml_ext_attention_setting(void) {

@@ -24,8 +24,14 @@ struct ggml_ext_attention_setting {
     bool                         fast;    // only where this processor has kernels of its own
 };
 
-// The process's setting: ggml_ext_attention_set, or else the environment's GGML_EXT_ATTN. A wrong value in the
-// environment ends the process with a message.
+#define GGML_EXT_ATTENTION_MODES \
+    "default, off, half, full, half/f16, full/f16, half/f16/smooth or full/f16/smooth"
+
+// Whether mode is one of GGML_EXT_ATTENTION_MODES.
+GGML_API bool ggml_ext_attention_known(const char * mode);
+
+// The process's setting: ggml_ext_attention_set, or else the environment's GGML_EXT_ATTN as it was at the first call. With a
+// wrong value no model loads (llama/settings.h); a graph without a model is computed as under "off", and the log says so.
 GGML_API struct ggml_ext_attention_setting ggml_ext_attention_setting(void);
 
 #ifdef __cplusplus

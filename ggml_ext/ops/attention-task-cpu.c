@@ -17,21 +17,20 @@
 
 // --- layout ---
 
-static size_t take(char ** at, size_t bytes) {
-    const size_t size =
-        (bytes + GGML_EXT_ATTENTION_ALIGNMENT - 1) / GGML_EXT_ATTENTION_ALIGNMENT * GGML_EXT_ATTENTION_ALIGNMENT;
-    *at += size;
-    return size;
+static void * take(char * base, size_t * used, size_t bytes) {
+    char * const at = base ? base + *used : NULL;
+    *used += (bytes + GGML_EXT_ATTENTION_ALIGNMENT - 1) / GGML_EXT_ATTENTION_ALIGNMENT * GGML_EXT_ATTENTION_ALIGNMENT;
+    return at;
 }
 
-#define TAKE(pointer, count) (*(void **) &(pointer) = at, take(&at, (size_t) (count) * sizeof(*(pointer))))
+#define TAKE(pointer, count) ((pointer) = take(base, &used, (size_t) (count) * sizeof(*(pointer))))
 
 size_t ggml_ext_attention_lay_out(const struct ggml_ext_attention_plan * plan, char * base,
                                   struct ggml_ext_attention_scratch * out) {
     const struct ggml_ext_attention_dims * d      = &plan->dims;
     const size_t                           pad    = MAX(d->dk_pad, d->dv_pad);
     const size_t                           n_rows = plan->n_rows;
-    char *                                 at     = base;
+    size_t                                 used   = 0;
     TAKE(out->tile.k, d->dk_pad * TILE);
     TAKE(out->tile.k_scale, d->dk_pad / GROUP * TILE);
     TAKE(out->tile.k_mean, d->dk_pad);
@@ -59,7 +58,7 @@ size_t ggml_ext_attention_lay_out(const struct ggml_ext_attention_plan * plan, c
     if (!plan->smooth) {
         out->tile.k_mean = NULL;
     }
-    return (size_t) (at - base);
+    return used;
 }
 
 static int gcd(int64_t a, int64_t b) {

@@ -10,26 +10,30 @@ static const struct ggml_ext_cpu_op * const table[GGML_EXT_OP_COUNT] = {
     [GGML_EXT_OP_SAMPLE]    = &ggml_ext_cpu_sample,
 };
 
-// A graph that holds a sub-op we do not have can only come from a newer peer over RPC: stop, by name.
 static const struct ggml_ext_cpu_op * find(const struct ggml_tensor * dst) {
-    const int32_t sub_op = ggml_ext_get_op(dst);
-    if (sub_op < 0 || sub_op >= GGML_EXT_OP_COUNT || table[sub_op] == NULL) {
-        GGML_ABORT("ggml-ext: the CPU backend has no sub-op %d (%s) of GGML_OP_EXT, tensor '%s'", sub_op,
-                   ggml_ext_op_name(sub_op), dst->name);
-    }
-    return table[sub_op];
+    return table[ggml_ext_get_op(dst)];
 }
 
 void ggml_ext_cpu_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     find(dst)->compute(params, dst);
 }
 
+// Every graph is planned before it is computed, so this is the one place that looks at a node which no constructor of this
+// process has made: it came over RPC, from a newer peer or from one that means harm.
 int ggml_ext_cpu_n_tasks(const struct ggml_tensor * dst, int n_threads) {
+    const char * fault = ggml_ext_op_fault(dst);
+    if (fault != NULL) {
+        GGML_ABORT("ggml-ext: the CPU backend refuses sub-op %d (%s) of GGML_OP_EXT, tensor '%s': %s",
+                   ggml_ext_get_op(dst), ggml_ext_op_name(ggml_ext_get_op(dst)), dst->name, fault);
+    }
     const struct ggml_ext_cpu_op * op = find(dst);
     return op->n_tasks ? op->n_tasks(dst, n_threads) : n_threads;
 }
 
 size_t ggml_ext_cpu_work_size(const struct ggml_tensor * dst, int n_tasks) {
+    if (ggml_is_empty(dst)) {
+        return 0;  // neither looked at nor computed
+    }
     const struct ggml_ext_cpu_op * op = find(dst);
     return op->work_size ? op->work_size(dst, n_tasks) : 0;
 }

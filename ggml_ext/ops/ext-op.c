@@ -5,15 +5,34 @@
 #include "ext-op-new.h"
 #include "ggml-impl.h"
 
-static const char * const names[GGML_EXT_OP_COUNT] = {
-    [GGML_EXT_OP_SCALE_ADD] = "scale_add",
-    [GGML_EXT_OP_KRON]      = "kron",
-    [GGML_EXT_OP_ACT_ROUND] = "act_round",
-    [GGML_EXT_OP_SAMPLE]    = "sample",
+static const struct {
+    const char * name;
+    const char * (*fault)(const struct ggml_tensor * dst);
+} sub_ops[GGML_EXT_OP_COUNT] = {
+    [GGML_EXT_OP_SCALE_ADD] = { "scale_add", ggml_ext_scale_add_fault },
+    [GGML_EXT_OP_KRON]      = { "kron",      ggml_ext_kron_fault      },
+    [GGML_EXT_OP_ACT_ROUND] = { "act_round", ggml_ext_act_round_fault },
+    [GGML_EXT_OP_SAMPLE]    = { "sample",    ggml_ext_sample_fault    },
 };
 
+static bool exists(int32_t sub_op) {
+    return sub_op >= 0 && sub_op < GGML_EXT_OP_COUNT;
+}
+
 const char * ggml_ext_op_name(int32_t sub_op) {
-    return sub_op >= 0 && sub_op < GGML_EXT_OP_COUNT ? names[sub_op] : "unknown";
+    return exists(sub_op) ? sub_ops[sub_op].name : "unknown";
+}
+
+const char * ggml_ext_op_fault(const struct ggml_tensor * tensor) {
+    const int32_t sub_op = ggml_ext_get_op(tensor);
+    return exists(sub_op) ? sub_ops[sub_op].fault(tensor) : "no such sub-op";
+}
+
+void ggml_ext_op_check(const struct ggml_tensor * result) {
+    const char * fault = ggml_ext_op_fault(result);
+    if (fault != NULL) {
+        GGML_ABORT("ggml-ext: %s", fault);
+    }
 }
 
 void ggml_ext_op_init(struct ggml_tensor * result, enum ggml_ext_op sub_op, const void * params, size_t size) {

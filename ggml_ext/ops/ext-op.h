@@ -22,6 +22,11 @@ enum ggml_ext_op {
 // Name of a sub-op ("scale_add"), or "unknown" for an id that this build does not have.
 GGML_API const char * ggml_ext_op_name(int32_t sub_op);
 
+// NULL where the parameters, sources and result of a GGML_OP_EXT tensor fit its sub-op as the constructor would have made
+// it; else what does not. A graph that came over RPC was made by no constructor of this process, so backends ask before they
+// compute. Looks at no data.
+GGML_API const char * ggml_ext_op_fault(const struct ggml_tensor * tensor);
+
 // The sub-op id of a GGML_OP_EXT tensor.
 static inline int32_t ggml_ext_get_op(const struct ggml_tensor * tensor) {
     return tensor->op_params[0];

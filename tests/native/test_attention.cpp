@@ -223,7 +223,8 @@ void test_off() {
             CHECK(same == !mode.applies(c), "%s: %s: upstream's bits: %d", mode.name, c.text().c_str(), same);
         }
     }
-    CHECK(ggml_ext_attention_set("quarter") < 0, "an unknown mode");
+    CHECK(ggml_ext_attention_set("quarter") == GGML_EXT_E_TYPE, "an unknown mode");
+    CHECK(ggml_ext_attention_set(nullptr) == GGML_EXT_E_TYPE, "no mode");
     CHECK(ggml_ext_attention_set("default") == 0, "default");
 }
 

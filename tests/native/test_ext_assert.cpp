@@ -1,21 +1,30 @@
-// What the constructors of our ops refuse, each with its reason on stderr.
+// What the constructors of our ops refuse, and what the CPU backend refuses of nodes that no constructor made, as a peer
+// sends them over RPC; each with its reason on stderr.
 
 #include "check.h"
+#include "ggml-cpu.h"
 #include "ggml.h"
+#include "ops/act_round.h"
 #include "ops/ext-op.h"
+#include "ops/kron.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace {
 
 struct Tensors {
-    ggml_context * ctx = ggml_init({ 1024 * 1024, nullptr, true });
+    explicit Tensors(bool no_alloc) : ctx(ggml_init({ 1024 * 1024, nullptr, no_alloc })) {}
+
+    ggml_context * ctx;
     ggml_tensor *  x   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 24, 3);
 
     ggml_tensor * square(int64_t order, ggml_type type = GGML_TYPE_F32) {
@@ -23,8 +32,8 @@ struct Tensors {
     }
 };
 
-// The constructor aborts in a child process; its stderr comes back.
-std::string refusal(const std::function<void(Tensors &)> & construct) {
+// The call aborts in a child process; its stderr comes back.
+std::string refusal(const std::function<void(Tensors &)> & call, bool no_alloc) {
     int ends[2];
     if (pipe(ends) != 0) {
         return "no pipe";
@@ -33,8 +42,8 @@ std::string refusal(const std::function<void(Tensors &)> & construct) {
     if (child == 0) {
         dup2(ends[1], 2);
         close(ends[0]);
-        Tensors tensors;
-        construct(tensors);
+        Tensors tensors(no_alloc);
+        call(tensors);
         _exit(0);
     }
     close(ends[1]);
@@ -49,9 +58,12 @@ std::string refusal(const std::function<void(Tensors &)> & construct) {
     return WIFSIGNALED(status) ? text : "not refused";
 }
 
-void expect(const char * reason, const std::function<void(Tensors &)> & construct) {
-    const std::string text = refusal(construct);
+void expect_text(const char * reason, const std::string & text) {
     CHECK(text.find(reason) != std::string::npos, "\"%s\" is not in \"%s\"", reason, text.c_str());
+}
+
+void expect(const char * reason, const std::function<void(Tensors &)> & construct) {
+    expect_text(reason, refusal(construct, true));
 }
 
 void test_kron() {
@@ -90,13 +102,109 @@ void test_act_round() {
     expect("group is 0", [](Tensors & t) { ggml_ext_act_round(t.ctx, t.x, 4, -1); });
 }
 
+void test_sample() {
+    const auto sample = [](Tensors & t, ggml_type type, int64_t n_vocab, int64_t words, int64_t n_rows) {
+        ggml_ext_sample(t.ctx, ggml_new_tensor_2d(t.ctx, type, n_vocab, 3),
+                        ggml_new_tensor_2d(t.ctx, GGML_TYPE_I32, words, n_rows), nullptr);
+    };
+    expect("logits is F32", [=](Tensors & t) { sample(t, GGML_TYPE_F16, 5, GGML_EXT_SAMPLE_WORDS, 3); });
+    expect("logits is F32",
+           [=](Tensors & t) { sample(t, GGML_TYPE_F32, GGML_EXT_SAMPLE_MAX_VOCAB + 1, GGML_EXT_SAMPLE_WORDS, 3); });
+    expect("8 adjacent words", [=](Tensors & t) { sample(t, GGML_TYPE_F32, 5, 7, 3); });
+    expect("8 adjacent words", [=](Tensors & t) { sample(t, GGML_TYPE_F32, 5, GGML_EXT_SAMPLE_WORDS, 2); });
+    expect("ids is I32", [](Tensors & t) {
+        ggml_ext_sample(t.ctx, t.x, ggml_new_tensor_2d(t.ctx, GGML_TYPE_I32, GGML_EXT_SAMPLE_WORDS, 3), t.square(24));
+    });
+}
+
+// A node as deserialised from a peer's bytes: nothing of it was checked.
+struct Node {
+    ggml_ext_op                op;
+    ggml_tensor *              dst;
+    std::vector<ggml_tensor *> src;
+    std::vector<int32_t>       params;
+};
+
+std::string compute(const std::function<Node(Tensors &)> & make) {
+    return refusal(
+        [&](Tensors & t) {
+            std::memset(t.x->data, 0, ggml_nbytes(t.x));
+            const Node    node = make(t);
+            const int32_t id   = node.op;
+            node.dst->op       = GGML_OP_EXT;
+            std::memcpy(node.dst->op_params, &id, sizeof(id));
+            std::memcpy(node.dst->op_params + 1, node.params.data(), node.params.size() * sizeof(int32_t));
+            std::copy(node.src.begin(), node.src.end(), node.dst->src);
+            ggml_set_name(node.dst, "crafted");
+            ggml_cgraph * graph = ggml_new_graph(t.ctx);
+            ggml_build_forward_expand(graph, node.dst);
+            ggml_graph_compute_with_ctx(t.ctx, graph, 2);
+        },
+        false);
+}
+
+void expect_node(const char * reason, const std::function<Node(Tensors &)> & make) {
+    const std::string text = compute(make);
+    expect_text(reason, text);
+    expect_text("tensor 'crafted'", text);
+}
+
+ggml_tensor * table(Tensors & t, ggml_type type, int64_t ne0, int64_t ne1) {
+    return ggml_new_tensor_2d(t.ctx, type, ne0, ne1);
+}
+
+std::vector<int32_t> kron_params(int32_t hadamard, float clip) {
+    const ggml_ext_kron_params params = { hadamard, clip, 0 };
+    std::vector<int32_t>       words(sizeof(params) / sizeof(int32_t));
+    std::memcpy(words.data(), &params, sizeof(params));
+    return words;
+}
+
+void test_nodes() {
+    const auto kron = [](Tensors & t, ggml_tensor * x, ggml_tensor * left, int32_t hadamard) {
+        return Node{ GGML_EXT_OP_KRON, table(t, GGML_TYPE_F32, x ? x->ne[0] : 8, 3), { x, left }, kron_params(hadamard, 1) };
+    };
+    expect_node("power of two", [=](Tensors & t) { return kron(t, table(t, GGML_TYPE_F32, 130, 3), nullptr, 129); });
+    expect_node("power of two", [=](Tensors & t) { return kron(t, t.x, nullptr, INT32_MIN); });
+    expect_node("divides", [=](Tensors & t) { return kron(t, table(t, GGML_TYPE_F32, 130, 3), nullptr, 128); });
+    expect_node("square", [=](Tensors & t) { return kron(t, t.x, table(t, GGML_TYPE_F32, 24, 1), 0); });
+    expect_node("square", [=](Tensors & t) { return kron(t, t.x, table(t, GGML_TYPE_F32, 0, 0), 0); });
+    expect_node("F32 or F16", [=](Tensors & t) { return kron(t, t.x, table(t, GGML_TYPE_Q8_0, 32, 32), 0); });
+    expect_node("kron: x is F32", [=](Tensors & t) { return kron(t, nullptr, t.square(8), 0); });
+    expect_node("shape of x", [](Tensors & t) {
+        return Node{ GGML_EXT_OP_KRON, table(t, GGML_TYPE_F32, 24, 9), { t.x, t.square(24) }, kron_params(0, 1) };
+    });
+    expect_node("bits is 2 to 8", [](Tensors & t) {
+        return Node{ GGML_EXT_OP_ACT_ROUND, table(t, GGML_TYPE_F32, 24, 3), { t.x }, { 0, 0 } };
+    });
+    expect_node("shape of x", [](Tensors & t) {
+        return Node{ GGML_EXT_OP_ACT_ROUND, table(t, GGML_TYPE_F32, 240, 3), { t.x }, { 4, 0 } };
+    });
+    expect_node("one shape", [](Tensors & t) {
+        return Node{ GGML_EXT_OP_SCALE_ADD, table(t, GGML_TYPE_F32, 24, 3), { t.x, t.square(2) }, { 0 } };
+    });
+    expect_node("shape of a", [](Tensors & t) {
+        return Node{ GGML_EXT_OP_SCALE_ADD, table(t, GGML_TYPE_F32, 48, 3), { t.x, t.x }, { 0 } };
+    });
+    expect_node("one value for each row", [](Tensors & t) {
+        ggml_tensor * parameters = table(t, GGML_TYPE_I32, GGML_EXT_SAMPLE_WORDS, 3);
+        return Node{ GGML_EXT_OP_SAMPLE, table(t, GGML_TYPE_I32, 2, 1), { t.x, parameters }, {} };
+    });
+    expect_node("no such sub-op", [](Tensors & t) {
+        return Node{ GGML_EXT_OP_COUNT, table(t, GGML_TYPE_F32, 24, 3), { t.x }, {} };
+    });
+    CHECK(compute([=](Tensors & t) { return kron(t, t.x, t.square(3), 8); }) == "not refused", "a valid node is computed");
+}
+
 }  // namespace
 
 int main() {
     setenv("GGML_NO_BACKTRACE", "1", 1);
-    CHECK(refusal([](Tensors & t) { ggml_ext_kron(t.ctx, t.x, t.square(4), nullptr, 0, 1.0f); }) == "not refused",
+    CHECK(refusal([](Tensors & t) { ggml_ext_kron(t.ctx, t.x, t.square(4), nullptr, 0, 1.0f); }, true) == "not refused",
           "a valid call passes");
     test_kron();
     test_act_round();
+    test_sample();
+    test_nodes();
     return check_done();
 }

@@ -112,18 +112,21 @@ def test_modes_differ(
 
 
 @pytest.mark.parametrize("value", ["", "on", "HALF", "half/smooth"])
-def test_a_wrong_value_is_refused(
-    value: str, base: Path, patched_lib_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [[], ["--flash", "--cache", Q8_0, Q8_0]], ids=["flash off", "flash on"])
+def test_a_wrong_value_is_refused_at_load(
+    value: str,
+    options: list[str],
+    base: Path,
+    patched_lib_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where no graph would ever ask for it, and by an error that a host process survives."""
     monkeypatch.setenv("GGML_EXT_ATTN", value)
-    result = run(
-        sys.executable, LOGITS, patched_lib_dir, base, tmp_path / "x.npy", "--flash", "--cache", Q8_0, Q8_0
-    )
+    result = run(sys.executable, LOGITS, patched_lib_dir, base, tmp_path / "x.npy", *options)
     assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith(
-        f"ggml-ext: environment variable GGML_EXT_ATTN is '{value}'; set it to default, off, half, full"
-    )
+    line = f"ggml-ext: environment variable GGML_EXT_ATTN is '{value}'; set it to default, off, half, full"
+    assert f"error loading model: {line}" in result.stderr
     assert not (tmp_path / "x.npy").exists()
 
 
