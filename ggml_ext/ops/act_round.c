@@ -21,8 +21,8 @@ const char * ggml_ext_act_round_fault(const struct ggml_tensor * dst) {
     if (params.bits < 2 || params.bits > 8) {
         return "act_round: bits is 2 to 8";
     }
-    return params.group >= 0 ? NULL
-                             : "act_round: group is 0 for the whole row, or the number of values that share a scale";
+    return params.group >= 0 ? NULL :
+                               "act_round: group is 0 for the whole row, or the number of values that share a scale";
 }
 
 struct ggml_tensor * ggml_ext_act_round(struct ggml_context * ctx, struct ggml_tensor * x, int bits, int group) {

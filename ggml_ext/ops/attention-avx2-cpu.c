@@ -7,7 +7,6 @@
 
 #ifdef GGML_EXT_X86
 
-
 EXPAND __m256i load(const void * x) {
     return _mm256_load_si256((const __m256i *) x);
 }

@@ -14,7 +14,6 @@
 #include <stdatomic.h>
 #include <string.h>
 
-
 // --- whether, and how much memory ---
 
 static bool codes(enum ggml_type type) {

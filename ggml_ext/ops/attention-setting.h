@@ -24,8 +24,7 @@ struct ggml_ext_attention_setting {
     bool                         fast;    // only where this processor has kernels of its own
 };
 
-#define GGML_EXT_ATTENTION_MODES \
-    "default, off, half, full, half/f16, full/f16, half/f16/smooth or full/f16/smooth"
+#define GGML_EXT_ATTENTION_MODES "default, off, half, full, half/f16, full/f16, half/f16/smooth or full/f16/smooth"
 
 // Whether mode is one of GGML_EXT_ATTENTION_MODES.
 GGML_API bool ggml_ext_attention_known(const char * mode);

@@ -21,9 +21,9 @@ const char * ggml_ext_sample_fault(const struct ggml_tensor * dst) {
         return "sample: ids is I32 of the shape of logits with adjacent values";
     }
     return dst->type == GGML_TYPE_I32 && ggml_is_contiguous(dst) && dst->ne[0] == logits->ne[1] &&
-                   ggml_nrows(dst) == 1
-               ? NULL
-               : "sample: the result is I32, one value for each row of logits";
+                   ggml_nrows(dst) == 1 ?
+               NULL :
+               "sample: the result is I32, one value for each row of logits";
 }
 
 struct ggml_tensor * ggml_ext_sample(struct ggml_context * ctx, struct ggml_tensor * logits,

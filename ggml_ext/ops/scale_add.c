@@ -13,9 +13,9 @@ const char * ggml_ext_scale_add_fault(const struct ggml_tensor * dst) {
     if (a->nb[0] != sizeof(float) || b->nb[0] != sizeof(float)) {
         return "scale_add: the values of a row of a and b are adjacent";
     }
-    return dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && ggml_are_same_shape(dst, a)
-               ? NULL
-               : "scale_add: the result is F32, contiguous, of the shape of a";
+    return dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && ggml_are_same_shape(dst, a) ?
+               NULL :
+               "scale_add: the result is F32, contiguous, of the shape of a";
 }
 
 struct ggml_tensor * ggml_ext_scale_add(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b,

@@ -25,7 +25,7 @@ struct Tensors {
     explicit Tensors(bool no_alloc) : ctx(ggml_init({ 1024 * 1024, nullptr, no_alloc })) {}
 
     ggml_context * ctx;
-    ggml_tensor *  x   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 24, 3);
+    ggml_tensor *  x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 24, 3);
 
     ggml_tensor * square(int64_t order, ggml_type type = GGML_TYPE_F32) {
         return ggml_new_tensor_2d(ctx, type, order, order);
@@ -162,7 +162,10 @@ std::vector<int32_t> kron_params(int32_t hadamard, float clip) {
 
 void test_nodes() {
     const auto kron = [](Tensors & t, ggml_tensor * x, ggml_tensor * left, int32_t hadamard) {
-        return Node{ GGML_EXT_OP_KRON, table(t, GGML_TYPE_F32, x ? x->ne[0] : 8, 3), { x, left }, kron_params(hadamard, 1) };
+        return Node{
+            GGML_EXT_OP_KRON, table(t, GGML_TYPE_F32, x ? x->ne[0] : 8, 3), { x, left },
+                     kron_params(hadamard, 1)
+        };
     };
     expect_node("power of two", [=](Tensors & t) { return kron(t, table(t, GGML_TYPE_F32, 130, 3), nullptr, 129); });
     expect_node("power of two", [=](Tensors & t) { return kron(t, t.x, nullptr, INT32_MIN); });
@@ -172,28 +175,46 @@ void test_nodes() {
     expect_node("F32 or F16", [=](Tensors & t) { return kron(t, t.x, table(t, GGML_TYPE_Q8_0, 32, 32), 0); });
     expect_node("kron: x is F32", [=](Tensors & t) { return kron(t, nullptr, t.square(8), 0); });
     expect_node("shape of x", [](Tensors & t) {
-        return Node{ GGML_EXT_OP_KRON, table(t, GGML_TYPE_F32, 24, 9), { t.x, t.square(24) }, kron_params(0, 1) };
+        return Node{
+            GGML_EXT_OP_KRON, table(t, GGML_TYPE_F32, 24, 9), { t.x, t.square(24) },
+                 kron_params(0, 1)
+        };
     });
     expect_node("bits is 2 to 8", [](Tensors & t) {
-        return Node{ GGML_EXT_OP_ACT_ROUND, table(t, GGML_TYPE_F32, 24, 3), { t.x }, { 0, 0 } };
+        return Node{
+            GGML_EXT_OP_ACT_ROUND, table(t, GGML_TYPE_F32, 24, 3), { t.x },
+                 { 0, 0 }
+        };
     });
     expect_node("shape of x", [](Tensors & t) {
-        return Node{ GGML_EXT_OP_ACT_ROUND, table(t, GGML_TYPE_F32, 240, 3), { t.x }, { 4, 0 } };
+        return Node{
+            GGML_EXT_OP_ACT_ROUND, table(t, GGML_TYPE_F32, 240, 3), { t.x },
+                 { 4, 0 }
+        };
     });
     expect_node("one shape", [](Tensors & t) {
-        return Node{ GGML_EXT_OP_SCALE_ADD, table(t, GGML_TYPE_F32, 24, 3), { t.x, t.square(2) }, { 0 } };
+        return Node{
+            GGML_EXT_OP_SCALE_ADD, table(t, GGML_TYPE_F32, 24, 3), { t.x, t.square(2) },
+                 { 0 }
+        };
     });
     expect_node("shape of a", [](Tensors & t) {
-        return Node{ GGML_EXT_OP_SCALE_ADD, table(t, GGML_TYPE_F32, 48, 3), { t.x, t.x }, { 0 } };
+        return Node{
+            GGML_EXT_OP_SCALE_ADD, table(t, GGML_TYPE_F32, 48, 3), { t.x, t.x },
+                 { 0 }
+        };
     });
     expect_node("one value for each row", [](Tensors & t) {
         ggml_tensor * parameters = table(t, GGML_TYPE_I32, GGML_EXT_SAMPLE_WORDS, 3);
-        return Node{ GGML_EXT_OP_SAMPLE, table(t, GGML_TYPE_I32, 2, 1), { t.x, parameters }, {} };
+        return Node{
+            GGML_EXT_OP_SAMPLE, table(t, GGML_TYPE_I32, 2, 1), { t.x, parameters },
+                 {}
+        };
     });
-    expect_node("no such sub-op", [](Tensors & t) {
-        return Node{ GGML_EXT_OP_COUNT, table(t, GGML_TYPE_F32, 24, 3), { t.x }, {} };
-    });
-    CHECK(compute([=](Tensors & t) { return kron(t, t.x, t.square(3), 8); }) == "not refused", "a valid node is computed");
+    expect_node("no such sub-op",
+                [](Tensors & t) { return Node{ GGML_EXT_OP_COUNT, table(t, GGML_TYPE_F32, 24, 3), { t.x }, {} }; });
+    CHECK(compute([=](Tensors & t) { return kron(t, t.x, t.square(3), 8); }) == "not refused",
+          "a valid node is computed");
 }
 
 }  // namespace
