@@ -1,4 +1,4 @@
-"""Every call that touches a file fails once: inputs stay, an output is whole or absent, nothing is left over."""
+"""Every call that touches a file fails once: inputs stay, outputs are whole or absent, nothing is left."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Faults:
 
     def _concerns(self, what: Any) -> bool:
         if isinstance(what, (str, bytes, os.PathLike)):
-            return os.path.abspath(os.fsdecode(what)).startswith(self._folder)
+            return Path(os.fsdecode(what)).absolute().is_relative_to(self._folder)
         handle = what if isinstance(what, int) else what.fileno()
-        return os.readlink(f"/proc/self/fd/{handle}").startswith(self._folder)
+        return Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(self._folder)
 
 
 def content(folder: Path) -> dict[str, bytes]:

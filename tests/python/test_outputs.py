@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -39,7 +39,10 @@ COMMANDS = [
     ("compare model.gguf other.gguf -f text.txt --ctx 64 --rounds 0 --json new --report OUT", "new"),
     ("bench other.gguf model.gguf -p 8 -n 1 --rounds 1 --json OUT", "model.gguf other.gguf"),
     ("inspect model.gguf --json OUT", "model.gguf"),
-    ("inspect split/m-00001-of-00003.gguf --json OUT", "split/m-00001-of-00003.gguf split/m-00002-of-00003.gguf"),
+    (
+        "inspect split/m-00001-of-00003.gguf --json OUT",
+        "split/m-00001-of-00003.gguf split/m-00002-of-00003.gguf",
+    ),
 ]
 
 
@@ -72,11 +75,11 @@ def _write_split(path: Path) -> None:
 
 
 @pytest.fixture
-def place(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = shutil.copytree(originals, tmp_path / "place")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "cache"))
-    yield folder
+    return folder
 
 
 def _relative(path: Path) -> Path:
@@ -103,11 +106,14 @@ SPELLINGS = [Path, Path.absolute, _relative, _hard, _symbolic, _through_a_folder
 
 def content(folder: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
     }
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+def run(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str]:
     """Exit status and standard error of the command line."""
     monkeypatch.setattr(sys, "argv", ["ggml-ext", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -116,7 +122,9 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 @pytest.mark.parametrize("spelt", SPELLINGS, ids=lambda spelt: spelt.__name__.strip("_"))
-@pytest.mark.parametrize("command", COMMANDS, ids=[f"{c.split()[0]}-{i}" for i, (c, _) in enumerate(COMMANDS)])
+@pytest.mark.parametrize(
+    "command", COMMANDS, ids=[f"{c.split()[0]}-{i}" for i, (c, _) in enumerate(COMMANDS)]
+)
 def test_no_output_is_an_input(
     place: Path,
     capsys: pytest.CaptureFixture[str],
@@ -150,7 +158,9 @@ def test_a_calibration_does_not_take_its_inputs_folder(
 ) -> None:
     before = content(place)
     status, error = run(
-        ["calibrate", "hf", "--calibration", "text.txt", "--recipe", "flat4", "-o", folder], capsys, monkeypatch
+        ["calibrate", "hf", "--calibration", "text.txt", "--recipe", "flat4", "-o", folder],
+        capsys,
+        monkeypatch,
     )
     assert status == 1
     assert "holds the input" in error

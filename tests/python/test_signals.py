@@ -109,8 +109,7 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
         with as_interrupts():
             os.kill(os.getpid(), signal.SIGHUP)
             with pytest.raises(Terminated) as raised:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(1)
+                signal.raise_signal(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # at once: the cleaning up goes on
             time.sleep(0.01)
         assert raised.value.number == signal.SIGTERM
