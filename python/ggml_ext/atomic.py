@@ -124,6 +124,7 @@ class _Claim:
     """A temporary name of this run and its record, whose lock is held as long as the run works on it."""
 
     def __init__(self, place: Path, suffix: str) -> None:
+        self.pid = os.getpid()
         token = secrets.token_hex(8)
         stem = place.name
         if len(os.fsencode(stem)) > _NAME_BYTES:
@@ -176,7 +177,8 @@ _claims: list[_Claim] = []
 def tidy() -> None:
     """Removes all that this process has left: where a signal came between, and what failed before."""
     for claim in list(_claims):
-        claim.end()
+        if claim.pid == os.getpid():  # not those of the process that forked this one
+            claim.end()
 
 
 @contextmanager

@@ -74,11 +74,11 @@ class Held:
         plan = plans.load(self.folder)
         if plan is None or not self._facts.temporary:
             return
-        for index in range(plan.blocks + 1):
-            hidden_path(self.folder, index).unlink(missing_ok=True)
-            block_path(self.folder, index).unlink(missing_ok=True)
-        for name in (plans.SOURCE, plans.FILE, LOCK):
-            (self.folder / name).unlink(missing_ok=True)
+        made = [hidden_path(self.folder, index) for index in range(plan.blocks + 1)]
+        made += [block_path(self.folder, index) for index in range(plan.blocks)]
+        made += [self.folder / name for name in (plans.SOURCE, plans.FILE, LOCK)]
+        for path in made:  # what says whose folder it is goes last
+            path.unlink(missing_ok=True)
         self._remove_folder()
 
     def _remove_folder(self) -> None:

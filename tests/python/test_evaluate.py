@@ -433,7 +433,7 @@ def test_without_a_home_folder_one_can_measure(
     monkeypatch.delenv("GGML_EXT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    assert perplexity(folder / "base.gguf", folder / "text.txt", ctx=CTX).windows > 0
+    assert perplexity(folder / "base.gguf", folder / "text.txt", ctx=CTX, threads=1).windows > 0
     assert "set GGML_EXT_CACHE; this run cannot be resumed" in capsys.readouterr().err
 
 
@@ -447,7 +447,18 @@ def test_results_that_cannot_be_written_are_not_lost(
 ) -> None:
     """A disk that is full at the end of hours: the same command, repeated, goes on from the scores."""
     base, out = str(folder / "base.gguf"), tmp_path / "o.json"
-    arguments = [command, base, "-f", str(folder / "text.txt"), "--ctx", str(CTX), "--json", str(out)]
+    arguments = [
+        command,
+        base,
+        "-f",
+        str(folder / "text.txt"),
+        "--ctx",
+        str(CTX),
+        "-t",
+        "1",
+        "--json",
+        str(out),
+    ]
     if command == "compare":
         arguments[2:2] = [str(folder / "noisy.gguf"), "--rounds", "0", "--layers", "0"]
     monkeypatch.setattr(sys, "argv", ["ggml-ext", *arguments])
@@ -480,7 +491,9 @@ def test_terminals_that_lack_signs(
         model.write_bytes((folder / "base.gguf").read_bytes())
     except OSError:
         pytest.skip("this file system does not know such names")
-    arguments = [command, str(model)] + (["-f", str(folder / "text.txt")] if command == "perplexity" else [])
+    arguments = [command, str(model)] + (
+        ["-f", str(folder / "text.txt"), "-t", "1"] if command == "perplexity" else []
+    )
     for encoding in ("ascii", "utf-8"):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
