@@ -119,8 +119,8 @@ def _require_ours(dest: Path) -> None:
     """Raises GgmlExtError for a folder that holds other things than an earlier build of ours."""
     names = {path.name for path in dest.iterdir()} if dest.is_dir() else set()
     try:
-        known = "CMAKE_PROJECT_NAME:STATIC=ggml-ext\n" in (dest / "build" / "CMakeCache.txt").read_text()
-    except (OSError, ValueError):
+        known = "GGML_EXT_LLAMA_SOURCE" in (dest / "build" / "CMakeCache.txt").read_text(errors="replace")
+    except OSError:
         known = names <= {"build", "build.log"}  # ended before CMake had begun
     if not known:
         raise GgmlExtError(f"{dest}: holds other files; choose an empty folder")

@@ -96,12 +96,7 @@ def _symbolic(path: Path) -> Path:
     return Path("symbolic.link")
 
 
-def _through_a_folder(path: Path) -> Path:
-    Path("folder.link").symlink_to(path.parent)
-    return Path("folder.link") / path.name
-
-
-SPELLINGS = [Path, Path.absolute, _relative, _hard, _symbolic, _through_a_folder]
+SPELLINGS = [Path, _relative, _hard, _symbolic]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -135,7 +130,7 @@ def test_no_output_is_an_input(
     line, inputs = command
     for name in inputs.split():
         if name == "new":
-            if spelt not in (Path, Path.absolute, _relative):
+            if spelt not in (Path, _relative):
                 continue  # there is nothing to link to yet
             out = spelt(Path(name))
         else:
@@ -190,6 +185,11 @@ def test_outputs_that_are_allowed(place: Path) -> None:
     shutil.copyfile(model, hf / "earlier.gguf")
     check_outputs(hf / "earlier.gguf", hf / "new.gguf", inputs=[hf])
     check_folder(place / "new", [hf, place / "text.txt"])
+    (place / "folder.link").symlink_to("split")
+    with pytest.raises(GgmlExtError, match="same file"):
+        check_outputs(
+            place / "folder.link" / "m-00002-of-00003.gguf", inputs=[Path("split/m-00001-of-00003.gguf")]
+        )
     with pytest.raises(GgmlExtError, match="two outputs"):
         check_outputs(place / "a", place / "hf" / ".." / "a")
     (place / "dangling").symlink_to(place / "none" / "x")
