@@ -17,6 +17,7 @@ from typing import Any
 
 from ggml_ext import tools
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.process import die_with_parent
 from ggml_ext.progress import track
 
 PROMPT_TOKENS = 512
@@ -72,7 +73,14 @@ def parse(output: str) -> tuple[float, float]:
 def _measure(model: Path, prompt: int, generate: int, threads: int | None) -> tuple[float, float]:
     """One llama-bench run. Raises GgmlExtError with its last line of output if it fails."""
     call = command(model, prompt=prompt, generate=generate, threads=threads)
-    done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
+    done = subprocess.run(
+        call,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=tools.environment(),
+        preexec_fn=die_with_parent(),
+    )
     try:
         if done.returncode == 0:
             return parse(done.stdout)

@@ -14,6 +14,7 @@ from typing import NoReturn
 from ggml_ext import cuda as toolkit
 from ggml_ext import paths, process, tools
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.outputs import check_folder
 from ggml_ext.progress import track
 
 MIN_CMAKE = (3, 21)
@@ -79,6 +80,8 @@ def build(
     only what changed. Raises GgmlExtError naming the missing program, or the log when the build fails.
     """
     dest = dest.resolve()
+    check_folder(dest, [source])
+    _require_ours(dest)
     cmake = _cmake()
     _check_compilers(cuda)
     architectures = _architectures(arch)
@@ -110,6 +113,17 @@ def build(
         _run([cmake, "--install", work, "--component", "runtime"], log)
         advance(100 - shown)
     return dest
+
+
+def _require_ours(dest: Path) -> None:
+    """Raises GgmlExtError for a folder that holds other things than an earlier build of ours."""
+    names = {path.name for path in dest.iterdir()} if dest.is_dir() else set()
+    try:
+        known = "GGML_EXT_LLAMA_SOURCE" in (dest / "build" / "CMakeCache.txt").read_text(errors="replace")
+    except OSError:
+        known = names <= {"build", "build.log"}  # ended before CMake had begun
+    if not known:
+        raise GgmlExtError(f"{dest}: holds other files; choose an empty folder")
 
 
 def _switch(on: bool) -> str:

@@ -10,7 +10,7 @@ hidden-NNN.bin (hidden.py), block-NNN.safetensors (block_file.py), lock.
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +29,12 @@ from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
+from ggml_ext.calibration_folder import Held, held
 from ggml_ext.calibration_plan import Plan, Request
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.hidden import Hidden
-from ggml_ext.importance import text_sha256
+from ggml_ext.importance import read_text
+from ggml_ext.outputs import check_folder
 from ggml_ext.progress import track
 from ggml_ext.recipes import Method
 from ggml_ext.rounding.learned import Learned, Matrix, refine_block
@@ -72,24 +74,29 @@ def _warn(line: str) -> None:
     print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
 
 
-def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> CalibrateResult:
+def calibrate(
+    request: Request, folder: Path, *, temporary: bool = False, warn: Warn = _warn
+) -> CalibrateResult:
     """Calibrates into ``folder``, made if need be, or goes on with what it holds.
 
-    Killed at any moment, the same call goes on and leaves the same files, byte for byte on the same machine
-    with one thread. Raises GgmlExtError for what cannot be done, for a folder with another plan, and for one
-    that another run is using.
+    temporary: convert makes the folder and removes it with ``discard``. Killed at any moment, the same call
+    goes on and leaves the same files, byte for byte on the same machine with one thread. Raises GgmlExtError
+    for what cannot be done and for a folder with other files or another plan, or that another run is using.
     """
     started = time.monotonic()
+    check_folder(folder, [request.source, request.text, request.matrices])
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
     hf.check(request.source)
     open_skeleton(request.source)  # an unknown family is refused before the model is converted
-    sha256 = text_sha256(request.text)
+    content = read_text(request.text)
+    sha256 = hashlib.sha256(content).hexdigest()
     torch.manual_seed(request.seed)
-    with _locked(folder):
-        source = _float_model(request.source, folder)
+    with held(folder, temporary=temporary) as mine:
+        source = _float_model(request.source, mine)
         tokens = windows(
             source.path,
             request.text,
+            content=content,
             ctx=request.ctx,
             samples=request.method.samples,
             seed=request.seed,
@@ -119,32 +126,6 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder, for this process alone; leftovers of a killed run are removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as exc:
-        raise GgmlExtError(f"{folder}: {exc.strerror}; choose another folder") from exc
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise GgmlExtError(f"{folder}: another run is using it; wait for it or stop it") from exc
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink()
-        try:
-            yield
-        except BaseException:
-            if not (folder / plans.FILE).exists():  # refused before it began: nothing to go on with
-                (folder / plans.SOURCE).unlink(missing_ok=True)
-                (folder / "lock").unlink()
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
-
-
-@contextmanager
 def _named_as(made: Path, origin: Path) -> Iterator[None]:
     """Errors about a file that we made name what it was made from."""
     try:
@@ -153,13 +134,20 @@ def _named_as(made: Path, origin: Path) -> Iterator[None]:
         raise GgmlExtError(str(exc).replace(str(made), str(origin))) from exc
 
 
-def _float_model(origin: Path, folder: Path) -> Source:
+def discard(folder: Path) -> None:
+    """Removes the folder of a finished calibration if convert made it and no other run uses it."""
+    with suppress(GgmlExtError, OSError), held(folder, temporary=True) as mine:
+        mine.discard()
+
+
+def _float_model(origin: Path, mine: Held) -> Source:
     """The model as float GGUF, made once per plan."""
-    path = folder / plans.SOURCE
+    path = mine.folder / plans.SOURCE
     with _named_as(path, origin):
-        if plans.load(folder) is None or not path.is_file():
+        if plans.load(mine.folder) is None or not path.is_file():
             with atomic_path(path) as temporary:
                 hf.to_gguf(origin, temporary)
+                mine.note_source(temporary)
         return open_gguf(path)
 
 
@@ -177,6 +165,8 @@ def _run(
     errors: list[list[float]] = []
     shape = (plan.windows, plan.ctx, plan.hidden)
     states = [Hidden(folder, index, shape, DTYPES[plan.dtype]) for index in range(plan.blocks + 1)]
+    for done in states[: missing[0]] if missing else states:
+        done.remove()  # left by a run that was killed before it could
     if missing == []:
         return errors
     try:

@@ -179,6 +179,14 @@ def load(folder: Path) -> Plan | None:
         ) from exc
 
 
+def is_plan(folder: Path) -> bool:
+    """Whether the folder's plan.json is a plan of this version."""
+    try:
+        return load(folder) is not None
+    except GgmlExtError:
+        return False
+
+
 def require_equal(found: Plan, wanted: Plan, folder: Path) -> None:
     """Raises GgmlExtError, naming what differs, unless the two plans are the same."""
     differences = _differences(found, wanted)

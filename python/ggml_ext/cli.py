@@ -1,11 +1,14 @@
 """The command line: parses, calls, prints. Every command's work is in the module it imports.
 
-Errors are one line on standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Errors are one line on standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n
+(130 Ctrl-C, 143 SIGTERM, 129 SIGHUP).
 """
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from rich.text import Text
 
 from ggml_ext import __version__
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.signals import Terminated, as_interrupts
 
 
 @contextmanager
@@ -29,9 +33,11 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except GgmlExtError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("ggml-ext: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"ggml-ext: {how}", file=sys.stderr)
+        raise typer.Exit(128 + number) from None
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads our output any more; keeps Python from complaining at exit
         raise typer.Exit(1) from None
@@ -304,17 +310,21 @@ def perplexity(
     json_out: JsonOption = None,
 ) -> None:
     """Perplexity of a model on a text, equal to llama-perplexity's."""
+    from ggml_ext.evaluate import PerplexityResult
     from ggml_ext.evaluate import perplexity as run_perplexity
     from ggml_ext.outputs import check_outputs, write_json
 
-    check_outputs(json_out)
-    result = run_perplexity(model, text, ctx=ctx, threads=threads)
-    if json_out is not None:
-        write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
-    print(
-        f"{model}: perplexity {result.ppl:.4f} ± {result.ppl_se:.4f} "
-        f"({result.windows} windows of {ctx} tokens, {result.count} scored)"
-    )
+    def deliver(result: PerplexityResult) -> None:
+        if json_out is not None:
+            write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
+        print(
+            f"{model}: perplexity {result.ppl:.4f} ± {result.ppl_se:.4f} "
+            f"({result.windows} windows of {ctx} tokens, {result.count} scored)",
+            flush=True,
+        )
+
+    check_outputs(json_out, inputs=[model, text])
+    run_perplexity(model, text, ctx=ctx, threads=threads, deliver=deliver)
 
 
 @app.command()
@@ -339,7 +349,17 @@ def compare(
     from ggml_ext import loss, report
     from ggml_ext.compare import compare as run_compare
 
-    rows = run_compare(
+    def deliver(rows: list[report.Row]) -> None:
+        _print_table(report.table(rows))
+        for name, row in zip(report.short_names(rows), rows, strict=True):
+            line = loss.summary(row, name)
+            if line is not None:
+                print(line)
+        written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
+        wrote = f"; wrote {', '.join(written)}" if written else ""
+        print(f"compared {len(models)} models with {base}{wrote}", flush=True)
+
+    run_compare(
         base,
         models,
         text,
@@ -350,14 +370,8 @@ def compare(
         json_out=json_out,
         report_out=report_out,
         plot_out=plot_out,
+        deliver=deliver,
     )
-    _print_table(report.table(rows))
-    for name, row in zip(report.short_names(rows), rows, strict=True):
-        line = loss.summary(row, name)
-        if line is not None:
-            print(line)
-    written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
-    print(f"compared {len(models)} models with {base}" + (f"; wrote {', '.join(written)}" if written else ""))
 
 
 @app.command()
@@ -374,7 +388,7 @@ def bench(
     from ggml_ext import report
     from ggml_ext.outputs import check_outputs, write_json
 
-    check_outputs(json_out)
+    check_outputs(json_out, inputs=models)
     speeds = benchmark.bench(models, prompt=prompt, generate=generate, rounds=rounds, threads=threads)
     rows = benchmark.as_rows(speeds)
     if json_out is not None:
@@ -393,7 +407,7 @@ def inspect(
     from ggml_ext import inspect as inspection
     from ggml_ext.outputs import check_outputs, write_json
 
-    check_outputs(json_out)
+    check_outputs(json_out, inputs=[model])
     result = inspection.inspect(model)
     if json_out is not None:
         write_json(json_out, result.as_json())
@@ -476,7 +490,11 @@ def _print_table(table: Table) -> None:
 
 def main() -> None:
     """Run the command line; exits with its status."""
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or sign that the terminal does not know is no error
+            stream.reconfigure(errors="backslashreplace")
+    with as_interrupts():
+        app()
 
 
 if __name__ == "__main__":

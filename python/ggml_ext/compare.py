@@ -7,7 +7,7 @@ the list of rows, the base first; docs/compare.md describes every key.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +134,16 @@ def compare(
     json_out: Path | None = None,
     report_out: Path | None = None,
     plot_out: Path | None = None,
+    deliver: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Measure ``base`` and ``models`` on ``text`` and write the files that are asked for.
 
     ``rounds``: rounds of speed measurements; ``layers``: windows for the error per block; 0 for none.
-    Returns the rows, the base first. Raises GgmlExtError before any long work if an input cannot be read or
-    an output cannot be written.
+    ``deliver``: gets the rows. If it or a file fails, the scores stay on disk and the same call goes on from
+    them. Returns the rows, the base first. Raises GgmlExtError before any long work if an input cannot be
+    read or an output cannot be written.
     """
-    check_outputs(json_out, report_out, plot_out)
+    check_outputs(json_out, report_out, plot_out, inputs=[base, *models, text])
     if plot_out is not None:
         report.require_matplotlib()
     with Evaluation(base, models, text, ctx=ctx, threads=threads) as evaluation:
@@ -165,5 +167,7 @@ def compare(
             report.write_report(report_out, rows, threads=threads, rounds=rounds)
         if plot_out is not None:
             report.write_plot(plot_out, rows)
+        if deliver is not None:
+            deliver(rows)
         evaluation.finish()
     return rows

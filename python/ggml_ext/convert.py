@@ -11,9 +11,8 @@ An interrupted conversion leaves no output. What can take hours is kept: the imp
 
 from __future__ import annotations
 
-import shutil
+import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext import encode, hf, importance, native, recipes, rules, stock
+from ggml_ext.atomic import target, work_folder
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
@@ -122,8 +122,10 @@ def convert(
     Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
+    if not source.exists():
+        raise GgmlExtError(f"{source}: no such file or directory; check the path of the model")
+    check_outputs(out, inputs=[source, imatrix, calibration, calibrated, matrices])
     if calibrated is not None:
-        _check_paths(source, out)
         return _from_folder(source, calibrated, out, threads, started, warn)
     options = options or Options(type_name=type_name)
     method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration))
@@ -132,20 +134,20 @@ def convert(
     recipes.check(
         method, request.type_for, folder=source.is_dir(), text=calibration is not None, imatrix=bool(imatrix)
     )
-    _check_paths(source, out)
     if method.blockwise and calibration is not None:
-        from ggml_ext.calibrate import calibrate
+        from ggml_ext.calibrate import calibrate, discard
         from ggml_ext.calibration_plan import Request
 
-        folder = out.with_name(f"{out.name}.calibration")
+        place = target(out)
+        folder = place.with_name(f"{place.name}.calibration")
         wanted = Request(
             source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads, matrices
         )
-        calibrate(wanted, folder, warn=warn)
+        calibrate(wanted, folder, temporary=True, warn=warn)
         result = _from_folder(source, folder, out, threads, started, warn)
-        shutil.rmtree(folder)
+        discard(folder)
         return result
-    with _work_folder(out) as work, _as_gguf(source, work) as model:
+    with work_folder(out) as work, _as_gguf(source, work) as model:
         opened = open_gguf(model)
         shapes = [tensor.shape for tensor in opened.tensors]
         matrix, about = _importance(source, opened, imatrix, calibration, work, ctx=ctx, threads=threads)
@@ -185,25 +187,6 @@ def _from_folder(
     return result
 
 
-def _check_paths(source: Path, out: Path) -> None:
-    if not source.exists():
-        raise GgmlExtError(f"{source}: no such file or directory; check the path of the model")
-    if out.exists() and out.samefile(source):
-        raise GgmlExtError(f"{out}: source and output are the same file; write to another one")
-    check_outputs(out)
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder beside the output, on the same file system, gone at the end whatever happens."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as exc:
-        raise GgmlExtError(f"{out.parent}: {exc.strerror}; choose another folder for the output") from exc
-    with folder as name:
-        yield Path(name)
-
-
 @contextmanager
 def _as_gguf(source: Path, work: Path) -> Iterator[Path]:
     """The source as a GGUF file. Errors about a temporary one name the directory that it was made from."""
@@ -232,8 +215,19 @@ def _importance(
         return load(imatrix), None
     if calibration is None:
         return None, None
-    files = sorted(source.iterdir()) if source.is_dir() else sorted({t.path for t in opened.tensors})
+    files = _weights_and_tokenizer(source) if source.is_dir() else sorted({t.path for t in opened.tensors})
     return importance.collect(opened.path, files, calibration, work, ctx=ctx, threads=threads)
+
+
+_TOKENIZER = re.compile(
+    r"(added_tokens|merges|params|sentencepiece|special_tokens|spiece|tekken|tokenizer|vocab).*|.*\.(tiktoken|model)"
+)
+
+
+def _weights_and_tokenizer(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder that its importances depend on; outputs may lie beside them."""
+    tokenizer = (path for path in folder.iterdir() if _TOKENIZER.fullmatch(path.name) and path.is_file())
+    return sorted({folder / "config.json", *hf.check(folder), *tokenizer})
 
 
 def _result(

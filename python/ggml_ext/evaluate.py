@@ -97,7 +97,7 @@ class Evaluation:
         self.windows = self._tokens[: self.n_windows * ctx].reshape(self.n_windows, ctx)
         for path in self.models:
             self._check_vocabulary(path)
-        libraries = sorted(paths.lib_dir().glob("lib*.so"))
+        libraries = sorted(path for path in paths.lib_dir().glob("lib*") if path.suffix in (".so", ".dylib"))
         self._journal = Journal(
             {
                 "format": FORMAT,
@@ -219,14 +219,25 @@ class Evaluation:
         self._journal.__exit__(None, None, None)
 
 
-def perplexity(model: Path, text: Path, *, ctx: int = 512, threads: int | None = None) -> PerplexityResult:
+def perplexity(
+    model: Path,
+    text: Path,
+    *,
+    ctx: int = 512,
+    threads: int | None = None,
+    deliver: Callable[[PerplexityResult], None] | None = None,
+) -> PerplexityResult:
     """Perplexity of ``model`` on ``text`` in windows of ``ctx`` tokens, equal to llama-perplexity's.
 
-    Raises GgmlExtError on files that cannot be used and on a text shorter than one window.
+    deliver: gets the result. If it fails, the scores stay on disk and the same call goes on from them. Raises
+    GgmlExtError on files that cannot be used and on a text shorter than one window.
     """
     with Evaluation(model, [], text, ctx=ctx, threads=threads) as evaluation:
         figures = evaluation.run()[0].perplexity
-        evaluation.finish()
-        return PerplexityResult(
+        result = PerplexityResult(
             model, figures.ppl, figures.ppl_se, figures.count, evaluation.tokens, evaluation.n_windows, ctx
         )
+        if deliver is not None:
+            deliver(result)
+        evaluation.finish()
+    return result

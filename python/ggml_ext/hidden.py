@@ -20,11 +20,16 @@ from ggml_ext.atomic import atomic_path
 from ggml_ext.errors import GgmlExtError
 
 
+def hidden_path(folder: Path, index: int) -> Path:
+    """Where a calibration's folder has the hidden states that enter block ``index``."""
+    return folder / f"hidden-{index:03}.bin"
+
+
 class Hidden:
     """The hidden states that enter block ``index``: [samples, ctx, hidden] of ``dtype``, in ``path``."""
 
     def __init__(self, folder: Path, index: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.path = folder / f"hidden-{index:03}.bin"
+        self.path = hidden_path(folder, index)
         self._shape = shape
         self._dtype = dtype
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -25,8 +24,10 @@ from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.journal import identity
 from ggml_ext.llama import Model
 from ggml_ext.progress import track
+from ggml_ext.upstream import cache_dir
 
 _KEEP_DAYS = 30
+_FOLDER = re.compile(r"[0-9a-f]{24}")
 
 
 @dataclass(frozen=True)
@@ -49,44 +50,65 @@ def collect(
     """Importances of the GGUF file ``model`` on the text, from the cache if they are there.
 
     files: what the model was made from; their paths, sizes and times of change identify it. work: a folder
-    for temporary files. The text is read in contexts of ``ctx`` tokens. Raises GgmlExtError for a text that
-    is missing, empty or too short and for a model that llama.cpp cannot run.
+    for temporary files. The text is read once, so it may be a pipe, in contexts of ``ctx`` tokens. Raises
+    GgmlExtError for a text that is missing, empty or too short and for a model that llama.cpp cannot run.
     """
-    sha256 = text_sha256(text)
+    content = read_text(text)
+    sha256 = hashlib.sha256(content).hexdigest()
     name = dataset_name(text, sha256)
-    cached = _cache_folder(files, sha256, ctx) / f"{Path(name).stem}.imatrix.gguf"
-    if not cached.is_file():
-        computed = _compute(model, text, name, work, ctx=ctx, threads=threads)
-        cached = _keep(computed, cached)
-    matrix = load(cached)
+    cached = _cached(files, sha256, ctx, f"{Path(name).stem}.imatrix.gguf")
+    matrix = None if cached is None else _load_cached(cached)
+    if matrix is None:
+        (work / name).write_bytes(content)  # the name lands in the file
+        computed = _compute(
+            model, text, _contexts(model, text, content, ctx), name, work, ctx=ctx, threads=threads
+        )
+        matrix = load(computed if cached is None else _keep(computed, cached))
     return matrix, Calibration(sha256, matrix.chunks, ctx)
 
 
-def text_sha256(text: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal. Raises GgmlExtError if it cannot be read or is empty."""
+def read_text(text: Path) -> bytes:
+    """The bytes of a calibration text. Raises GgmlExtError if it cannot be read or is empty."""
     try:
         content = text.read_bytes()
     except OSError as exc:
         raise GgmlExtError(f"{text}: {exc.strerror}; check the path of the calibration text") from exc
     if not content.strip():
         raise GgmlExtError(f"{text}: empty; calibration needs a text of the kind the model will meet")
-    return hashlib.sha256(content).hexdigest()
+    return content
+
+
+def text_sha256(text: Path) -> str:
+    """SHA-256 of the text's bytes, in hexadecimal. Raises GgmlExtError as read_text does."""
+    return hashlib.sha256(read_text(text)).hexdigest()
 
 
 def dataset_name(text: Path, sha256: str) -> str:
     """A name for the text that is the same on every machine and says which text it was."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", text.stem)
-    return f"{stem}-{sha256[:12]}.txt"
+    return f"{stem[:100]}-{sha256[:12]}.txt"
 
 
 def cache_root() -> Path:
-    """Folder of the importance matrices: $XDG_CACHE_HOME/ggml-ext/imatrix, ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml-ext" / "imatrix"
+    """Folder of the importance matrices. Raises GgmlExtError if there is no place for a cache."""
+    return cache_dir() / "imatrix"
 
 
-def _cache_folder(files: Sequence[Path], sha256: str, ctx: int) -> Path:
+def _cached(files: Sequence[Path], sha256: str, ctx: int, name: str) -> Path | None:
+    """Where the cache has the matrix, or will have it; None if there is no place for a cache."""
+    try:
+        root = cache_root()
+    except GgmlExtError:
+        return None
     depends_on = [[identity(path) for path in files], sha256, ctx, identity(tools.find("llama-imatrix"))]
-    return cache_root() / hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]
+    return root / hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24] / name
+
+
+def _load_cached(cached: Path) -> Imatrix | None:
+    try:
+        return load(cached)
+    except GgmlExtError:  # not there, or damaged by a power failure
+        return None
 
 
 def _keep(computed: Path, cached: Path) -> Path:
@@ -97,20 +119,30 @@ def _keep(computed: Path, cached: Path) -> Path:
             shutil.copyfile(computed, temporary)
     except (OSError, GgmlExtError):
         return computed
-    for folder in cache_root().iterdir():
-        with contextlib.suppress(OSError):
-            if folder.stat().st_mtime < time.time() - _KEEP_DAYS * 86400:
-                shutil.rmtree(folder)
+    _prune(cached.parent.parent)
     return cached
 
 
-def _compute(model: Path, text: Path, name: str, folder: Path, *, ctx: int, threads: int) -> Path:
-    """Runs llama-imatrix and returns its file. Same model, text, context and machine: same file."""
-    contexts = _contexts(model, text, ctx)
-    (folder / name).symlink_to(text.resolve())  # the name lands in the file
+def _prune(root: Path) -> None:
+    """Removes what lies in the cache for longer than _KEEP_DAYS; what no run of ours put there stays."""
+    for folder in root.iterdir():
+        with contextlib.suppress(OSError):
+            if _FOLDER.fullmatch(folder.name) and folder.stat().st_mtime < time.time() - _KEEP_DAYS * 86400:
+                for path in folder.glob("*.imatrix.gguf"):
+                    path.unlink()
+                folder.rmdir()
+
+
+def _compute(
+    model: Path, text: Path, contexts: int, name: str, folder: Path, *, ctx: int, threads: int
+) -> Path:
+    """Runs llama-imatrix on the text, which lies in ``folder`` as ``name``, and returns its file.
+
+    Same model, text, context and machine: same file.
+    """
     out = folder / f"{Path(name).stem}.imatrix.gguf"
     # A batch of one context: llama-imatrix asks for the logits of every token of a batch.
-    command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.resolve()]
+    command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.absolute()]
     command += ["-f", name, "-o", out.name, "-c", str(ctx), "-b", str(ctx), "-ub", str(min(ctx, 512))]
     command += ["-t", str(threads)] if threads > 0 else []
     with track(contexts, "importance matrix", "contexts") as advance:
@@ -129,13 +161,13 @@ def _compute(model: Path, text: Path, name: str, folder: Path, *, ctx: int, thre
     return out
 
 
-def _contexts(model: Path, text: Path, ctx: int) -> int:
+def _contexts(model: Path, text: Path, content: bytes, ctx: int) -> int:
     """Number of contexts in the text. Raises GgmlExtError for fewer than two, which llama-imatrix wants.
 
     llama-imatrix says so too, but its log is written by a thread of its own and lost when it ends early.
     """
     with Model(model, weights=False) as loaded:
-        n_tokens = len(loaded.tokenize(text.read_bytes().removesuffix(b"\n")))
+        n_tokens = len(loaded.tokenize(content.removesuffix(b"\n")))
     if n_tokens < 2 * ctx:
         raise GgmlExtError(
             f"{text}: only {n_tokens} tokens, and contexts of {ctx} need {2 * ctx} at least; "

@@ -1,19 +1,21 @@
 """Scores of an unfinished evaluation, kept on disk so that the same command goes on where it stopped.
 
 A journal is a folder of append-only files, one per model, each a sequence of scored windows: the dtype
-``scoring.SCORE``, ``rows`` records per window. A torn last window (power failure) is dropped on reading.
-The folder's name is a digest of everything the scores depend on; a finished run removes its files.
+``scoring.SCORE``, ``rows`` records per window, then a checksum of 16 bytes. What a power failure has torn or
+filled with zeros is dropped on reading, and so is what two runs have written at once. The folder's name is a
+digest of everything the scores depend on; a finished run removes its files.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -21,22 +23,35 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_ext import owner
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.outputs import parts
 from ggml_ext.scoring import SCORE
 from ggml_ext.upstream import cache_dir
 
 KEEP_DAYS = 14
 """Journals of runs that nobody finished are removed after this time."""
 
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+_CHECK_BYTES = 16
+_SYNC_SECONDS = 1.0  # between two flushes to the disk, which take longer than the windows of a small model
+
 
 def cache_root() -> Path:
-    """Folder of the journals."""
+    """Folder of the journals. Raises GgmlExtError if there is no place for a cache."""
     return cache_dir() / "evaluate"
 
 
 def identity(path: Path) -> list[Any]:
-    """What tells one version of a file from another without reading it: real path, size, time of change."""
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    """What tells one version of a file from another without reading it: real path, size, time of change.
+
+    Of a split model all parts count.
+    """
+    facts: list[Any] = []
+    for part in parts(path):
+        status = part.stat()
+        facts += [str(part.resolve()), status.st_size, status.st_mtime_ns]
+    return facts
 
 
 def digest(facts: Any) -> str:
@@ -57,40 +72,46 @@ class Journal:
         self._rows = rows
         self._scores: dict[str, list[NDArray[np.void]]] = {}
         self._lock: IO[str] | None = None
-        self._folder: Path | None = cache_root() / digest(facts)
+        self._folder: Path | None = None
+        self._synced = time.monotonic()
         try:
-            self._prune()
+            root = cache_root()
+            _prune(root)
+            self._folder = root / digest(facts)
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
             self._lock = (self._folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner.lock(self._lock)
+        except BlockingIOError:
+            self._give_up(f"{self._folder}: another run is using it")
         except OSError as error:
-            self._give_up(error)
+            self._give_up(f"{self._folder}: {error.strerror}")
+        except GgmlExtError as error:
+            self._give_up(str(error))
 
-    def _prune(self) -> None:
-        if cache_root().is_dir():
-            for folder in cache_root().iterdir():
-                if time.time() - folder.stat().st_mtime > KEEP_DAYS * 86400:
-                    shutil.rmtree(folder, ignore_errors=True)
-
-    def _give_up(self, error: OSError) -> None:
-        reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
-        print(f"ggml-ext: {self._folder}: {reason}; this run cannot be resumed", file=sys.stderr)
+    def _give_up(self, reason: str) -> None:
+        print(f"ggml-ext: {reason}; this run cannot be resumed", file=sys.stderr)
         self._folder = None
 
     def _file(self, facts: Any) -> Path | None:
         return None if self._folder is None else self._folder / f"{digest(facts)}.scores"
 
+    def _check(self, key: str, index: int, data: bytes) -> bytes:
+        """The checksum of window ``index`` of the model with digest ``key``."""
+        return hashlib.blake2b(data, digest_size=_CHECK_BYTES, key=f"{key} {index}".encode()).digest()
+
     def _load(self, facts: Any) -> list[NDArray[np.void]]:
         file = self._file(facts)
         if file is None or not file.exists():
             return []
-        data = file.read_bytes()
-        whole = len(data) // self._window_bytes
-        if len(data) % self._window_bytes:
-            os.truncate(file, whole * self._window_bytes)
-        records = np.frombuffer(data, SCORE, whole * self._rows)
-        return list(records.reshape(whole, self._rows))
+        data, step, windows = file.read_bytes(), self._window_bytes + _CHECK_BYTES, []
+        for start in range(0, len(data), step):
+            window, check = np.split(np.frombuffer(data[start : start + step], "u1"), [self._window_bytes])
+            if check.tobytes() != self._check(digest(facts), len(windows), window.tobytes()):
+                os.truncate(file, start)
+                break
+            windows.append(window.view(SCORE))
+        return windows
 
     def windows(self, facts: Any) -> list[NDArray[np.void]]:
         """Scored windows, each [rows], of the model that ``facts`` identify, from the first one on."""
@@ -100,27 +121,33 @@ class Journal:
                 self._scores[key] = self._load(facts)
             except OSError as error:
                 self._scores[key] = []
-                self._give_up(error)
+                self._give_up(f"{self._folder}: {error.strerror}")
         return self._scores[key]
 
     def append(self, facts: Any, scores: NDArray[np.void]) -> None:
         """Add the next window's ``scores`` [rows]."""
-        self.windows(facts).append(scores)
-        file = self._file(facts)
+        windows = self.windows(facts)
+        windows.append(scores)
+        file, data = self._file(facts), scores.tobytes()
         if file is not None:
             try:
                 with file.open("ab") as out:
-                    out.write(scores.tobytes())
+                    out.write(data + self._check(digest(facts), len(windows) - 1, data))
+                    if time.monotonic() - self._synced > _SYNC_SECONDS:
+                        out.flush()
+                        os.fsync(out.fileno())
+                        self._synced = time.monotonic()
             except OSError as error:
-                self._give_up(error)
+                self._give_up(f"{self._folder}: {error.strerror}")
 
     def finish(self) -> None:
         """Remove the scores that this run has used: its results have been delivered."""
         if self._folder is not None:
-            for key in self._scores:
-                (self._folder / f"{key}.scores").unlink(missing_ok=True)
-            if not list(self._folder.glob("*.scores")):
-                shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):
+                for key in self._scores:
+                    (self._folder / f"{key}.scores").unlink(missing_ok=True)
+                if not list(self._folder.glob("*.scores")):
+                    _discard(self._folder)
             self._folder = None
 
     def __enter__(self) -> Journal:
@@ -131,3 +158,31 @@ class Journal:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _prune(root: Path) -> None:
+    """Removes the journals below ``root`` that nobody has written to for KEEP_DAYS; what is none stays."""
+    if not root.is_dir():
+        return
+    for folder in root.iterdir():
+        with suppress(OSError):
+            if _FOLDER.fullmatch(folder.name) and time.time() - _last_change(folder) > KEEP_DAYS * 86400:
+                with (folder / "lock").open("a") as lock:
+                    owner.lock(lock)
+                    _discard(folder)
+
+
+def _last_change(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("*.scores")
+    yield from (folder / "facts.json", folder / "lock")
+
+
+def _discard(folder: Path) -> None:
+    """Removes a journal, but for files that are none of its own."""
+    for path in _own_files(folder):
+        path.unlink(missing_ok=True)
+    folder.rmdir()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import cffi
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.signals import ENDING
 
 _ffi = cffi.FFI()
 
@@ -91,24 +92,37 @@ def _load_callback(api: Any) -> Any:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end a long call into llama.cpp: the callbacks above see it and the call returns early.
+    """Let Ctrl-C, SIGTERM and SIGHUP end a long call into llama.cpp: the callbacks above make it return.
 
-    Python runs its own handler only after a C call has returned, which takes minutes for a long batch.
-    Raises KeyboardInterrupt at the end of the block if Ctrl-C came during it.
+    Python runs its own handlers only after a C call has returned, which takes minutes for a long batch, or
+    within a callback, from where their exception would be lost. At the end of the block the handler of the
+    signal that came is called, which raises KeyboardInterrupt.
     """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
-    if ignored or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        _interrupted.set()
+
     _interrupted.clear()
-    previous = signal.signal(signal.SIGINT, lambda _number, _frame: _interrupted.set())
+    previous = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGINT, *ENDING)
+        if callable(signal.getsignal(number))  # not one that is ignored, as in a shell's background job
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if _interrupted.is_set():
-            _interrupted.clear()
-            raise KeyboardInterrupt
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _interrupted.clear()
+        if came:
+            handler = previous[signal.Signals(came[0])]
+            assert callable(handler)
+            handler(came[0], None)
 
 
 def view(pointer: Any, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
@@ -208,7 +222,8 @@ class Model:
             params.cb_eval = self._api.ggml_backend_sched_eval_callback(observer[0])
             params.cb_eval_user_data = observer[1]
         _log.clear()
-        self._context = self._api.llama_init_from_model(self._model, params)
+        with interruptible():
+            self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise GgmlExtError(
                 f"{self.path}: llama.cpp cannot make a context of {n_seq} x {n_ctx} tokens: "

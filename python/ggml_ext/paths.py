@@ -1,7 +1,7 @@
 """Where the patched llama.cpp that belongs to this package lies.
 
 The wheel holds it in subfolders of the package. GGML_EXT_LIB_DIR and GGML_EXT_BIN_DIR point at another
-build, such as one made by ``ggml-ext build``.
+build, such as one made by ``ggml-ext build``. Paths are absolute: tools are started in other folders.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def _existing(folder: Path, what: str) -> Path:
 def lib_dir() -> Path:
     """Folder of libllama, libggml*, libmtmd."""
     override = os.environ.get("GGML_EXT_LIB_DIR")
-    return _existing(Path(override) if override else PACKAGE / "lib", "patched libraries")
+    return _existing(Path(override).absolute() if override else PACKAGE / "lib", "patched libraries")
 
 
 def bin_dir() -> Path:
     """Folder of the llama.cpp tools."""
     override = os.environ.get("GGML_EXT_BIN_DIR")
-    return _existing(Path(override) if override else PACKAGE / "bin", "llama.cpp tools")
+    return _existing(Path(override).absolute() if override else PACKAGE / "bin", "llama.cpp tools")
 
 
 def include_dir() -> Path:

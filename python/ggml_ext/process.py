@@ -7,15 +7,21 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import cffi
 
 from ggml_ext.errors import GgmlExtError
 
 _TAIL = 64 * 1024
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ def run(
 
     ``watch`` gets the output so far (its last 64 KiB) whenever there is more, and at least every half
     second. The program runs in a session of its own, so that Ctrl-C reaches only us; any exception here,
-    KeyboardInterrupt included, ends it before it is passed on. Raises GgmlExtError if it cannot be started.
+    KeyboardInterrupt included, ends it before it is passed on, and on Linux so does our death by SIGKILL.
+    Raises GgmlExtError if it cannot be started.
     """
     try:
         child = subprocess.Popen(
@@ -48,6 +55,7 @@ def run(
             cwd=cwd,
             env=None if env is None else {**os.environ, **env},
             start_new_session=True,
+            preexec_fn=die_with_parent(),
         )
     except OSError as exc:
         raise GgmlExtError(f"cannot start {command[0]}: {exc.strerror}; reinstall ggml-ext") from exc
@@ -57,6 +65,33 @@ def run(
     except BaseException:
         _stop(child)
         raise
+
+
+@cache
+def _libc() -> Any:
+    """libc's prctl; None where there is none: it is Linux's own."""
+    if not sys.platform.startswith("linux"):
+        return None
+    ffi = cffi.FFI()
+    ffi.cdef("int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);")
+    return ffi.dlopen(None)
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its program so that it gets SIGTERM when we die, however that happens.
+
+    None where the system cannot do it. The child has only the caller's thread, so it must wait for no other.
+    """
+    libc, parent = _libc(), os.getpid()
+    if libc is None:
+        return None
+
+    def arrange() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # dead before we asked
+            os._exit(128 + signal.SIGTERM)
+
+    return arrange
 
 
 def last_words(finished: Finished) -> str:
@@ -104,5 +139,6 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     try:
         child.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()

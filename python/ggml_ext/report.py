@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext import __version__, bench, loss
-from ggml_ext.atomic import atomic_path
+from ggml_ext.atomic import atomic_path, write_text
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import bindings, physical_cores
 
@@ -223,8 +223,7 @@ def _files_table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def write_report(path: Path, rows: Sequence[Row], *, threads: int | None, rounds: int) -> None:
     """Write the Markdown report, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(markdown(rows, threads=threads, rounds=rounds), encoding="utf-8")
+    write_text(path, markdown(rows, threads=threads, rounds=rounds))
 
 
 def require_matplotlib() -> None:

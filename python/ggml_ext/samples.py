@@ -14,18 +14,26 @@ from ggml_ext.llama import Model
 
 
 def windows(
-    model: Path, text: Path, *, ctx: int, samples: int, seed: int, warn: Callable[[str], None]
+    model: Path,
+    text: Path,
+    *,
+    ctx: int,
+    samples: int,
+    seed: int,
+    warn: Callable[[str], None],
+    content: bytes | None = None,
 ) -> NDArray[np.int64]:
     """Token windows int64 [n, ctx] of the text, n at most ``samples``, spread evenly over it.
 
     model: a GGUF file; its tokenizer is llama.cpp's, as at run time. warn: told when the text gives fewer.
+    content: the text's bytes if they have been read, since a pipe can be read once.
 
     The text's tokens are cut into n equal parts and a window is drawn within each, so windows do not overlap.
     BOS stands at the start of each where the model wants one, as in llama-perplexity and in chat. Raises
     GgmlExtError for a text shorter than one window.
     """
     with Model(model, weights=False) as loaded:
-        tokens = loaded.tokenize(text.read_bytes())
+        tokens = loaded.tokenize(text.read_bytes() if content is None else content)
         bos = loaded.bos
     n = min(samples, len(tokens) // ctx)
     if n == 0:

@@ -53,7 +53,7 @@ def quantize(
 
         command += [source.path.resolve(), temporary.resolve(), request.base.upper()]
         command += [str(threads)] if threads > 0 else []
-        folder = matrix.path.resolve().parent if matrix is not None else None
+        folder = matrix.path.absolute().parent if matrix is not None else None
         finished = process.run(command, watch=watch, cwd=folder, env=tools.environment())
         if finished.status != 0:
             raise GgmlExtError(_reason(source, out, request, finished))

@@ -71,10 +71,18 @@ class UpstreamError(GgmlExtError):
 
 
 def cache_dir() -> Path:
-    """Folder of downloaded sources: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder."""
+    """Folder of what is kept between runs: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder.
+
+    Raises UpstreamError where there is neither, nor a home folder.
+    """
     if override := os.environ.get("GGML_EXT_CACHE"):
         return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml-ext"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "ggml-ext"
+    try:
+        return Path.home() / ".cache" / "ggml-ext"
+    except RuntimeError as error:
+        raise UpstreamError("no folder for a cache: there is no home folder; set GGML_EXT_CACHE") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -89,8 +97,8 @@ def sha256_of(path: Path) -> str:
 def fetch(version: str = DEFAULT_VERSION, cache: Path | None = None) -> Path:
     """Path of the verified llama-cpp-python source distribution, downloaded with pip unless cached.
 
-    Raises UpstreamError for an unknown version, a failed download or a wrong SHA-256; a file with a
-    wrong SHA-256 does not stay in the cache.
+    Raises UpstreamError for an unknown version, a failed download or a wrong SHA-256; a download with a
+    wrong SHA-256 does not get into the cache.
     """
     if version not in PINNED:
         raise UpstreamError(f"no pinned source llama-cpp-python {version}; known: {', '.join(PINNED)}")
@@ -100,17 +108,19 @@ def fetch(version: str = DEFAULT_VERSION, cache: Path | None = None) -> Path:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
-                _pip_download(version, Path(folder)).replace(final)
+                download = _pip_download(version, Path(folder))
+                _check_sha256(download, version, "try again, and check the package index if it happens twice")
+                download.replace(final)
         except OSError as error:
             raise UpstreamError(f"cannot write {cache}: {error.strerror}; set GGML_EXT_CACHE") from error
-    actual = sha256_of(final)
-    if actual != PINNED[version]:
-        final.unlink()
-        raise UpstreamError(
-            f"{final}: SHA-256 is {actual}, expected {PINNED[version]}; the file was removed: "
-            "try again, and check the package index if it happens twice"
-        )
+    _check_sha256(final, version, "delete it and try again")
     return final
+
+
+def _check_sha256(path: Path, version: str, remedy: str) -> None:
+    actual = sha256_of(path)
+    if actual != PINNED[version]:
+        raise UpstreamError(f"{path}: SHA-256 is {actual}, expected {PINNED[version]}; {remedy}")
 
 
 def _pip_download(version: str, folder: Path) -> Path:

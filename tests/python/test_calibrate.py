@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -224,6 +225,51 @@ def test_killed_anywhere_the_result_is_the_same(
     assert run(request_for(base, text), folder).done == 1
     assert blocks(folder) == blocks(finished)
     assert not list(folder.glob(".*.part"))
+
+
+@pytest.mark.usefixtures("converted")
+def test_the_users_files_in_the_folder_stay(base: Path, text: Path, tmp_path: Path) -> None:
+    """Refused before anything is written: what is there, the folder included, stays as it was."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "source.gguf").write_text("my only float model")
+    (folder / ".backup.part").write_text("mine")
+    refused(request_for(base, text), folder, "which no calibration made")
+    assert sorted(path.name for path in folder.iterdir()) == [".backup.part", "source.gguf"]
+    options = Options(transform="none", rounding="gptq", samples=SAMPLES)
+    mine = tmp_path / "m.gguf.calibration"
+    mine.mkdir()
+    shutil.copyfile(text, mine / "mytext.txt")
+    for calibration in (text, mine / "mytext.txt"):
+        with pytest.raises(GgmlExtError, match=r"holds (mytext\.txt, which no|the input)"):
+            convert(
+                models.llama_dir(base), tmp_path / "m.gguf", options=options, calibration=calibration, ctx=CTX
+            )
+    assert [path.name for path in mine.iterdir()] == ["mytext.txt"]
+
+
+@pytest.mark.usefixtures("converted")
+def test_a_text_that_can_be_read_once(base: Path, text: Path, finished: Path, tmp_path: Path) -> None:
+    """A pipe, as of <(...)."""
+    pipe = tmp_path / "calibrate.txt"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(text.read_bytes()))
+    writer.start()
+    try:
+        assert run(request_for(base, pipe), finished).done == 0, "the same text, the same calibration"
+    finally:
+        writer.join()
+
+
+def test_hidden_states_that_a_killed_run_left_go(
+    base: Path, text: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Killed between a block's file and the removal of what entered it, also at the last block."""
+    folder = shutil.copytree(finished, tmp_path / "c")
+    for index in range(models.LAYERS + 1):
+        (folder / f"hidden-{index:03}.bin").write_bytes(b"as large as many blocks")
+    assert run(request_for(base, text), folder).done == 0
+    assert not list(folder.glob("hidden-*"))
 
 
 def test_a_folder_with_another_plan_is_refused(base: Path, text: Path, finished: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import models
-from ggml_ext import imatrix, importance, process
+from ggml_ext import convert, imatrix, importance, paths, process
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.source import Tensor, open_gguf
 
@@ -174,3 +177,134 @@ def test_missing_and_empty_texts_are_errors(llama: Path, tmp_path: Path) -> None
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(GgmlExtError, match=r"empty\.txt: empty"):
         importance.collect(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)
+
+
+def test_a_text_that_can_be_read_once(llama: Path, text: Path, tmp_path: Path) -> None:
+    """A pipe, as of <(...): the same importances as of the file."""
+    expected, _ = importance.collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    pipe = tmp_path / "63"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(text.read_bytes()))
+    writer.start()
+    found, _ = importance.collect(llama, [text], pipe, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    writer.join()
+    for name, entry in expected.entries.items():
+        np.testing.assert_array_equal(found.entries[name], entry)
+
+
+def test_no_links_are_needed(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT and CIFS have none."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)[0].entries
+
+
+def test_a_cache_is_not_needed(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user without a home folder, as in a container with a random user id."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("GGML_EXT_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    folder = work(tmp_path, "w")
+    matrix, _ = importance.collect(llama, [llama], text, folder, ctx=CTX, threads=1)
+    assert matrix.path.parent == folder
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Models whose importances are computed from now on; the computing itself is left out."""
+    computed: list[Path] = []
+
+    def compute(model: Path, _text: Path, _n: int, name: str, folder: Path, **_: object) -> Path:
+        computed.append(model)
+        return write_imatrix(folder / "i.gguf", {"a.weight": (np.ones((1, 256)), np.array([1]))})
+
+    monkeypatch.setattr(importance, "_compute", compute)
+    monkeypatch.setattr(importance, "_contexts", lambda *_: 2)
+    return computed
+
+
+def test_the_cache_is_where_the_environment_says(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = _counted(monkeypatch)
+    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "elsewhere"))
+    for name in ("w1", "w2"):
+        matrix, _ = importance.collect(text, [text], text, work(tmp_path, name), ctx=CTX)
+        assert matrix.path.is_relative_to(tmp_path / "elsewhere" / "imatrix")
+    assert len(computed) == 1
+    matrix.path.write_bytes(bytes(matrix.path.stat().st_size))  # as a power failure may leave it
+    importance.collect(text, [text], text, work(tmp_path, "w3"), ctx=CTX)
+    assert len(computed) == 2
+
+
+def test_only_our_own_old_files_leave_the_cache(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _counted(monkeypatch)
+    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path))
+    root = tmp_path / "imatrix"
+    for folder, file in (("0" * 24, "a.imatrix.gguf"), ("1" * 24, "mine"), ("my-matrices", "a.imatrix.gguf")):
+        (root / folder).mkdir(parents=True)
+        (root / folder / file).write_text("text")
+        os.utime(root / folder, (1, 1))
+    importance.collect(text, [text], text, work(tmp_path, "w"), ctx=CTX)
+    assert not (root / ("0" * 24)).exists()
+    assert (root / ("1" * 24) / "mine").exists()
+    assert (root / "my-matrices" / "a.imatrix.gguf").exists()
+
+
+def test_outputs_in_the_models_folder_do_not_make_it_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path
+) -> None:
+    """The folder's GGUF files and our own temporary ones are none of its weights."""
+    computed = _counted(monkeypatch)
+    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    models.write_safetensors(folder / "model.safetensors", {"a": np.ones((2, 2), np.float32)})
+    (folder / "tokenizer.json").write_text("{}")
+
+    def converted(_folder: Path, out: Path) -> None:
+        models.write_gguf(out, {"a.weight": np.ones((2, 256), np.float32)})
+
+    monkeypatch.setattr(convert.hf, "to_gguf", converted)
+    for name in ("one.gguf", "two.gguf"):
+        convert.convert(folder, folder / name, calibration=text, warn=lambda _line: None)
+    assert len(computed) == 1
+    (folder / "tokenizer.json").write_text("{ }")
+    convert.convert(folder, folder / "three.gguf", calibration=text, warn=lambda _line: None)
+    assert len(computed) == 2
+    assert sorted(path.name for path in folder.glob(".*")) == []
+
+
+def test_a_matrix_behind_a_link(llama: Path, text: Path, tmp_path: Path) -> None:
+    """As in the Hugging Face cache, where the file itself has another name in another folder."""
+    matrix, _ = importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
+    blobs, snapshot = work(tmp_path, "blobs"), work(tmp_path, "snapshot")
+    (blobs / "89ab").write_bytes(matrix.path.read_bytes())
+    (snapshot / "im.gguf").symlink_to(Path("..") / "blobs" / "89ab")
+    convert.convert(
+        llama, tmp_path / "o.gguf", type_name="q4_k_m", imatrix=snapshot / "im.gguf", warn=lambda _line: None
+    )
+
+
+def test_tools_in_a_relative_folder(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are started in other folders."""
+    for variable, folder in (("GGML_EXT_BIN_DIR", paths.bin_dir()), ("GGML_EXT_LIB_DIR", paths.lib_dir())):
+        monkeypatch.setenv(variable, os.path.relpath(folder))
+    assert paths.library("ggml-base").is_absolute()
+    assert importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)[0].entries

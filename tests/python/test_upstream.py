@@ -79,7 +79,7 @@ def state(tree: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path.relative_to(tree)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_fetch_rejects_and_removes_a_file_with_a_wrong_hash(release: str) -> None:
+def test_fetch_rejects_a_cached_file_with_a_wrong_hash(release: str) -> None:
     archive = upstream.fetch(release)
     archive.write_bytes(b"tampered")
     with pytest.raises(UpstreamError) as error:
@@ -88,7 +88,23 @@ def test_fetch_rejects_and_removes_a_file_with_a_wrong_hash(release: str) -> Non
     actual = hashlib.sha256(b"tampered").hexdigest()
     assert all(part in message for part in (str(archive), upstream.PINNED[release], actual, "try again"))
     assert "\n" not in message
-    assert not archive.exists()
+    assert archive.read_bytes() == b"tampered", "not ours to remove"
+
+
+def test_a_download_with_a_wrong_hash_does_not_get_into_the_cache(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = upstream.fetch(release)
+    archive.unlink()
+
+    def download(_version: str, folder: Path) -> Path:
+        (folder / archive.name).write_bytes(b"tampered")
+        return folder / archive.name
+
+    monkeypatch.setattr(upstream, "_pip_download", download)
+    with pytest.raises(UpstreamError, match=r"SHA-256 is .*check the package index"):
+        upstream.fetch(release)
+    assert not list(upstream.cache_dir().iterdir())
 
 
 def test_fetch_names_the_known_versions() -> None:
