@@ -48,6 +48,6 @@ def _cannot_write(final: Path, error: OSError) -> GgmlExtError:
 
 
 def write_text(final: Path, text: str) -> None:
-    """Writes a whole text file (UTF-8) atomically."""
+    """Writes a whole text file (UTF-8; file names that are not are escaped) atomically."""
     with atomic_path(final) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -30,6 +30,7 @@ from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
 from ggml_ext.calibration_plan import Plan, Request
+from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import text_sha256
@@ -81,6 +82,8 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
     """
     started = time.monotonic()
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
+    require_device(request.device)
+    bound_threads(request.threads)
     hf.check(request.source)
     open_skeleton(request.source)  # an unknown family is refused before the model is converted
     sha256 = text_sha256(request.text)

@@ -28,7 +28,17 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.journal import Journal, identity
 from ggml_ext.llama import Model
 from ggml_ext.progress import Advance, track
-from ggml_ext.scoring import SCORE, BaseRows, Divergence, Perplexity, divergence_of, perplexity_of, score
+from ggml_ext.scoring import (
+    SCORE,
+    THREADS,
+    BaseRows,
+    Divergence,
+    Perplexity,
+    divergence_of,
+    perplexity_of,
+    score,
+)
+from ggml_ext.shards import named_parts
 from ggml_ext.windows import Scratch, decode_windows, make_plan
 
 FORMAT = 1
@@ -101,7 +111,7 @@ class Evaluation:
         self._journal = Journal(
             {
                 "format": FORMAT,
-                "base": identity(base),
+                "base": self._facts(base),
                 "text": self.text_sha256,
                 "ctx": ctx,
                 "libraries": [identity(library) for library in libraries],
@@ -117,7 +127,7 @@ class Evaluation:
         return len(self._journal.windows(self._facts(path)))
 
     def _facts(self, path: Path) -> list[Any]:
-        return identity(path)
+        return [identity(part) for part in named_parts(path)]
 
     def run(self) -> list[Result]:
         """Score everything that the journal lacks. Results: the base, then the models in their order."""
@@ -187,7 +197,8 @@ class Evaluation:
             if window < self._done(model.path):
                 continue  # scored before the interruption; only its logits were needed again
             targets = self.windows[window, plan.first + 1 + row : plan.first + 1 + end]
-            scores[row:end] = score(logits, targets, None if base_rows is None else base_rows(window, row))
+            base = None if base_rows is None else base_rows(window, row)
+            scores[row:end] = score(logits, targets, base, threads=min(THREADS, model.threads))
             if end == plan.rows:
                 if not (np.isfinite(scores["nll"]).all() and np.isfinite(scores["kld"]).all()):
                     raise GgmlExtError(
@@ -219,14 +230,25 @@ class Evaluation:
         self._journal.__exit__(None, None, None)
 
 
-def perplexity(model: Path, text: Path, *, ctx: int = 512, threads: int | None = None) -> PerplexityResult:
+def perplexity(
+    model: Path,
+    text: Path,
+    *,
+    ctx: int = 512,
+    threads: int | None = None,
+    deliver: Callable[[PerplexityResult], None] | None = None,
+) -> PerplexityResult:
     """Perplexity of ``model`` on ``text`` in windows of ``ctx`` tokens, equal to llama-perplexity's.
 
+    deliver: gets the result before its scores are forgotten: if it fails, the same call need not score again.
     Raises GgmlExtError on files that cannot be used and on a text shorter than one window.
     """
     with Evaluation(model, [], text, ctx=ctx, threads=threads) as evaluation:
         figures = evaluation.run()[0].perplexity
-        evaluation.finish()
-        return PerplexityResult(
+        result = PerplexityResult(
             model, figures.ppl, figures.ppl_se, figures.count, evaluation.tokens, evaluation.n_windows, ctx
         )
+        if deliver is not None:
+            deliver(result)
+        evaluation.finish()
+        return result

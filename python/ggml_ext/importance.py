@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import process, tools
+from ggml_ext import process, stack, tools
 from ggml_ext.atomic import atomic_path
+from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.journal import identity
@@ -64,6 +65,8 @@ def collect(
 
 def text_sha256(text: Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal. Raises GgmlExtError if it cannot be read or is empty."""
+    if text.exists() and not text.is_file():
+        raise GgmlExtError(f"{text}: no regular file, and it is read more than once; write it to one first")
     try:
         content = text.read_bytes()
     except OSError as exc:
@@ -106,13 +109,14 @@ def _keep(computed: Path, cached: Path) -> Path:
 
 def _compute(model: Path, text: Path, name: str, folder: Path, *, ctx: int, threads: int) -> Path:
     """Runs llama-imatrix and returns its file. Same model, text, context and machine: same file."""
-    contexts = _contexts(model, text, ctx)
+    contexts, run = _contexts(model, text, ctx)
     (folder / name).symlink_to(text.resolve())  # the name lands in the file
     out = folder / f"{Path(name).stem}.imatrix.gguf"
     # A batch of one context: llama-imatrix asks for the logits of every token of a batch.
-    command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.resolve()]
+    command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.absolute()]
     command += ["-f", name, "-o", out.name, "-c", str(ctx), "-b", str(ctx), "-ub", str(min(ctx, 512))]
-    command += ["-t", str(threads)] if threads > 0 else []
+    command += ["-t", str(threads or physical_cores())]
+    command = stack.command(command, run)
     with track(contexts, "importance matrix", "contexts") as advance:
         done = process.up_to(advance)
 
@@ -129,16 +133,20 @@ def _compute(model: Path, text: Path, name: str, folder: Path, *, ctx: int, thre
     return out
 
 
-def _contexts(model: Path, text: Path, ctx: int) -> int:
-    """Number of contexts in the text. Raises GgmlExtError for fewer than two, which llama-imatrix wants.
+def _contexts(model: Path, text: Path, ctx: int) -> tuple[int, int]:
+    """Number of contexts in the text, and its longest run for stack.command.
+
+    Raises GgmlExtError for fewer than two contexts, which llama-imatrix wants.
 
     llama-imatrix says so too, but its log is written by a thread of its own and lost when it ends early.
     """
     with Model(model, weights=False) as loaded:
-        n_tokens = len(loaded.tokenize(text.read_bytes().removesuffix(b"\n")))
+        loaded.check_ctx(ctx)
+        content = text.read_bytes().removesuffix(b"\n")
+        n_tokens, run = len(loaded.tokenize(content)), loaded.longest_run(content)
     if n_tokens < 2 * ctx:
         raise GgmlExtError(
             f"{text}: only {n_tokens} tokens, and contexts of {ctx} need {2 * ctx} at least; "
             "give a longer text or a smaller --ctx"
         )
-    return n_tokens // ctx
+    return n_tokens // ctx, run

@@ -24,13 +24,13 @@ def _existing(folder: Path, what: str) -> Path:
 def lib_dir() -> Path:
     """Folder of libllama, libggml*, libmtmd."""
     override = os.environ.get("GGML_EXT_LIB_DIR")
-    return _existing(Path(override) if override else PACKAGE / "lib", "patched libraries")
+    return _existing(Path(override).resolve() if override else PACKAGE / "lib", "patched libraries")
 
 
 def bin_dir() -> Path:
     """Folder of the llama.cpp tools."""
     override = os.environ.get("GGML_EXT_BIN_DIR")
-    return _existing(Path(override) if override else PACKAGE / "bin", "llama.cpp tools")
+    return _existing(Path(override).resolve() if override else PACKAGE / "bin", "llama.cpp tools")
 
 
 def include_dir() -> Path:

@@ -25,6 +25,7 @@ def windows(
     GgmlExtError for a text shorter than one window.
     """
     with Model(model, weights=False) as loaded:
+        loaded.check_ctx(ctx)
         tokens = loaded.tokenize(text.read_bytes())
         bos = loaded.bos
     n = min(samples, len(tokens) // ctx)
