@@ -56,7 +56,9 @@ class ConvertResult:
     def summary(self) -> str:
         """One line for the end of the command."""
         total = sum(self.weights.values())
-        shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in self.weights.items())
+        shares = ", ".join(
+            f"{name} {100 * count / max(total, 1):.1f} %" for name, count in self.weights.items()
+        )
         quantized = self.quantized_bits_per_weight
         layers = "" if quantized is None else f", {quantized:.4f} in quantised tensors with transforms"
         return (
@@ -273,7 +275,7 @@ def _result(
         n_bytes=out.stat().st_size,
         n_tensors=len(tensors),
         weights=dict(weights.most_common()),
-        bits_per_weight=8 * sum(tensor.n_bytes for tensor in tensors) / weights.total(),
+        bits_per_weight=8 * sum(tensor.n_bytes for tensor in tensors) / max(weights.total(), 1),
         quantized_bits_per_weight=(
             8 * (sum(tensor.n_bytes for tensor in quantized) + extra) / n_quantized if n_quantized else None
         ),

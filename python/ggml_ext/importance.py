@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -26,6 +25,7 @@ from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.journal import identity
 from ggml_ext.llama import Model
 from ggml_ext.progress import track
+from ggml_ext.upstream import cache_dir
 
 _KEEP_DAYS = 30
 
@@ -55,10 +55,11 @@ def collect(
     """
     sha256 = text_sha256(text)
     name = dataset_name(text, sha256)
-    cached = _cache_folder(files, sha256, ctx) / f"{Path(name).stem}.imatrix.gguf"
-    if not cached.is_file():
+    folder = _cache_folder(files, sha256, ctx)
+    cached = None if folder is None else folder / f"{Path(name).stem}.imatrix.gguf"
+    if cached is None or not cached.is_file():
         computed = _compute(model, text, name, work, ctx=ctx, threads=threads)
-        cached = _keep(computed, cached)
+        cached = computed if cached is None else _keep(computed, cached)
     matrix = load(cached)
     return matrix, Calibration(sha256, matrix.chunks, ctx)
 
@@ -83,13 +84,15 @@ def dataset_name(text: Path, sha256: str) -> str:
 
 
 def cache_root() -> Path:
-    """Folder of the importance matrices: $XDG_CACHE_HOME/ggml-ext/imatrix, ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml-ext" / "imatrix"
+    """Folder of the importance matrices. Raises FileNotFoundError for a user without a home."""
+    return cache_dir() / "imatrix"
 
 
-def _cache_folder(files: Sequence[Path], sha256: str, ctx: int) -> Path:
+def _cache_folder(files: Sequence[Path], sha256: str, ctx: int) -> Path | None:
     depends_on = [[identity(path) for path in files], sha256, ctx, identity(tools.find("llama-imatrix"))]
-    return cache_root() / hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]
+    with contextlib.suppress(FileNotFoundError):
+        return cache_root() / hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24]
+    return None
 
 
 def _keep(computed: Path, cached: Path) -> Path:

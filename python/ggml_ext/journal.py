@@ -57,8 +57,9 @@ class Journal:
         self._rows = rows
         self._scores: dict[str, list[NDArray[np.void]]] = {}
         self._lock: IO[str] | None = None
-        self._folder: Path | None = cache_root() / digest(facts)
+        self._folder: Path | None = None
         try:
+            self._folder = cache_root() / digest(facts)
             self._prune()
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -75,7 +76,8 @@ class Journal:
 
     def _give_up(self, error: OSError) -> None:
         reason = "another run is using it" if isinstance(error, BlockingIOError) else error.strerror
-        print(f"ggml-ext: {self._folder}: {reason}; this run cannot be resumed", file=sys.stderr)
+        where = self._folder or error.filename
+        print(f"ggml-ext: {where}: {reason}; this run cannot be resumed", file=sys.stderr)
         self._folder = None
 
     def _file(self, facts: Any) -> Path | None:

@@ -225,7 +225,8 @@ def _files_table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 def write_report(path: Path, rows: Sequence[Row], *, threads: int | None, rounds: int) -> None:
     """Write the Markdown report, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(markdown(rows, threads=threads, rounds=rounds), encoding="utf-8")
+        text = markdown(rows, threads=threads, rounds=rounds)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def require_matplotlib() -> None:

@@ -12,6 +12,7 @@ Python would take the modules beside this file (inspect.py) for those of the sta
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import re
@@ -71,10 +72,18 @@ class UpstreamError(GgmlExtError):
 
 
 def cache_dir() -> Path:
-    """Folder of downloaded sources: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder."""
+    """Folder of downloaded sources: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder.
+
+    Raises FileNotFoundError where there is none, as for a user without a home.
+    """
     if override := os.environ.get("GGML_EXT_CACHE"):
         return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml-ext"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "ggml-ext"
+    try:
+        return Path.home() / ".cache" / "ggml-ext"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "no home folder; set XDG_CACHE_HOME", "~/.cache") from None
 
 
 def sha256_of(path: Path) -> str:
@@ -390,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             done = prepare(args.dest, source=args.source, patches=None if args.stock else args.patches)
             print(f"llama.cpp source in {args.dest}: {'updated' if done else 'up to date'}")
-    except UpstreamError as error:
+    except (UpstreamError, OSError) as error:
         print(f"ggml-ext: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import models
@@ -174,3 +177,27 @@ def test_missing_and_empty_texts_are_errors(llama: Path, tmp_path: Path) -> None
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(GgmlExtError, match=r"empty\.txt: empty"):
         importance.collect(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    where=st.floats(0, 1),
+    patch=st.binary(min_size=1, max_size=12),
+    cut=st.floats(0.5, 1),
+    gguf_=st.booleans(),
+)
+def test_no_damage_is_a_traceback(
+    where: float, patch: bytes, cut: float, gguf_: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged"
+    if gguf_:
+        write_imatrix(path, {"a.weight": (np.ones((1, 64)), np.array([4]))})
+    else:
+        entry = struct.pack("<i", 8) + b"a.weight" + struct.pack("<ii", 3, 64) + bytes(256)
+        path.write_bytes(struct.pack("<i", 1) + entry + struct.pack("<ii", 3, 4) + b"text")
+    data = bytearray(path.read_bytes())
+    start = int(where * min(len(data), 700))
+    data[start : start + len(patch)] = patch
+    path.write_bytes(data[: int(cut * len(data))])
+    with contextlib.suppress(GgmlExtError):
+        imatrix.load(path)
