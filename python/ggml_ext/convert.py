@@ -55,10 +55,8 @@ class ConvertResult:
 
     def summary(self) -> str:
         """One line for the end of the command."""
-        total = sum(self.weights.values())
-        shares = ", ".join(
-            f"{name} {100 * count / max(total, 1):.1f} %" for name, count in self.weights.items()
-        )
+        total = max(sum(self.weights.values()), 1)
+        shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in self.weights.items())
         quantized = self.quantized_bits_per_weight
         layers = "" if quantized is None else f", {quantized:.4f} in quantised tensors with transforms"
         return (

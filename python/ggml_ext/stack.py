@@ -20,7 +20,7 @@ from ggml_ext.errors import GgmlExtError
 T = TypeVar("T")
 
 BYTES_PER_CHARACTER = 2048
-"""More than twice what the hungriest pre-tokenizer was seen to take; only what is used becomes memory."""
+"""Five times what the hungriest pre-tokenizers were seen to take (-O3); only what is used becomes memory."""
 
 _ORDINARY = 2000  # characters in a run that need no care: 4 MiB
 _SPARE = 16 << 20
