@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_ext import tools
+from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.process import die_with_parent
 from ggml_ext.progress import track
@@ -60,7 +61,7 @@ def ratio(samples: Sequence[float], reference: Sequence[float]) -> float:
 def command(model: Path, *, prompt: int, generate: int, threads: int | None) -> list[str]:
     """The llama-bench call of one round."""
     args = ["-m", str(model), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
-    return [str(tools.find("llama-bench")), *args, *(["-t", str(threads)] if threads else [])]
+    return [str(tools.find("llama-bench")), *args, "-t", str(threads or physical_cores())]
 
 
 def parse(output: str) -> tuple[float, float]:
@@ -102,7 +103,7 @@ def bench(
 ) -> list[Speed]:
     """Measure ``models`` in ``rounds`` rounds: a prompt of ``prompt`` tokens, then ``generate`` tokens alone.
 
-    ``threads``: None for llama-bench's choice, one per physical core. Raises GgmlExtError.
+    ``threads``: None for one per physical core. Raises GgmlExtError.
     """
     for model in models:
         if not model.is_file():

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ggml_ext import cuda as toolkit
 from ggml_ext import paths, process, tools
+from ggml_ext.cpus import processors
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.outputs import check_folder
 from ggml_ext.progress import track
@@ -97,7 +98,7 @@ def build(
     configure += [architectures, f"-DPython_EXECUTABLE={sys.executable}"]
     if shutil.which("ninja") is not None and not (work / "Makefile").exists():
         configure += ["-G", "Ninja"]
-    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(processors()))
     with track(100, "building llama.cpp", "%") as advance:
         shown = 0.0
 

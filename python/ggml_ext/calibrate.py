@@ -31,6 +31,7 @@ from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
 from ggml_ext.calibration_folder import Held, held
 from ggml_ext.calibration_plan import Plan, Request
+from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import read_text
@@ -86,6 +87,8 @@ def calibrate(
     started = time.monotonic()
     check_folder(folder, [request.source, request.text, request.matrices])
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
+    require_device(request.device)
+    bound_threads(request.threads)
     hf.check(request.source)
     open_skeleton(request.source)  # an unknown family is refused before the model is converted
     content = read_text(request.text)

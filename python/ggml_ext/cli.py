@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,15 +23,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext import __version__
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.cpus import physical_cores
+from ggml_ext.errors import GgmlExtError, one_line
 from ggml_ext.signals import Terminated, as_interrupts
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turn errors that are not bugs into one line and an exit status."""
+    """Turn errors into one line and an exit status."""
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except GgmlExtError as error:
         _fail(str(error))
     except KeyboardInterrupt as error:
@@ -41,11 +45,15 @@ def _one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads our output any more; keeps Python from complaining at exit
         raise typer.Exit(1) from None
-    except MemoryError:
-        _fail("out of memory; close other programs, or use a smaller --ctx or fewer --threads")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; check the file and the disk it is on")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if hasattr(error, "show"):  # wrong usage, which typer itself reports
+            raise
+        _fail(one_line(error))
 
 
 def _fail(message: str) -> None:
@@ -189,8 +197,12 @@ def convert(
 ) -> None:
     """Convert a model to a GGUF file: transform x rounding x type, or a recipe that names all three."""
     rules = [_rule(value) for value in type_for or []]
+    _bound_threads(threads)
     from ggml_ext.convert import convert as run_convert
+    from ggml_ext.device import require_device
     from ggml_ext.recipes import Options
+
+    require_device(_device(device))
 
     options = Options(type_name, transform, rounding, activation, samples, train_steps)
     if calibrated is not None and (
@@ -243,9 +255,12 @@ def calibrate(
 ) -> None:
     """Calibrate a model block by block for convert --calibrated; interrupted, the same command goes on."""
     rules = [_rule(value) for value in type_for or []]
+    _bound_threads(threads)
     from ggml_ext import recipes
+    from ggml_ext.device import require_device
 
     recipes.require_packages()
+    require_device(_device(device))
     from ggml_ext.calibrate import calibrate as run_calibrate
     from ggml_ext.calibration_plan import Request
 
@@ -273,6 +288,16 @@ def calibrate(
         print(found.summary())
         return
     print(run_calibrate(request, out).summary())
+
+
+def _bound_threads(threads: int | None) -> None:
+    """Bounds the threads of numpy's and torch's libraries, which look when they are loaded.
+
+    0 or None: one per core that this process may use. What the user has set stands.
+    """
+    count = str(threads or physical_cores())
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, count)
 
 
 def _device(value: str) -> str:
@@ -310,6 +335,7 @@ def perplexity(
     json_out: JsonOption = None,
 ) -> None:
     """Perplexity of a model on a text, equal to llama-perplexity's."""
+    _bound_threads(threads)
     from ggml_ext.evaluate import PerplexityResult
     from ggml_ext.evaluate import perplexity as run_perplexity
     from ggml_ext.outputs import check_outputs, write_json
@@ -346,6 +372,7 @@ def compare(
     ] = None,
 ) -> None:
     """Size, perplexity, KL divergence, top-1 agreement and speed of models against a base."""
+    _bound_threads(threads)
     from ggml_ext import loss, report
     from ggml_ext.compare import compare as run_compare
 
@@ -488,11 +515,16 @@ def _print_table(table: Table) -> None:
     console.print(table)
 
 
+def _escape_output() -> None:
+    """Names and signs that the terminal's encoding does not have are printed as \\x or \\u escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line; exits with its status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name or sign that the terminal does not know is no error
-            stream.reconfigure(errors="backslashreplace")
+    _escape_output()
     with as_interrupts():
         app()
 

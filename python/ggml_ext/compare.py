@@ -19,6 +19,7 @@ from ggml_ext.header import read_header, value
 from ggml_ext.inspect import InspectResult, inspect
 from ggml_ext.layers import ModelErrors, choose_windows, layer_errors
 from ggml_ext.outputs import check_outputs, write_json
+from ggml_ext.shards import named_errors
 
 Row = dict[str, Any]
 
@@ -39,7 +40,7 @@ ORIGIN_KEYS = ("ggml_ext.", "quantize.")
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a GGUF file says about itself.
+    """What a model says about itself, all files of a split one together.
 
     bits_per_weight: over all tensors; bits_per_layer_weight: over the matrices of the layers alone, without
     embeddings, output head and vectors; types: weights per tensor type; origin: metadata on how it was made;
@@ -55,19 +56,21 @@ class FileFacts:
 
 
 def file_facts(path: Path) -> FileFacts:
-    """Read the header of ``path``. Raises GgmlExtError if it is no sound GGUF file with tensors."""
+    """Read the headers of the model's files, ``path`` the first. Raises GgmlExtError if it is no sound GGUF
+    model with tensors."""
     about = inspect(path)
     if about.parameters == 0:
         raise GgmlExtError(f"{path}: has no tensors; name a GGUF file with a model")
     layers = [tensor for tensor in about.tensors if tensor.name.startswith("blk.") and len(tensor.dims) > 1]
     weights = sum(tensor.weights for tensor in layers)
-    keys = read_header(path).keys
+    with named_errors(path):
+        origin = _origin(read_header(path).keys)
     return FileFacts(
         bytes=about.bytes,
         bits_per_weight=about.bits_per_weight,
         bits_per_layer_weight=8 * sum(tensor.bytes for tensor in layers) / weights if weights else None,
         types={kind.type: kind.weights for kind in sorted(about.types, key=lambda kind: -kind.weights)},
-        origin=_origin(keys),
+        origin=origin,
         tensor_errors=_tensor_errors(about),
     )
 

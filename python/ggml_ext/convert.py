@@ -26,7 +26,7 @@ from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
-from ggml_ext.source import Source, open_gguf
+from ggml_ext.source import Source, Tensor, open_gguf
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ConvertResult:
     ``quantized_bits_per_weight``: of the quantised ones, with what online transforms take; None if nothing is
     quantised. ``fallbacks``: tensor -> (wanted type, used type) where the row length did not allow the wanted
     one. ``without_importance``: quantised tensors for which the importance matrix has no entry.
-    ``without_effect``: tensors that --type-for names in vain.
+    ``without_effect``: tensors that --type-for names in vain. ``raised``: quantised tensors -> how many of
+    their importances were too small to count (weighting.py).
     """
 
     path: Path
@@ -50,10 +51,11 @@ class ConvertResult:
     fallbacks: dict[str, tuple[str, str]]
     without_importance: list[str]
     without_effect: list[str]
+    raised: dict[str, int]
 
     def summary(self) -> str:
         """One line for the end of the command."""
-        total = sum(self.weights.values())
+        total = max(sum(self.weights.values()), 1)
         shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in self.weights.items())
         quantized = self.quantized_bits_per_weight
         layers = "" if quantized is None else f", {quantized:.4f} in quantised tensors with transforms"
@@ -74,6 +76,11 @@ class ConvertResult:
             lines.append(f"warning: no importances for {listed(missing)}; rounded without")
         if uncollected:
             lines.append(f"llama-imatrix collects no importances for {listed(uncollected)}; rounded without")
+        if self.raised:
+            lines.append(
+                f"warning: {sum(self.raised.values())} importances are 0 or next to it and count as a "
+                f"millionth of the largest beside them, in {listed(list(self.raised))}"
+            )
         if self.without_effect:
             lines.append(
                 f"warning: --type-for does nothing for {listed(self.without_effect)}; never quantised"
@@ -260,7 +267,7 @@ def _result(
         n_bytes=out.stat().st_size,
         n_tensors=len(tensors),
         weights=dict(weights.most_common()),
-        bits_per_weight=8 * sum(tensor.n_bytes for tensor in tensors) / weights.total(),
+        bits_per_weight=8 * sum(tensor.n_bytes for tensor in tensors) / max(weights.total(), 1),
         quantized_bits_per_weight=(
             8 * (sum(tensor.n_bytes for tensor in quantized) + extra) / n_quantized if n_quantized else None
         ),
@@ -268,4 +275,10 @@ def _result(
         fallbacks=fallbacks,
         without_importance=without_importance,
         without_effect=without_effect,
+        raised=_raised(matrix, [t for t in quantized if t.type_name != source_types[t.name]]),
     )
+
+
+def _raised(matrix: Imatrix | None, tensors: Sequence[Tensor]) -> dict[str, int]:
+    counts = {} if matrix is None else {tensor.name: matrix.n_raised(tensor) for tensor in tensors}
+    return {name: count for name, count in counts.items() if count}

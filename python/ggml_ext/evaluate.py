@@ -28,7 +28,17 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.journal import Journal, identity
 from ggml_ext.llama import Model
 from ggml_ext.progress import Advance, track
-from ggml_ext.scoring import SCORE, BaseRows, Divergence, Perplexity, divergence_of, perplexity_of, score
+from ggml_ext.scoring import (
+    SCORE,
+    THREADS,
+    BaseRows,
+    Divergence,
+    Perplexity,
+    divergence_of,
+    perplexity_of,
+    score,
+)
+from ggml_ext.shards import named_parts
 from ggml_ext.windows import Scratch, decode_windows, make_plan
 
 FORMAT = 1
@@ -101,7 +111,7 @@ class Evaluation:
         self._journal = Journal(
             {
                 "format": FORMAT,
-                "base": identity(base),
+                "base": self._facts(base),
                 "text": self.text_sha256,
                 "ctx": ctx,
                 "libraries": [identity(library) for library in libraries],
@@ -117,7 +127,7 @@ class Evaluation:
         return len(self._journal.windows(self._facts(path)))
 
     def _facts(self, path: Path) -> list[Any]:
-        return identity(path)
+        return [identity(part) for part in named_parts(path)]
 
     def run(self) -> list[Result]:
         """Score everything that the journal lacks. Results: the base, then the models in their order."""
@@ -187,7 +197,8 @@ class Evaluation:
             if window < self._done(model.path):
                 continue  # scored before the interruption; only its logits were needed again
             targets = self.windows[window, plan.first + 1 + row : plan.first + 1 + end]
-            scores[row:end] = score(logits, targets, None if base_rows is None else base_rows(window, row))
+            base = None if base_rows is None else base_rows(window, row)
+            scores[row:end] = score(logits, targets, base, threads=min(THREADS, model.threads))
             if end == plan.rows:
                 if not (np.isfinite(scores["nll"]).all() and np.isfinite(scores["kld"]).all()):
                     raise GgmlExtError(

@@ -7,18 +7,24 @@ load_imatrix; common/imatrix-loader.cpp).
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.header import Described, Header, read_header, value
 from ggml_ext.source import Tensor
+from ggml_ext.weighting import n_raised, usable
+from ggml_ext.writer import OutTensor, padding, string_array_key, string_key, uint32_key, write_header
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_F32 = 0
+_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,33 @@ class Imatrix:
             )
         return entry.reshape(experts, tensor.row_length)
 
+    def n_raised(self, tensor: Tensor) -> int:
+        """How many of the tensor's importances are too small to count (weighting.py), 0 if it has none."""
+        rows = self.rows(tensor)
+        return 0 if rows is None else n_raised(rows)
+
+    def write_usable(self, path: Path, tensors: Sequence[Tensor]) -> None:
+        """Writes the matrix for llama-quantize, the tensors' importances raised where they are too small."""
+        raised = {**self.entries}
+        for tensor in tensors:
+            rows = self.rows(tensor)
+            if rows is not None:
+                raised[tensor.name] = usable(rows).reshape(-1)
+        out: list[tuple[OutTensor, NDArray[np.float32]]] = []
+        for name, entry in raised.items():
+            out.append((OutTensor(name + _SUMS, (entry.size, 1), _F32, entry.nbytes), entry))
+            out.append((OutTensor(name + _COUNTS, (1, 1), _F32, 4), np.ones(1, np.float32)))
+        keys = {
+            "general.type": string_key("general.type", "imatrix"),
+            "imatrix.datasets": string_array_key("imatrix.datasets", [self.dataset]),
+            "imatrix.chunk_count": uint32_key("imatrix.chunk_count", self.chunks),
+            "imatrix.chunk_size": uint32_key("imatrix.chunk_size", self.chunk_length),
+        }
+        with path.open("wb") as file:
+            write_header(file, keys, [described for described, _ in out], _ALIGNMENT)
+            for described, data in out:
+                file.write(data.astype("<f4").tobytes() + padding(described.n_bytes, _ALIGNMENT))
+
 
 def load(path: Path) -> Imatrix:
     """Reads an importance matrix. Raises GgmlExtError if the file is missing, damaged or no such file."""
@@ -71,36 +104,50 @@ def load(path: Path) -> Imatrix:
 
 
 def _load_gguf(path: Path) -> Imatrix:
-    reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    header = read_header(path)
+    tensors = {tensor.name: tensor for tensor in header.tensors}
     entries = {}
-    for name, sums in tensors.items():
+    for name, described in tensors.items():
         if name.endswith(_SUMS):
             base = name.removesuffix(_SUMS)
-            counts = tensors[base + _COUNTS]
-            entries[base] = _mean(np.asarray(sums, np.float32), np.asarray(counts, np.float32))
-    datasets = reader.fields.get("imatrix.datasets")
-    names = datasets.contents() if datasets is not None else []
+            counts = _floats(path, header, tensors[base + _COUNTS])
+            entries[base] = _mean(_floats(path, header, described), counts)
+    datasets = value(header.keys["imatrix.datasets"]) if "imatrix.datasets" in header.keys else []
+    if not isinstance(datasets, list):
+        raise ValueError("imatrix.datasets is no array")
     return Imatrix(
         path,
         entries,
-        str(names[0]) if names else "",
-        _integer(reader, "imatrix.chunk_count"),
-        _integer(reader, "imatrix.chunk_size"),
+        str(datasets[0]) if datasets else "",
+        _integer(header, "imatrix.chunk_count"),
+        _integer(header, "imatrix.chunk_size"),
     )
 
 
-def _integer(reader: gguf.GGUFReader, key: str) -> int:
-    field = reader.fields.get(key)
-    return int(field.contents()) if field is not None else 0
+def _floats(path: Path, header: Header, tensor: Described) -> NDArray[np.float32]:
+    count = math.prod(tensor.dims)
+    start = header.data + tensor.offset
+    if tensor.type_id != _F32 or start + 4 * count > path.stat().st_size:
+        raise ValueError(f"{tensor.name} is not f32, or incomplete")
+    return np.fromfile(path, "<f4", count, offset=start).astype(np.float32, copy=False)
+
+
+def _integer(header: Header, key: str) -> int:
+    found = value(header.keys[key]) if key in header.keys else 0
+    if not isinstance(found, int) or not 0 <= found < 2**32:
+        raise ValueError(f"{key} is no number, or an impossible one")
+    return found
 
 
 def _mean(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sums [experts, k] over counts [experts]; columns of an expert that no token reached weigh the same."""
     counts = np.rint(counts).reshape(-1, 1)
+    if not counts.size:
+        raise ValueError("counts are missing")
     per_expert = sums.reshape(counts.size, -1)
     seen = counts > 0
-    mean = np.where(seen, per_expert / np.where(seen, counts, 1), np.float32(1))
+    with np.errstate(over="ignore", invalid="ignore"):  # load refuses what is not finite
+        mean = np.where(seen, per_expert / np.where(seen, counts, 1), np.float32(1))
     return mean.astype(np.float32).reshape(-1)
 
 

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import process, tools
+from ggml_ext import process, stack, tools
 from ggml_ext.atomic import atomic_path
+from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.journal import identity
@@ -60,9 +61,7 @@ def collect(
     matrix = None if cached is None else _load_cached(cached)
     if matrix is None:
         (work / name).write_bytes(content)  # the name lands in the file
-        computed = _compute(
-            model, text, _contexts(model, text, content, ctx), name, work, ctx=ctx, threads=threads
-        )
+        computed = _compute(model, text, content, name, work, ctx=ctx, threads=threads)
         matrix = load(computed if cached is None else _keep(computed, cached))
     return matrix, Calibration(sha256, matrix.chunks, ctx)
 
@@ -134,17 +133,19 @@ def _prune(root: Path) -> None:
 
 
 def _compute(
-    model: Path, text: Path, contexts: int, name: str, folder: Path, *, ctx: int, threads: int
+    model: Path, text: Path, content: bytes, name: str, folder: Path, *, ctx: int, threads: int
 ) -> Path:
     """Runs llama-imatrix on the text, which lies in ``folder`` as ``name``, and returns its file.
 
     Same model, text, context and machine: same file.
     """
+    contexts, run = _contexts(model, text, content, ctx)
     out = folder / f"{Path(name).stem}.imatrix.gguf"
     # A batch of one context: llama-imatrix asks for the logits of every token of a batch.
     command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.absolute()]
     command += ["-f", name, "-o", out.name, "-c", str(ctx), "-b", str(ctx), "-ub", str(min(ctx, 512))]
-    command += ["-t", str(threads)] if threads > 0 else []
+    command += ["-t", str(threads or physical_cores())]
+    command = stack.command(command, run)
     with track(contexts, "importance matrix", "contexts") as advance:
         done = process.up_to(advance)
 
@@ -161,16 +162,20 @@ def _compute(
     return out
 
 
-def _contexts(model: Path, text: Path, content: bytes, ctx: int) -> int:
-    """Number of contexts in the text. Raises GgmlExtError for fewer than two, which llama-imatrix wants.
+def _contexts(model: Path, text: Path, content: bytes, ctx: int) -> tuple[int, int]:
+    """Number of contexts in the text, and its longest run for stack.command.
+
+    Raises GgmlExtError for fewer than two contexts, which llama-imatrix wants.
 
     llama-imatrix says so too, but its log is written by a thread of its own and lost when it ends early.
     """
     with Model(model, weights=False) as loaded:
-        n_tokens = len(loaded.tokenize(content.removesuffix(b"\n")))
+        loaded.check_ctx(ctx)
+        read = content.removesuffix(b"\n")
+        n_tokens, run = len(loaded.tokenize(read)), loaded.longest_run(read)
     if n_tokens < 2 * ctx:
         raise GgmlExtError(
             f"{text}: only {n_tokens} tokens, and contexts of {ctx} need {2 * ctx} at least; "
             "give a longer text or a smaller --ctx"
         )
-    return n_tokens // ctx
+    return n_tokens // ctx, run

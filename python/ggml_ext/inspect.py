@@ -1,4 +1,4 @@
-"""What a GGUF file consists of: types, sizes, and how it was made. Reads the header only."""
+"""What a GGUF file consists of: types, sizes, and how it was made. Reads headers only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.gguf_ext import PREFIX, ExtMetadata, TensorErrors, read_ext
-from ggml_ext.header import Described, Header, read_header, value
+from ggml_ext.header import Described, Header, value
+from ggml_ext.shards import Part, named_errors, read_parts
 
 _FACTOR = re.compile(r"^blk\.\d+\.(?P<site>.*)\.(?P<kind>fq_[lrh])$")
 _FLOATS = ("F32", "F16", "BF16")
@@ -26,7 +27,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """``dims``: GGUF order, dims[0] is the row length in weights. ``type``: as gguf names it, "Q4_K".
+    """``dims``: GGUF order, dims[0] is the row length in weights. ``type``: in upper case, "Q4_K".
     ``error``: of its rounding, None where the file does not say; see ExtMetadata.errors for its kind."""
 
     name: str
@@ -62,11 +63,13 @@ class Factor:
 
 @dataclass(frozen=True)
 class InspectResult:
-    """``bytes``: of the file. ``bits_per_weight``: tensor data only, over all tensors but ``factors``'.
+    """``files``: names of the model's files, one but for a split model, whose first is ``path``. ``bytes``:
+    of all of them. ``bits_per_weight``: tensor data only, over all tensors but ``factors``'.
     ``quantized_bits_per_weight``: of the quantised tensors, with the factors' bytes. ``types``: the one with
     most bytes first. ``ext``: None for a file without keys under ggml_ext."""
 
     path: Path
+    files: tuple[str, ...]
     architecture: str
     name: str | None
     bytes: int
@@ -84,40 +87,26 @@ class InspectResult:
 
 
 def inspect(path: Path) -> InspectResult:
-    """Describes a GGUF file, extended or stock.
+    """Describes a model, extended or stock: a GGUF file, or all parts of a split one whose first is ``path``.
 
     Raises GgmlExtError for a file that is missing, unreadable, truncated, no GGUF, or refused by the rules of
-    docs/gguf.md.
+    docs/gguf.md, and for parts that do not make a model (shards.py).
     """
-    try:
-        return _inspect(path)
-    except OSError as exc:
-        raise GgmlExtError(f"{path}: {exc.strerror}; check the path and its permissions") from exc
-    except GgmlExtError as exc:
-        raise GgmlExtError(f"{path}: {exc}") from exc
-    except (ValueError, OverflowError) as exc:
-        raise GgmlExtError(f"{path}: damaged GGUF file, {exc}; download or convert it again") from exc
-
-
-def _inspect(path: Path) -> InspectResult:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise GgmlExtError("not a GGUF file; give one")
-    header = read_header(path)
-    ext = read_ext(header)
+    parts = read_parts(path)
+    header = parts[0].header
+    with named_errors(path):
+        ext = _ext(path, header)
+        architecture, name = (_text(header, f"general.{key}") for key in ("architecture", "name"))
     errors = {} if ext is None or ext.errors is None else dict(_errors(ext.errors))
-    tensors = tuple(_tensor(described, errors) for described in header.tensors)
-    for described, tensor in zip(header.tensors, tensors, strict=True):
-        if header.data + described.offset + tensor.bytes > size:
-            raise GgmlExtError(f"truncated, tensor {tensor.name} ends beyond the file; download it again")
+    tensors = tuple(_tensor(part, described, errors) for part in parts for described in part.header.tensors)
     own = tuple(tensor for tensor in tensors if not _FACTOR.match(tensor.name))
     parameters = sum(tensor.weights for tensor in own)
     return InspectResult(
         path=path,
-        architecture=_text(header, "general.architecture") or "unknown",
-        name=_text(header, "general.name"),
-        bytes=size,
+        files=tuple(part.path.name for part in parts),
+        architecture=architecture or "unknown",
+        name=name,
+        bytes=sum(part.size for part in parts),
         parameters=parameters,
         bits_per_weight=_bits(sum(tensor.bytes for tensor in tensors), parameters),
         quantized_bits_per_weight=_quantized_bits(tensors),
@@ -126,6 +115,13 @@ def _inspect(path: Path) -> InspectResult:
         tensors=tensors,
         ext=ext,
     )
+
+
+def _ext(path: Path, header: Header) -> ExtMetadata | None:
+    try:
+        return read_ext(header)
+    except GgmlExtError as exc:
+        raise GgmlExtError(f"{path}: {exc}") from exc
 
 
 def _errors(errors: TensorErrors) -> Iterator[tuple[str, float]]:
@@ -158,23 +154,26 @@ def _factors(tensors: Sequence[TensorInfo]) -> tuple[Factor, ...]:
     return tuple(Factor(*which, blocks) for which, blocks in found.items())
 
 
-def _tensor(described: Described, errors: Mapping[str, float]) -> TensorInfo:
+def _tensor(part: Part, described: Described, errors: Mapping[str, float]) -> TensorInfo:
+    where = f"{part.path}: tensor {described.name}"
     try:
-        type_ = gguf.GGMLQuantizationType(described.type_id)
-    except ValueError as exc:
+        type_ = native.type_name(described.type_id)
+    except GgmlExtError as exc:
         raise GgmlExtError(
-            f"tensor {described.name} has unknown type {described.type_id}; a newer ggml-ext may read it"
+            f"{where} has unknown type {described.type_id}; a newer ggml-ext may read it"
         ) from exc
-    block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    block = native.block_size(type_)
     if described.dims[0] % block:
         raise GgmlExtError(
-            f"tensor {described.name} has rows of {described.dims[0]} weights, "
-            f"{type_.name} wants multiples of {block}; convert the model again"
+            f"{where} has rows of {described.dims[0]} weights, {type_.upper()} wants multiples of {block}; "
+            "convert the model again"
         )
     weights = math.prod(described.dims)
-    n_bytes = weights // block * block_bytes
+    n_bytes = native.row_size(type_, described.dims[0]) * math.prod(described.dims[1:])
+    if part.header.data + described.offset + n_bytes > part.size:
+        raise GgmlExtError(f"{where} ends beyond the file, which is truncated; download it again")
     error = errors.get(described.name)
-    return TensorInfo(described.name, type_.name, described.dims, weights, n_bytes, error)
+    return TensorInfo(described.name, type_.upper(), described.dims, weights, n_bytes, error)
 
 
 def _summaries(tensors: tuple[TensorInfo, ...]) -> tuple[TypeSummary, ...]:
@@ -198,12 +197,13 @@ def print_result(result: InspectResult, *, tensors: bool = False, console: Conso
 
 
 def _facts(result: InspectResult) -> dict[str, str]:
+    n_files = len(result.files)
     facts = {
         "file": str(result.path),
         "name": result.name or "-",
         "architecture": result.architecture,
         "parameters": f"{result.parameters:,}",
-        "file size": f"{result.bytes:,} bytes",
+        "file size": f"{result.bytes:,} bytes" + (f" in {n_files} files" if n_files > 1 else ""),
         "bits per weight": f"{result.bits_per_weight:.4f}",
     }
     if result.quantized_bits_per_weight is not None:

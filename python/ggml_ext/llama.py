@@ -6,6 +6,7 @@ views through cffi. llama.cpp's log is kept in memory, so that errors can repeat
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ import cffi
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ggml_ext import stack
+from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.signals import ENDING
 
@@ -34,6 +37,9 @@ _log: deque[tuple[int, str]] = deque(maxlen=400)
 """Level and text of llama.cpp's latest log lines."""
 
 _interrupted = threading.Event()
+
+_warned: set[tuple[int, int]] = set()
+"""Context lengths, wanted and trained on, that were warned of."""
 
 
 @cache
@@ -137,19 +143,6 @@ def view(pointer: Any, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
     return np.frombuffer(memory, dtype=kind).reshape(shape)
 
 
-def physical_cores() -> int:
-    """Number of processor cores that this process may use, hyper-threads counted once (as llama.cpp does)."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            return len(usable)
-    return len(cores)
-
-
 class Model:
     """A GGUF model loaded by llama.cpp, with one context for decoding. Close it, or use it in ``with``."""
 
@@ -192,7 +185,26 @@ class Model:
         self.adds_eos: bool = self._api.llama_vocab_get_add_eos(self.vocab)
 
     def tokenize(self, text: bytes) -> NDArray[np.int32]:
-        """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it; all of it is plain text."""
+        """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it; all of it is plain text.
+
+        Raises GgmlExtError for a vocabulary that cannot tokenize it, and for a text with longer runs than
+        there is stack for (stack.py).
+        """
+        return stack.call(lambda: self._tokenize(text), self.longest_run(text))
+
+    def longest_run(self, text: bytes) -> int:
+        """Bound on how deep tokenizing the text goes, for stack.call and stack.command."""
+        if self._api.llama_vocab_type(self.vocab) != self._api.LLAMA_VOCAB_TYPE_BPE:
+            return 0  # the others have no std::regex
+        return stack.longest_run(text, words=self._metadata("tokenizer.ggml.pre") == "whitespace")
+
+    def _metadata(self, key: str) -> str:
+        """A string among the file's keys, "" where it lacks the key."""
+        buffer = ctypes.create_string_buffer(256)
+        self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    def _tokenize(self, text: bytes) -> NDArray[np.int32]:
         capacity = len(text) + 2
         for _ in range(2):
             buffer = (self._api.llama_token * capacity)()
@@ -204,12 +216,23 @@ class Model:
             f"{self.path}: its vocabulary cannot tokenize this text; check the model's tokenizer"
         )
 
+    def check_ctx(self, n_ctx: int) -> None:
+        """Says on stderr, once for each length, that contexts are longer than the model was trained on."""
+        if 0 < self.n_ctx_train < n_ctx and (n_ctx, self.n_ctx_train) not in _warned:
+            _warned.add((n_ctx, self.n_ctx_train))
+            print(
+                f"ggml-ext: warning: {self.path}: --ctx {n_ctx} is beyond the {self.n_ctx_train} tokens that "
+                "the model was trained on; its figures there say little",
+                file=sys.stderr,
+            )
+
     def start(self, *, n_ctx: int, n_seq: int, n_batch: int, observer: tuple[int, int] | None = None) -> None:
         """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode.
 
         ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
         keeps alive as long as the model.
         """
+        self.check_ctx(n_ctx)
         params = self._api.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_seq_max = n_seq

@@ -8,7 +8,7 @@ without a copy.
 
 from __future__ import annotations
 
-import os
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext import paths
+from ggml_ext.cpus import processors
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.weighting import usable
 
 _CDEF = re.compile(r"// --- cffi: begin ---(.*)// --- cffi: end ---", re.DOTALL)
 _REINSTALL = "reinstall ggml-ext with pip"
@@ -31,6 +33,12 @@ _VERSION = re.compile(r"#define\s+GGML_EXT_FORMAT_VERSION\s+(\d+)")
 # Weights per C call when many rows are quantised: a tenth of a second or so, which is how often progress
 # moves and how long Ctrl-C takes.
 _CHUNK_WEIGHTS = 1 << 18
+
+LARGEST = {"nvfp4": 6.0 * 448.0}
+"""Magnitudes that a type's encoder clips without an error: largest e2m1 code times largest e4m3 scale. The
+scales of the other types are f16 or wider, and become Inf, which is an error."""
+
+_MUST_CHANGE = "the weights or the type must change"
 
 _MAX_TYPE_ID = 255  # ids are below GGML_TYPE_COUNT, which no function returns
 
@@ -136,13 +144,12 @@ def block_size(type_name: str) -> int:
 
 def row_size(type_name: str, k: int) -> int:
     """Bytes of a row of k weights. Raises GgmlExtError if k is no multiple of the block size."""
-    size = int(_native().base.ggml_ext_row_size(type_id(type_name), k))
-    if size < 0:
+    block = block_size(type_name)
+    if k < 0 or k % block:
         raise GgmlExtError(
-            f"row length {k} does not fit type {type_name}: blocks have {block_size(type_name)} weights; "
-            "choose another type"
+            f"row length {k} does not fit type {type_name}: blocks have {block} weights; choose another type"
         )
-    return size
+    return k // block * int(_native().base.ggml_ext_row_size(type_id(type_name), block))
 
 
 def needs_imatrix(type_name: str) -> bool:
@@ -165,7 +172,8 @@ def quantize(
     """Quantises rows [n, k] to uint8 [n, row_size(type_name, k)].
 
     rows: float32 in C order is read in place; other dtypes and layouts are converted, a chunk at a time.
-    imatrix: [k] importances (mean squared input per column), finite and >= 0.
+    imatrix: [k] importances (mean squared input per column), finite and >= 0; see weighting.py for those that
+    are 0.
     threads: 0 for all processors. The bytes do not depend on it.
     progress: called with the number of rows done since the last call.
     Raises GgmlExtError for an unknown or unusable type, a wrong shape, a type that needs an importance matrix
@@ -173,6 +181,7 @@ def quantize(
     """
     k = _columns(rows)
     size = row_size(type_name, k)
+    largest = LARGEST.get(type_name.lower(), math.inf)
     if needs_imatrix(type_name) and imatrix is None:
         raise GgmlExtError(f"type {type_name} needs an importance matrix; give one or choose another type")
     weights = None if imatrix is None else _importances(imatrix, k)
@@ -183,6 +192,7 @@ def quantize(
     def encode(start: int) -> int:
         part = np.ascontiguousarray(rows[start : start + step], np.float32)
         native = _native()
+        require_range(part, start, largest)
         code = native.base.ggml_ext_quantize(
             number,
             _pointer(part, "float[]"),
@@ -192,7 +202,7 @@ def quantize(
             native.ffi.NULL if weights is None else _pointer(weights, "float[]"),
         )
         if code < 0:
-            raise GgmlExtError(f"{_reason(code, part, start)}; the weights or the type must change")
+            raise GgmlExtError(f"{_reason(code, part, start)}; {_MUST_CHANGE}")
         return len(part)
 
     with ThreadPoolExecutor(threads or processors()) as pool:
@@ -206,6 +216,20 @@ def quantize(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return out
+
+
+def require_range(part: NDArray[np.float32], start: int, largest: float) -> None:
+    """Refuses rows with NaN, Inf or a value beyond +-largest; some encoders would write them as others.
+
+    Raises GgmlExtError. start: number of the first row.
+    """
+    with np.errstate(invalid="ignore"):
+        inside = (np.abs(part) <= largest) & (np.abs(part) < math.inf)
+    if inside.all():
+        return
+    row = int(np.argmin(inside.all(axis=1)))
+    what = "values too large for the type" if np.isfinite(part[row]).all() else "NaN or Inf"
+    raise GgmlExtError(f"{what} in row {start + row}; {_MUST_CHANGE}")
 
 
 def dequantize(type_name: str, data: NDArray[np.uint8], k: int) -> NDArray[np.float32]:
@@ -300,12 +324,6 @@ def _pointer(array: NDArray[Any], ctype: str) -> Any:
     return _native().ffi.from_buffer(ctype, array)
 
 
-def processors() -> int:
-    """Number of processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
 def _columns(rows: NDArray[Any]) -> int:
     if rows.ndim != 2:
         raise GgmlExtError(f"wrong shape of weights: {list(rows.shape)}; give [rows, row length]")
@@ -321,14 +339,11 @@ def _importances(imatrix: NDArray[Any], k: int) -> NDArray[np.float32]:
         )
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise GgmlExtError("importance matrix holds a negative value, NaN or Inf; compute it again")
-    return weights
+    return usable(weights)
 
 
 def _reason(code: int, part: NDArray[np.float32], start: int) -> str:
     """Why quantising the rows of ``part``, which begin at row ``start``, failed. Scans the rows."""
     if _native().errors[code] != "GGML_EXT_E_FINITE":
         return f"quantising failed with {_native().errors[code]} in row {start}"
-    bad = ~np.isfinite(part).all(axis=1)
-    if bad.any():
-        return f"NaN or Inf in row {start + int(bad.argmax())}"
     return f"values too large for the type in row {start + int(np.abs(part).max(axis=1).argmax())}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -109,5 +110,13 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, whole or not at all; NaN and infinity are refused."""
-    atomic.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write ``value`` as JSON, whole or not at all; NaN and infinity, which JSON has not, become null."""
+    atomic.write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

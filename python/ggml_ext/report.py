@@ -16,8 +16,9 @@ from rich.text import Text
 
 from ggml_ext import __version__, bench, loss
 from ggml_ext.atomic import atomic_path, write_text
+from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.llama import bindings, physical_cores
+from ggml_ext.llama import bindings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

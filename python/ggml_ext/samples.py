@@ -33,6 +33,7 @@ def windows(
     GgmlExtError for a text shorter than one window.
     """
     with Model(model, weights=False) as loaded:
+        loaded.check_ctx(ctx)
         tokens = loaded.tokenize(text.read_bytes() if content is None else content)
         bos = loaded.bos
     n = min(samples, len(tokens) // ctx)

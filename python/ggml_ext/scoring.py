@@ -59,7 +59,11 @@ def _score_tile(
 
 
 def score(
-    logits: NDArray[np.float32], targets: NDArray[np.int32], base: BaseRows | None = None
+    logits: NDArray[np.float32],
+    targets: NDArray[np.int32],
+    base: BaseRows | None = None,
+    *,
+    threads: int = THREADS,
 ) -> NDArray[np.void]:
     """Score ``logits`` [n, n_vocab] against the tokens ``targets`` [n] that came next.
 
@@ -76,7 +80,7 @@ def score(
         with np.errstate(invalid="ignore", over="ignore"):
             _score_tile(logits[start:stop], targets[start:stop], rows, out[start:stop])
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(tile, range(0, len(targets), step)))
     return out
 

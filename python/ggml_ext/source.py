@@ -7,7 +7,6 @@ memory until the kernel takes them back, rows read into one buffer do not add up
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from numpy.typing import NDArray
 
 from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.header import Described, Header, read_header, value
+from ggml_ext.header import Described, value
 from ggml_ext.rules import FLOAT_TYPES, Shape
+from ggml_ext.shards import Part, named_errors, read_parts
 
-_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_SLAB_WEIGHTS = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,67 +64,51 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's header. ``keys``: name -> the whole key-value entry as it stands in the file."""
+    """A model's header. ``path``: its only or first file. ``keys``: name -> the whole key-value entry as it
+    stands in that file. ``files``: all of them."""
 
     path: Path
     arch: str
     alignment: int
     keys: dict[str, bytes]
     tensors: tuple[Tensor, ...]
+    files: tuple[Path, ...]
 
 
 def open_gguf(path: Path) -> Source:
-    """Reads the header of a GGUF file, or of all its shards if ``path`` is the first of several.
+    """Reads the header of a GGUF file, or of all its parts if ``path`` is the first of several.
 
-    Raises GgmlExtError for a file that is missing, unreadable, truncated, malformed or big-endian.
+    Raises GgmlExtError for a file that is missing, unreadable, truncated, malformed or big-endian, for parts
+    that read_parts refuses, and for a model without tensors.
     """
-    source = _open_one(path)
-    match = _SHARD.match(path.name)
-    if match is None or "split.count" not in source.keys or int(match["count"]) < 2:
-        return source
-    if int(match["number"]) != 1:
-        raise GgmlExtError(f"{path}: not the first part of a split model; give the one with -00001-of-")
-    tensors = list(source.tensors)
-    for number in range(2, int(match["count"]) + 1):
-        tensors += _open_one(path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")).tensors
-    return Source(path, source.arch, source.alignment, source.keys, tuple(tensors))
-
-
-def _open_one(path: Path) -> Source:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise GgmlExtError(
-                    f"{path}: not a GGUF file; give one, or a Hugging Face model directory (with config.json)"
-                )
-        header = read_header(path)
-        arch = value(header.keys["general.architecture"])
-    except OSError as exc:
-        raise GgmlExtError(f"{path}: {exc.strerror}; check the path and its permissions") from exc
-    except KeyError as exc:
-        raise GgmlExtError(f"{path}: no key {exc.args[0]}; this is no model, or a damaged one") from exc
-    except ValueError as exc:
-        raise GgmlExtError(f"{path}: damaged GGUF file, {exc}; download or convert it again") from exc
-    tensors = tuple(_tensor(path, header, described) for described in header.tensors)
+    parts = read_parts(path)
+    header = parts[0].header
+    tensors = tuple(_tensor(part, described) for part in parts for described in part.header.tensors)
+    if "general.architecture" not in header.keys:
+        raise GgmlExtError(f"{path}: no key general.architecture; this is no model, or a damaged one")
     if not tensors:
         raise GgmlExtError(f"{path}: holds no tensors; this is no model, or a vocabulary only")
-    if any(tensor.offset + tensor.n_bytes > size for tensor in tensors):
-        raise GgmlExtError(f"{path}: truncated GGUF file; download or convert it again")
-    return Source(path, str(arch), header.alignment, header.keys, tensors)
+    with named_errors(path):
+        arch = str(value(header.keys["general.architecture"]))
+    return Source(path, arch, header.alignment, header.keys, tensors, tuple(part.path for part in parts))
 
 
-def _tensor(path: Path, header: Header, described: Described) -> Tensor:
+def _tensor(part: Part, described: Described) -> Tensor:
     try:
         name = native.type_name(described.type_id)
         row_bytes = native.row_size(name, described.dims[0])
     except GgmlExtError as exc:
         raise GgmlExtError(
-            f"{path}: tensor {described.name} has type {described.type_id} and rows of {described.dims[0]} "
-            f"weights ({exc}); made by a newer version, or damaged"
+            f"{part.path}: tensor {described.name} has type {described.type_id} and rows of "
+            f"{described.dims[0]} weights ({exc}); made by a newer version, or damaged"
         ) from exc
     n_bytes = row_bytes * math.prod(described.dims[1:])
-    return Tensor(described.name, described.dims, name.lower(), path, header.data + described.offset, n_bytes)
+    offset = part.header.data + described.offset
+    if offset + n_bytes > part.size:
+        raise GgmlExtError(
+            f"{part.path}: truncated GGUF file, tensor {described.name} ends beyond it; download it again"
+        )
+    return Tensor(described.name, described.dims, name.lower(), part.path, offset, n_bytes)
 
 
 @contextmanager
@@ -163,6 +147,14 @@ def read_floats(file: BufferedReader, tensor: Tensor, first: int, count: int) ->
             "the model is damaged, download or train it again"
         )
     return rows
+
+
+def float_slabs(tensor: Tensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(first row, rows as read_floats gives them), front to back, a bounded number of weights at a time."""
+    step = max(1, _SLAB_WEIGHTS // max(tensor.row_length, 1))
+    with reading(tensor) as file:
+        for first in range(0, tensor.n_rows, step):
+            yield first, read_floats(file, tensor, first, min(step, tensor.n_rows - first))
 
 
 def to_float32(data: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:

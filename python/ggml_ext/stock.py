@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
-from ggml_ext import process, rules, tools
+from ggml_ext import native, process, rules, tools
 from ggml_ext.atomic import atomic_path
+from ggml_ext.cpus import processors
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix
 from ggml_ext.progress import track
-from ggml_ext.source import Source
+from ggml_ext.source import Source, float_slabs
 
 _FALLBACK = re.compile(r"warning: (\S+) .*?required for type\s+(\w+)\).*?-> falling back to\s+(\w+)")
 
@@ -31,17 +33,16 @@ def quantize(
             f"--type {request.base}: llama-quantize makes this mix and fq4 is none of its types; "
             "use --type fq4 and name the exceptions with --type-for"
         )
-    if matrix is not None:
-        for tensor in source.tensors:
-            matrix.rows(tensor)  # a matrix of another model is an error here, a remark there
-    command: list[str | Path] = [tools.find("llama-quantize")]
     overrides = rules.overrides([tensor.shape for tensor in source.tensors], source.arch, request)
+    _require_range(source, overrides)
+    importances = None if matrix is None else _usable(matrix, source, work)
+    command: list[str | Path] = [tools.find("llama-quantize")]
     if overrides:
         listing = work / "tensor-types.txt"
         listing.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in overrides.items()))
         command += ["--tensor-type-file", listing.resolve()]
-    if matrix is not None:
-        command += ["--imatrix", matrix.path.name]  # by name: the path lands in the file's metadata
+    if importances is not None:
+        command += ["--imatrix", importances.name]  # by name: the path lands in the file's metadata
     total = len(source.tensors)
     fallbacks: dict[str, tuple[str, str]] = {}
     with atomic_path(out) as temporary, track(total, out.name, "tensors") as advance:
@@ -51,13 +52,40 @@ def quantize(
             fallbacks.update({name: (wanted, used) for name, wanted, used in _FALLBACK.findall(output)})
             done(max(map(int, re.findall(rf"\[\s*(\d+)/\s*{total}\]", output)), default=0))
 
-        command += [source.path.resolve(), temporary.resolve(), request.base.upper()]
-        command += [str(threads)] if threads > 0 else []
-        folder = matrix.path.absolute().parent if matrix is not None else None
+        command += [source.path.absolute(), temporary.absolute(), request.base.upper()]
+        command += [str(threads or processors())]
+        folder = importances.parent if importances is not None else None
         finished = process.run(command, watch=watch, cwd=folder, env=tools.environment())
         if finished.status != 0:
             raise GgmlExtError(_reason(source, out, request, finished))
     return fallbacks
+
+
+def _usable(matrix: Imatrix, source: Source, work: Path) -> Path:
+    """The matrix's file, or one of that name in ``work`` where importances are too small for the encoders.
+
+    Raises GgmlExtError for a matrix of another model, which is a remark of llama-quantize.
+    """
+    if not sum(matrix.n_raised(tensor) for tensor in source.tensors):
+        return matrix.path.absolute()
+    folder = work / "importances"
+    folder.mkdir()
+    matrix.write_usable(folder / matrix.path.name, source.tensors)
+    return (folder / matrix.path.name).absolute()
+
+
+def _require_range(source: Source, overrides: Mapping[str, str]) -> None:
+    """Refuses weights that llama-quantize would clip without a word."""
+    for tensor in source.tensors:
+        largest = native.LARGEST.get(overrides.get(tensor.name, ""))
+        if largest is None or tensor.type_name not in rules.FLOAT_TYPES:
+            continue
+        for first, rows in float_slabs(tensor):
+            try:
+                native.require_range(rows, first, largest)
+            except GgmlExtError as exc:
+                where = f"{tensor.path}: tensor {tensor.name}"
+                raise GgmlExtError(f"{where} does not fit type {overrides[tensor.name]} ({exc})") from exc
 
 
 def _reason(source: Source, out: Path, request: rules.Rules, finished: process.Finished) -> str:

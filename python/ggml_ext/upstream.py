@@ -400,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             done = prepare(args.dest, source=args.source, patches=None if args.stock else args.patches)
             print(f"llama.cpp source in {args.dest}: {'updated' if done else 'up to date'}")
-    except UpstreamError as error:
+    except (UpstreamError, OSError) as error:
         print(f"ggml-ext: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -12,6 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import models
@@ -225,12 +228,11 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Models whose importances are computed from now on; the computing itself is left out."""
     computed: list[Path] = []
 
-    def compute(model: Path, _text: Path, _n: int, name: str, folder: Path, **_: object) -> Path:
+    def compute(model: Path, _text: Path, _content: bytes, name: str, folder: Path, **_: object) -> Path:
         computed.append(model)
         return write_imatrix(folder / "i.gguf", {"a.weight": (np.ones((1, 256)), np.array([1]))})
 
     monkeypatch.setattr(importance, "_compute", compute)
-    monkeypatch.setattr(importance, "_contexts", lambda *_: 2)
     return computed
 
 
@@ -308,3 +310,25 @@ def test_tools_in_a_relative_folder(
         monkeypatch.setenv(variable, os.path.relpath(folder))
     assert paths.library("ggml-base").is_absolute()
     assert importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)[0].entries
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    where=st.floats(0, 1),
+    patch=st.binary(min_size=1, max_size=12),
+    cut=st.floats(0.5, 1),
+    gguf_=st.booleans(),
+)
+def test_no_damage_is_a_traceback(
+    where: float, patch: bytes, cut: float, gguf_: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged"
+    if gguf_:
+        write_imatrix(path, {"a.weight": (np.ones((1, 64)), np.array([4]))})
+    else:
+        entry = struct.pack("<i", 8) + b"a.weight" + struct.pack("<ii", 3, 64) + bytes(256)
+        path.write_bytes(struct.pack("<i", 1) + entry + struct.pack("<ii", 3, 4) + b"text")
+    data = bytearray(path.read_bytes())
+    start = int(where * min(len(data), 700))
+    data[start : start + len(patch)] = patch
+    path.write_bytes(data[: int(cut * len(data))])
+    with contextlib.suppress(GgmlExtError):
+        imatrix.load(path)

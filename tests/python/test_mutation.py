@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import models
 import tiny_fq4
+from ggml_ext.convert import convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.gguf_ext import FQ4, KEYS
 from ggml_ext.header import read_header
 from ggml_ext.inspect import inspect
 
 CHILD = Path(__file__).with_name("load_models.py")
-N_MUTANTS = 400
+N_MUTANTS = int(os.environ.get("GGML_EXT_MUTANTS", "400"))
 
 
 @dataclass
@@ -242,3 +247,55 @@ def test_mutants_never_crash_the_loader(
     # Both enforce the same rules for keys; about tensors llama.cpp is stricter.
     if "key ggml_ext." in refusal(path):
         assert answer == "refused"
+
+
+@st.composite
+def byte_mutation(draw: st.DrawFn) -> Callable[[bytearray], None]:
+    where, patch = draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=12))
+
+    def mutate(data: bytearray) -> None:
+        start = 4 + int(where * (len(data) - 4 - len(patch)))
+        data[start : start + len(patch)] = patch
+
+    return mutate
+
+
+FLOATS = {
+    "token_embd.weight": np.ones((32, 256), np.float32),
+    "blk.0.attn_q.weight": np.ones((2, 256), np.float16),
+    "blk.0.ffn_up.weight": np.ones((2, 3, 64), np.uint16),
+}
+TARGETS = ("fq4", "q8_0", "f16", "nvfp4")
+
+
+@settings(max_examples=N_MUTANTS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    mutations=st.lists(key_mutation() | tensor_mutation() | truncation(), max_size=2),
+    patches=st.lists(byte_mutation(), max_size=2),
+    target=st.sampled_from(TARGETS),
+)
+def test_mutants_are_read_and_converted_or_refused(
+    mutations: list[Callable[[Parts], None]],
+    patches: list[Callable[[bytearray], None]],
+    target: str,
+    folder: Path,
+) -> None:
+    """Float models, whose conversion reads what inspect only counts; every other exception is a failure."""
+    mutant = copy.deepcopy(float_parts(folder))
+    for mutate in mutations:
+        mutate(mutant)
+    whole = mutant.to_bytes()
+    header = bytearray(whole[: max(len(whole) - len(mutant.data), 32)])
+    for patch in patches:
+        patch(header)
+    path = folder / "float.gguf"
+    path.write_bytes(bytes(header) + whole[len(header) :])
+    refusal(path)
+    with contextlib.suppress(GgmlExtError):
+        convert(path, folder / "converted.gguf", type_name=target, threads=1)
+        inspect(folder / "converted.gguf")
+
+
+@cache
+def float_parts(folder: Path) -> Parts:
+    return take_apart(models.write_gguf(folder / "float-original.gguf", FLOATS))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext import native
+from ggml_ext.cpus import processors
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.rounding.grid import Bytes, Floats, Grid
 
@@ -118,7 +119,7 @@ def _struct(grid: Grid, rows: slice) -> tuple[object, list[NDArray[np.generic]]]
 def _over_rows(part: Callable[[slice], int], n_rows: int, threads: int) -> int:
     """Sum of the results of ``part`` over chunks of rows. Raises GgmlExtError for a negative one."""
     chunks = [slice(first, min(first + _CHUNK_ROWS, n_rows)) for first in range(0, n_rows, _CHUNK_ROWS)]
-    with ThreadPoolExecutor(threads or native.processors()) as pool:
+    with ThreadPoolExecutor(threads or processors()) as pool:
         results = list(pool.map(part, chunks))
     for rows, result in zip(chunks, results, strict=True):
         if result < 0:
