@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import tools
+from ggml_ext import paths, tools
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.progress import track
 
@@ -58,8 +58,8 @@ def ratio(samples: Sequence[float], reference: Sequence[float]) -> float:
 
 def command(model: Path, *, prompt: int, generate: int, threads: int | None) -> list[str]:
     """The llama-bench call of one round."""
-    args = ["-m", str(model), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
-    return [str(tools.find("llama-bench")), *args, *(["-t", str(threads)] if threads else [])]
+    args = ["-m", str(model.absolute()), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
+    return [str(tools.find("llama-bench").absolute()), *args, *(["-t", str(threads)] if threads else [])]
 
 
 def parse(output: str) -> tuple[float, float]:
@@ -72,7 +72,14 @@ def parse(output: str) -> tuple[float, float]:
 def _measure(model: Path, prompt: int, generate: int, threads: int | None) -> tuple[float, float]:
     """One llama-bench run. Raises GgmlExtError with its last line of output if it fails."""
     call = command(model, prompt=prompt, generate=generate, threads=threads)
-    done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
+    done = subprocess.run(
+        call,
+        cwd=paths.bin_dir(),  # llama-bench loads backends that lie in the current folder
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=tools.environment(),
+    )
     try:
         if done.returncode == 0:
             return parse(done.stdout)

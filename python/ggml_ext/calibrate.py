@@ -80,13 +80,16 @@ def calibrate(request: Request, folder: Path, *, warn: Warn = _warn) -> Calibrat
     that another run is using.
     """
     started = time.monotonic()
+    hf.require(request.source)
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
     hf.check(request.source)
+    for line in hf.remarks(request.source):
+        warn(line)
     open_skeleton(request.source)  # an unknown family is refused before the model is converted
     sha256 = text_sha256(request.text)
     torch.manual_seed(request.seed)
     with _locked(folder):
-        source = _float_model(request.source, folder)
+        source = _float_model(request.source, folder, trust_remote_code=request.trust_remote_code)
         tokens = windows(
             source.path,
             request.text,
@@ -153,13 +156,13 @@ def _named_as(made: Path, origin: Path) -> Iterator[None]:
         raise GgmlExtError(str(exc).replace(str(made), str(origin))) from exc
 
 
-def _float_model(origin: Path, folder: Path) -> Source:
+def _float_model(origin: Path, folder: Path, *, trust_remote_code: bool) -> Source:
     """The model as float GGUF, made once per plan."""
     path = folder / plans.SOURCE
     with _named_as(path, origin):
         if plans.load(folder) is None or not path.is_file():
             with atomic_path(path) as temporary:
-                hf.to_gguf(origin, temporary)
+                hf.to_gguf(origin, temporary, trust_remote_code=trust_remote_code)
         return open_gguf(path)
 
 

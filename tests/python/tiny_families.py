@@ -7,6 +7,7 @@ are not hidden / heads, sliding windows shorter than the prompt, capped scores."
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -83,6 +84,15 @@ def family_dir(base: Path, family: str) -> Path:
         configure, more = CONFIGS[family]
         save(configure(**{**_COMMON, **more}), folder)
     return folder
+
+
+def config_json(family: str) -> dict[str, Any]:
+    """The family's config.json, as transformers saves it with a model."""
+    configure, more = CONFIGS[family]
+    config = configure(**{**_COMMON, **more})
+    name = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {**found, "architectures": [name]}
 
 
 def save(config: Any, folder: Path, seed: int = 1) -> None:
