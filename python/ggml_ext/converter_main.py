@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 REFUSED = "ggml-ext: refused to run"
 
 
-class RemoteCode(Exception):
-    """Code of a model was about to run. The text names its file."""
+class RemoteCode(ValueError):
+    """Code of a model was about to run. The text names its file. A ValueError as transformers raises then, so
+    that callers who can do without the code go on."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{REFUSED} {what}")

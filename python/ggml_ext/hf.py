@@ -74,7 +74,8 @@ def exact_type(folder: Path, weights: list[Path]) -> str:
     and fewer) are decoded by the converter, whose own choice for those is bf16. Raises GgmlExtError for
     pickled weights that are none.
     """
-    if read_config(folder).get("quantization_config"):
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    if config.get("quantization_config"):
         return "bf16"
     headers = check_weights(weights)
     entries = {name: entry for header in headers.values() for name, entry in header.items()}
@@ -115,7 +116,7 @@ def _pickled(path: Path) -> dict[str, Entry]:
             raise GgmlExtError(f"{path}: is in torch's old format; {remedy}") from exc
         wanted = pickled_call(exc)
         if wanted:
-            problem = f"wants to call {wanted}, and weights need no code; do not trust this file"
+            problem = f"no file of tensors only, wants to call {wanted}; do not trust it"
         else:
             problem = "no file of tensors saved by torch, or cut off; download it again"
         raise GgmlExtError(f"{path}: {problem}") from exc

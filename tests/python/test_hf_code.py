@@ -129,17 +129,18 @@ def test_code_of_a_tokenizer_is_refused_by_name(own_tokenizer: Path, tmp_path: P
     assert not ran.exists()
 
 
-def test_code_of_a_tokenizer_runs_when_trusted(own_tokenizer: Path, tmp_path: Path, ran: Path) -> None:
-    with pytest.raises(GgmlExtError, match="planted code ran"):
+def test_code_of_a_tokenizer_runs_when_trusted(
+    own_tokenizer: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(GgmlExtError, match="converter failed"):
         convert(own_tokenizer, tmp_path / "out.gguf", trust_remote_code=True)
     assert ran.exists()
 
 
 EVERY_WAY = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import converter_main, transformers
-converter_main.trust_no_code(transformers)
+import runpy, sys, transformers
+runpy.run_path(sys.argv[1])["trust_no_code"](transformers)
 from transformers import dynamic_module_utils as dynamic
 import transformers.models.auto.auto_factory
 
@@ -165,7 +166,9 @@ for name, way in ways.items():
 
 
 def test_no_way_to_code_is_left_open(own_tokenizer: Path, ran: Path) -> None:
-    command = [sys.executable, "-I", "-c", EVERY_WAY, str(SHIM.parent), str(own_tokenizer)]
+    processor = {"processor_class": "MineProcessor", "auto_map": {"AutoProcessor": "mine.Processor"}}
+    (own_tokenizer / "processor_config.json").write_text(json.dumps(processor))
+    command = [sys.executable, "-I", "-c", EVERY_WAY, str(SHIM), str(own_tokenizer)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]
@@ -190,7 +193,7 @@ def test_pickled_weights_hold_tensors_only(base: Path, tmp_path: Path, ran: Path
     (folder / "model.safetensors").unlink()
     weights = {"model.embed_tokens.weight": torch.zeros(2, 2), "more": Malicious(ran)}
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(GgmlExtError, match=r"pytorch_model\.bin: wants to call .*do not trust this file"):
+    with pytest.raises(GgmlExtError, match=r"pytorch_model\.bin: wants to call .*do not trust it"):
         convert(folder, tmp_path / "out.gguf")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(ran)))
     with pytest.raises(GgmlExtError, match=r"pytorch_model\.bin: "):

@@ -161,7 +161,7 @@ def _convert(pairs: Sequence[tuple[Path, Path]]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def to_gguf(folder: Path, out: Path) -> None:
+def to_gguf(folder: Path, out: Path, **_options: Any) -> None:
     """Stands in for hf.to_gguf in tests that convert these models, see _convert."""
     _convert([(folder, out)])
 

@@ -85,7 +85,7 @@ def _load(path: Path) -> dict[int, Saved]:
     except Exception as exc:  # of every kind, since the file decides what fails
         wanted = pickled_call(exc)
         if wanted:
-            problem = f"wants to call {wanted}, and matrices need no code; do not trust this file"
+            problem = f"no file of tensors only, wants to call {wanted}; do not trust it"
         else:
             problem = f"no file of tensors saved by torch; {_EXPORT}"
         raise GgmlExtError(f"{path}: {problem}") from exc
