@@ -4,14 +4,20 @@ Importing this package points the llama-cpp-python bindings at the patched libra
 ``llama_cpp``.
 """
 
-from __future__ import annotations
-
-import os
 import sys
-from pathlib import Path
 
-from ggml_ext import paths
-from ggml_ext.errors import GgmlExtError
+_COMMAND = sys.argv[:1] == ["-m"] and "ggml_ext" in " ".join(sys.orig_argv)
+if _COMMAND and not getattr(sys.flags, "safe_path", False):
+    # For -m Python puts the current folder in front of the standard library, and a command of ours may be
+    # started in a folder of a stranger's files. So this comes before all other imports (E402), of which
+    # "from __future__" would be one.
+    del sys.path[0]
+
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from ggml_ext import paths  # noqa: E402
+from ggml_ext.errors import GgmlExtError  # noqa: E402
 
 __version__ = "0.1.0"
 

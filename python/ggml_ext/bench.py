@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import tools
+from ggml_ext import paths, tools
 from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.process import die_with_parent
@@ -60,8 +60,8 @@ def ratio(samples: Sequence[float], reference: Sequence[float]) -> float:
 
 def command(model: Path, *, prompt: int, generate: int, threads: int | None) -> list[str]:
     """The llama-bench call of one round."""
-    args = ["-m", str(model), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
-    return [str(tools.find("llama-bench")), *args, "-t", str(threads or physical_cores())]
+    args = ["-m", str(model.absolute()), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
+    return [str(tools.find("llama-bench").absolute()), *args, "-t", str(threads or physical_cores())]
 
 
 def parse(output: str) -> tuple[float, float]:
@@ -76,6 +76,7 @@ def _measure(model: Path, prompt: int, generate: int, threads: int | None) -> tu
     call = command(model, prompt=prompt, generate=generate, threads=threads)
     done = subprocess.run(
         call,
+        cwd=paths.bin_dir(),  # llama-bench loads backends that lie in the current folder
         capture_output=True,
         text=True,
         errors="replace",

@@ -158,6 +158,17 @@ class BlockModel:
         missing = sorted(wanted.difference(self._checkpoint.names))
         if missing:
             raise GgmlExtError(f"{self.folder}: no tensor {missing[0]}; download the model again")
+        for index, parameters in enumerate(self._skeleton.parameters):
+            expected = self._skeleton.layers[index].state_dict()
+            for parameter in parameters:
+                names = self._tensor_names(parameter, index)
+                shape = tuple(expected[parameter].shape)[len(names) > 1 :]
+                for name in names:
+                    if self._checkpoint.shape(name) != shape:
+                        raise GgmlExtError(
+                            f"{self.folder}: {name} has the shape {list(self._checkpoint.shape(name))}, by "
+                            f"config.json it has {list(shape)}; download the model again"
+                        )
 
 
 class Block:

@@ -85,17 +85,20 @@ def calibrate(
     for what cannot be done and for a folder with other files or another plan, or that another run is using.
     """
     started = time.monotonic()
+    hf.require(request.source)
     check_folder(folder, [request.source, request.text, request.matrices])
     recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
     require_device(request.device)
     bound_threads(request.threads)
     hf.check(request.source)
+    for line in hf.remarks(request.source):
+        warn(line)
     open_skeleton(request.source)  # an unknown family is refused before the model is converted
     content = read_text(request.text)
     sha256 = hashlib.sha256(content).hexdigest()
     torch.manual_seed(request.seed)
     with held(folder, temporary=temporary) as mine:
-        source = _float_model(request.source, mine)
+        source = _float_model(request.source, mine, trust_remote_code=request.trust_remote_code)
         tokens = windows(
             source.path,
             request.text,
@@ -143,13 +146,13 @@ def discard(folder: Path) -> None:
         mine.discard()
 
 
-def _float_model(origin: Path, mine: Held) -> Source:
+def _float_model(origin: Path, mine: Held, *, trust_remote_code: bool) -> Source:
     """The model as float GGUF, made once per plan."""
     path = mine.folder / plans.SOURCE
     with _named_as(path, origin):
         if plans.load(mine.folder) is None or not path.is_file():
             with atomic_path(path) as temporary:
-                hf.to_gguf(origin, temporary)
+                hf.to_gguf(origin, temporary, trust_remote_code=trust_remote_code)
                 mine.note_source(temporary)
         return open_gguf(path)
 

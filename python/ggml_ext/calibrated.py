@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ggml_ext import calibration_plan as plans
 from ggml_ext.block_file import Stored, block_path, load
-from ggml_ext.calibration_plan import Plan, model_files
+from ggml_ext.calibration_plan import Plan
 from ggml_ext.encode import Prepared
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.rules import STOCK_MIXES
@@ -37,10 +37,7 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
             f"{folder}: unfinished, {len(missing)} of {plan.blocks} blocks are missing; "
             "go on with the ggml-ext calibrate that began it"
         )
-    if not model.is_dir() or model_files(model) != plan.source:
-        raise GgmlExtError(
-            f"{folder}: a calibration of another model than {model}; give the one it was made of"
-        )
+    plans.require_model(plan, model, folder)
     tensors: dict[str, Stored] = {}
     hadamard: list[int] = []
     clip: list[float] = []

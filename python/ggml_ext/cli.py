@@ -160,6 +160,13 @@ MatricesOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Use the transforms in flat_matrices.pth of FlatQuant's own code."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python files of the model folder that its tokenizer needs; read them.",
+    ),
+]
 AllThreadsOption = Annotated[int, typer.Option("-t", "--threads", min=0, help="Threads; 0 for all.")]
 
 
@@ -193,6 +200,7 @@ def convert(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     matrices: MatricesOption = None,
+    trust_remote_code: TrustOption = False,
     threads: AllThreadsOption = 0,
 ) -> None:
     """Convert a model to a GGUF file: transform x rounding x type, or a recipe that names all three."""
@@ -224,6 +232,7 @@ def convert(
         device=_device(device),
         dtype=_dtype(dtype, device),
         matrices=matrices,
+        trust_remote_code=trust_remote_code,
         threads=threads,
     )
     print(result.summary())
@@ -248,6 +257,7 @@ def calibrate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     matrices: MatricesOption = None,
+    trust_remote_code: TrustOption = False,
     threads: AllThreadsOption = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what memory, disk and time it would take.")
@@ -279,6 +289,7 @@ def calibrate(
         _dtype(dtype, device),
         threads,
         matrices,
+        trust_remote_code,
     )
     if dry_run:
         from ggml_ext.estimate import estimate

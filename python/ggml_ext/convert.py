@@ -114,6 +114,7 @@ def convert(
     device: str = "cpu",
     dtype: str = "f32",
     matrices: Path | None = None,
+    trust_remote_code: bool = False,
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
@@ -125,12 +126,11 @@ def convert(
     calibrated: folder of a finished calibration of this model, which then decides everything else.
     type_for: (pattern, type) pairs; keep: patterns of tensors that stay as they are (re.search, names).
     threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype,
-    matrices: see calibration_plan.Request. warn: gets one line at a time.
+    matrices: see calibration_plan.Request. trust_remote_code: see hf.to_gguf. warn: gets one line at a time.
     Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
-    if not source.exists():
-        raise GgmlExtError(f"{source}: no such file or directory; check the path of the model")
+    hf.require(source)
     check_outputs(out, inputs=[source, imatrix, calibration, calibrated, matrices])
     if calibrated is not None:
         return _from_folder(source, calibrated, out, threads, started, warn)
@@ -148,13 +148,29 @@ def convert(
         place = target(out)
         folder = place.with_name(f"{place.name}.calibration")
         wanted = Request(
-            source, calibration, method, type_for, keep, ctx, seed, device, dtype, threads, matrices
+            source,
+            calibration,
+            method,
+            type_for,
+            keep,
+            ctx,
+            seed,
+            device,
+            dtype,
+            threads,
+            matrices,
+            trust_remote_code,
         )
         calibrate(wanted, folder, temporary=True, warn=warn)
         result = _from_folder(source, folder, out, threads, started, warn)
         discard(folder)
         return result
-    with work_folder(out) as work, _as_gguf(source, work) as model:
+    for line in hf.remarks(source) if source.is_dir() else []:
+        warn(line)
+    with (
+        work_folder(out) as work,
+        _as_gguf(source, work, trust_remote_code=trust_remote_code) as model,
+    ):
         opened = open_gguf(model)
         shapes = [tensor.shape for tensor in opened.tensors]
         matrix, about = _importance(source, opened, imatrix, calibration, work, ctx=ctx, threads=threads)
@@ -195,14 +211,14 @@ def _from_folder(
 
 
 @contextmanager
-def _as_gguf(source: Path, work: Path) -> Iterator[Path]:
+def _as_gguf(source: Path, work: Path, *, trust_remote_code: bool) -> Iterator[Path]:
     """The source as a GGUF file. Errors about a temporary one name the directory that it was made from."""
     if not source.is_dir():
         yield source
         return
     model = work / "source.gguf"
     try:
-        hf.to_gguf(source, model)
+        hf.to_gguf(source, model, trust_remote_code=trust_remote_code)
         yield model
     except GgmlExtError as exc:
         raise GgmlExtError(str(exc).replace(str(model), str(source))) from exc
@@ -222,7 +238,7 @@ def _importance(
         return load(imatrix), None
     if calibration is None:
         return None, None
-    files = _weights_and_tokenizer(source) if source.is_dir() else sorted({t.path for t in opened.tensors})
+    files = _weights_and_tokenizer(source) if source.is_dir() else list(opened.files)
     return importance.collect(opened.path, files, calibration, work, ctx=ctx, threads=threads)
 
 

@@ -58,9 +58,14 @@ def _cpu_paths() -> str:
 def _gpu() -> Check:
     """Devices that llama.cpp's tools see beside the processor."""
     try:
-        call = [str(tools.find("llama-bench")), "--list-devices"]
+        call = [str(tools.find("llama-bench").absolute()), "--list-devices"]
         listed = subprocess.run(
-            call, capture_output=True, text=True, env=tools.environment(), timeout=60
+            call,
+            cwd=paths.bin_dir(),  # llama-bench loads backends that lie in the current folder
+            capture_output=True,
+            text=True,
+            env=tools.environment(),
+            timeout=60,
         ).stdout
     except (GgmlExtError, OSError, subprocess.TimeoutExpired) as error:
         return Check("GPU", "missing", str(error))

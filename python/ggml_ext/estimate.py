@@ -81,6 +81,7 @@ def estimate(request: Request, folder: Path) -> Estimate:
     calibration itself would for options, model and family.
     """
     method = request.method
+    hf.require(request.source)
     recipes.check(method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
     weights = hf.check(request.source)
     steps = _LEARNED_STEPS if method.rounding == "learned" else 0
@@ -112,7 +113,7 @@ def estimate(request: Request, folder: Path) -> Estimate:
         device=request.device,
         memory=found.peak,
         disk={
-            "source.gguf": sum(path.stat().st_size for path in weights),
+            "source.gguf": hf.n_float_bytes(request.source, weights),
             "hidden states": found.disk_activations,
             "block files": found.disk_checkpoints,
         },

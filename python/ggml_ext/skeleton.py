@@ -6,7 +6,8 @@ each family's own code decides it."""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,13 @@ from torch import Tensor, nn
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.experts import RoutedExperts
 from ggml_ext.families import Family, Heads, check_block, family_of
+from ggml_ext.hf_files import read_config, shown
 
 Kwargs = dict[str, Any]
+
+# Settings that transformers builds so many modules for.
+_COUNT = re.compile("^(num|n)_.*(layer|expert)|^depth$")
+_MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -44,18 +50,25 @@ def open_skeleton(folder: Path) -> Skeleton:
     is quantised already and a block that holds what its family should not have.
     """
     path = folder / "config.json"
-    family = family_of(_architectures(path), path)
+    content = read_config(folder)
+    family = family_of(_architectures(content, path), path)
+    _check_counts(content, path)
     try:
-        whole = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        config = whole.get_text_config()
-        build: Any = transformers.AutoModel.from_config
-        with torch.device("meta"):
-            attention = "eager" if family.softcap else "sdpa"
-            model = build(config, attn_implementation=attention, trust_remote_code=False)
+        return _build(family, folder)
+    except GgmlExtError:
+        raise
     except Exception as exc:  # transformers has many kinds, some from code that trusts the file
-        raise GgmlExtError(f"{path}: transformers cannot build the model ({exc}); check the file") from exc
+        reason = " ".join(str(exc).split())[:300] or type(exc).__name__
+        raise GgmlExtError(f"{path}: transformers cannot build the model ({reason}); check the file") from exc
+
+
+def _build(family: Family, folder: Path) -> Skeleton:
+    whole = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = whole.get_text_config()
+    build: Any = transformers.AutoModel.from_config
+    with torch.device("meta"):
+        attention = "eager" if family.softcap else "sdpa"
+        model = build(config, attn_implementation=attention, trust_remote_code=False)
     layers = tuple(model.eval().layers)
     for index, layer in enumerate(layers):
         if isinstance(getattr(layer.mlp, "experts", None), nn.Module):
@@ -65,15 +78,23 @@ def open_skeleton(folder: Path) -> Skeleton:
     return Skeleton(family, model.config, model, layers, parameters, heads)
 
 
-def _architectures(path: Path) -> list[str]:
+def _architectures(content: Mapping[str, Any], path: Path) -> list[str]:
     """What config.json says the model is, if it is not quantised."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise GgmlExtError(f"{path}: cannot be read ({exc}); download the file again") from exc
     if content.get("quantization_config"):
         raise GgmlExtError(f"{path}: the model is quantised already; calibrate the float model it comes from")
-    return list(content.get("architectures") or [])
+    found = content.get("architectures") or []
+    if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise GgmlExtError(f"{path}: architectures is no list of names; check the file")
+    return [shown(name) for name in found]
+
+
+def _check_counts(content: Mapping[str, Any], path: Path) -> None:
+    """Raises GgmlExtError for counts that would take hours to build a model of, at any depth."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif isinstance(value, int | float) and _COUNT.search(key) and value > _MOST:
+            raise GgmlExtError(f"{path}: {shown(key)} is {value}, more than {_MOST}; check the file")
 
 
 def embed(skeleton: Skeleton, rows: Tensor, places: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ def find(name: str) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Environment in which a tool finds the patched libraries before any others."""
-    libraries = [str(paths.lib_dir()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    """Environment in which a tool finds the patched libraries before any others, and none in the current
+    folder, which is what an empty entry means."""
+    others = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    libraries = [str(paths.lib_dir().absolute()), *filter(None, others)]
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}

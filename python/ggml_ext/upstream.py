@@ -126,12 +126,13 @@ def _check_sha256(path: Path, version: str, remedy: str) -> None:
 def _pip_download(version: str, folder: Path) -> Path:
     name = f"llama-cpp-python=={version}"
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--no-binary", "llama-cpp-python", "--dest", str(folder), name]
+    command += ["--no-binary", "llama-cpp-python", "--dest", str(folder.absolute()), name]
     # An outer pip (this code runs inside `pip install .`) shares its build tracker through this variable.
     env = {key: value for key, value in os.environ.items() if key != "PIP_BUILD_TRACKER"}
     print(f"downloading the source of {name}", file=sys.stderr, flush=True)
     done = subprocess.run(
         command,
+        cwd=folder,  # -m puts the current folder in front of the standard library
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -61,7 +61,7 @@ def use_converted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         models.mixtral_dir(base): models.mixtral_gguf(base),
     }
 
-    def copy(folder: Path, out: Path) -> None:
+    def copy(folder: Path, out: Path, **_options: Any) -> None:
         shutil.copyfile(made[folder], out)
 
     monkeypatch.setattr(calibrate.hf, "to_gguf", copy)

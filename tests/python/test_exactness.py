@@ -47,7 +47,7 @@ def ggufs(base: Path) -> dict[str, Path]:
 
 def use_gguf(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Converting each model again would take seconds."""
-    monkeypatch.setattr(calibrate.hf, "to_gguf", lambda _folder, out: shutil.copyfile(made, out))
+    monkeypatch.setattr(calibrate.hf, "to_gguf", lambda _folder, out, **_options: shutil.copyfile(made, out))
 
 
 def saved_matrices(path: Path, layers: int, n: int, ffn: int, heads: int, head_dim: int) -> Path:

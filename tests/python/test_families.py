@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import models
 import tiny_families as tiny
+from ggml_ext import hf
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.experts import RoutedExperts
@@ -540,11 +541,21 @@ def test_checkpoints_are_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_code_in_the_folder_is_not_run(base: Path, tmp_path: Path) -> None:
-    """Phi-3 folders bring code; fails if it would run, or stop the folder from being used."""
+    """Phi-3 folders bring code; fails if it would run, in this process or in the converter's, or stop the
+    folder from being used."""
     code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoModel": "mine.Model"}
-    folder = copy_of(base, "phi3", tmp_path / "m", auto_map=code)
-    (folder / "mine.py").write_text("raise SystemExit('it ran')")
-    assert BlockModel(folder).load(0).index == 0
+    folder = copy_of(base, "phi3", tmp_path / "m", auto_map={**code, "AutoTokenizer": ["mine.T", None]})
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["mine.T", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ran = tmp_path / "ran.txt"
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise SystemExit('it ran')")
+    model = BlockModel(folder)
+    assert model.load(0).index == 0
+    assert model.tokenize("a text")
+    hf.to_gguf(folder, tmp_path / "m.gguf")
+    assert open_gguf(tmp_path / "m.gguf").arch == "phi3"
+    assert not ran.exists()
 
 
 def test_only_matrices_of_the_block_can_be_replaced(base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,3 +136,53 @@ def test_a_file_is_data_not_code(tmp_path: Path, capsys: pytest.CaptureFixture[s
         load_official(tmp_path)
     with pytest.raises(GgmlExtError, match="No such file"):
         load_official(tmp_path / "other.pth")
+
+
+class Malicious:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> object:
+        return (Path.touch, (self.ran,))
+
+
+def test_a_file_that_holds_more_than_tensors_calls_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment tells torch to load anything."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    ran = tmp_path / "ran.txt"
+    path = write({0: saved_blocks(1)[0], 1: Malicious(ran)}, tmp_path)
+    with pytest.raises(GgmlExtError, match=r"flat_matrices\.pth: wants to call .*do not trust it"):
+        load_official(path)
+    path.write_bytes(pickle.dumps(Malicious(ran)))
+    with pytest.raises(GgmlExtError, match=r"flat_matrices\.pth: "):
+        load_official(path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.ones(1).expand(2**20, 2**20),
+        torch.eye(4).to_sparse(),
+        torch.eye(4, dtype=torch.complex64),
+        torch.eye(4, dtype=torch.int64),
+        torch.eye(4, device="meta"),
+    ],
+)
+def test_tensors_that_are_no_plain_floats_are_refused(tmp_path: Path, odd: Tensor) -> None:
+    """The first takes 4 bytes in the file and 8 TB as a matrix."""
+    saved = saved_blocks(1)
+    saved[0]["mlp.up_gate_trans.matrix_left"] = odd
+    with pytest.raises(GgmlExtError, match=r"no tensor of floats with values of its own|no file of tensors"):
+        load_official(write(saved, tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02.", b"\x80\x04K\x01.", b"text"])
+def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "flat_matrices.pth").write_bytes(content)
+    with pytest.raises(GgmlExtError, match=r"no file of tensors|not a dictionary"):
+        load_official(tmp_path)

@@ -7,6 +7,7 @@ are not hidden / heads, sliding windows shorter than the prompt, capped scores."
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,15 @@ def family_dir(base: Path, family: str) -> Path:
     return folder
 
 
+def config_json(family: str) -> dict[str, Any]:
+    """The family's config.json, as transformers saves it with a model."""
+    configure, more = CONFIGS[family]
+    config = configure(**{**_COMMON, **more})
+    name = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {**found, "architectures": [name]}
+
+
 def save(config: Any, folder: Path, seed: int = 1) -> None:
     """A random model of the configuration, float32, with a tokenizer."""
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -151,7 +161,7 @@ def _convert(pairs: Sequence[tuple[Path, Path]]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def to_gguf(folder: Path, out: Path) -> None:
+def to_gguf(folder: Path, out: Path, **_options: Any) -> None:
     """Stands in for hf.to_gguf in tests that convert these models, see _convert."""
     _convert([(folder, out)])
 

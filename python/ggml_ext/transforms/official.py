@@ -21,7 +21,6 @@ signs'.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.hf import pickled_call
 from ggml_ext.sites import SITE_KINDS, SiteKind, SiteTransform
 from ggml_ext.transforms.flatquant import MAX_CONDITION, condition
 from ggml_ext.transforms.structure import stored
@@ -82,9 +82,16 @@ def _load(path: Path) -> dict[int, Saved]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as exc:
         raise GgmlExtError(f"{path}: {exc.strerror or exc}; check the path") from exc
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as exc:
-        raise GgmlExtError(f"{path}: no file of tensors saved by torch; {_EXPORT}") from exc
-    if not isinstance(loaded, dict) or not loaded or set(loaded) != set(range(len(loaded))):
+    except Exception as exc:  # of every kind, since the file decides what fails
+        wanted = pickled_call(exc)
+        if wanted:
+            problem = f"no file of tensors only, wants to call {wanted}; do not trust it"
+        else:
+            problem = f"no file of tensors saved by torch; {_EXPORT}"
+        raise GgmlExtError(f"{path}: {problem}") from exc
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(key, int) for key in loaded):
+        raise GgmlExtError(f"{path}: not a dictionary of blocks 0, 1, ...; {_EXPORT}")
+    if set(loaded) != set(range(len(loaded))):
         raise GgmlExtError(f"{path}: not a dictionary of blocks 0, 1, ...; {_EXPORT}")
     for index, block in loaded.items():
         if not isinstance(block, Mapping) or not all(isinstance(v, Tensor) for v in block.values()):
@@ -133,7 +140,12 @@ def _matrix(saved: Saved, name: str, where: str) -> Tensor:
 def _finite(saved: Saved, name: str, where: str) -> Tensor:
     if name not in saved:
         raise GgmlExtError(f"{where}: no {name}; {_EXPORT}")
-    values = saved[name].double()
+    tensor = saved[name]
+    # A view may repeat the bytes of its file to any size.
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise GgmlExtError(f"{where}: {name} is no tensor of floats with values of its own; {_EXPORT}")
+    values = tensor.double()
     if not bool(values.isfinite().all()):
         raise GgmlExtError(f"{where}: {name} holds NaN or Inf; train it again")
     return values
