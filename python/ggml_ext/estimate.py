@@ -18,6 +18,7 @@ from rich.table import Table
 from ggml_ext import hf, plan, recipes, transforms
 from ggml_ext.calibrate import DTYPES, batch_size, trains
 from ggml_ext.calibration_plan import Request
+from ggml_ext.device import require_device
 from ggml_ext.hidden import free_bytes
 from ggml_ext.mixes import BODY
 from ggml_ext.rounding import round_matrix
@@ -83,6 +84,7 @@ def estimate(request: Request, folder: Path) -> Estimate:
     method = request.method
     hf.require(request.source)
     recipes.check(method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
+    require_device(request.device)
     weights = hf.check(request.source)
     steps = _LEARNED_STEPS if method.rounding == "learned" else 0
     training = trains(method)
