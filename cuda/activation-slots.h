@@ -4,6 +4,7 @@
 #define GGML_EXT_ACTIVATION_SLOTS_H
 
 #include "ggml.h"
+#include "views.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -71,8 +72,7 @@ class ggml_ext_activation_slots {
     // between two uses.
     static key describe(const ggml_tensor * x) {
         const ggml_tensor * computed = x;
-        while (computed->op == GGML_OP_VIEW || computed->op == GGML_OP_RESHAPE || computed->op == GGML_OP_PERMUTE ||
-               computed->op == GGML_OP_TRANSPOSE) {
+        while (computed->op != GGML_OP_NONE && ggml_ext_is_leaf_or_view(computed)) {
             computed = computed->src[0];
         }
         key k;

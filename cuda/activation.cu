@@ -1,26 +1,7 @@
 #include "activation-quantize.cuh"
-#include "activation-slots.h"
 #include "activation.cuh"
 #include "common.cuh"
-#include "ext-cuda.h"
-
-#include <map>
-#include <mutex>
-#include <set>
-
-// Of one context: slots per stream number, since streams run side by side.
-struct activation_state {
-    ggml_ext_activation_slots     streams[GGML_CUDA_MAX_STREAMS];
-    std::set<const ggml_tensor *> unwritten;  // of this graph: they exist in int8 only
-};
-
-static std::mutex                                                    states_mutex;
-static std::map<const ggml_backend_cuda_context *, activation_state> states;  // nodes never move
-
-static activation_state & state_of(const ggml_backend_cuda_context & ctx) {
-    std::lock_guard<std::mutex> lock(states_mutex);
-    return states[&ctx];
-}
+#include "context.h"
 
 // Also called while a CUDA graph is captured: upstream captures in relaxed mode, where cudaMalloc is allowed and takes
 // place at once, outside the graph.
@@ -43,7 +24,7 @@ static activation_slot find_slot(ggml_backend_cuda_context & ctx, const ggml_ten
     const size_t codes_size  = GGML_PAD(k * n_rows, 256);
     const size_t scales_size = k / GGML_EXT_ACTIVATION_GROUP * n_rows * sizeof(float);
 
-    ggml_ext_activation_slots & slots  = state_of(ctx).streams[ctx.curr_stream_no];
+    ggml_ext_activation_slots & slots  = ggml_ext_cuda_state_of(ctx).streams[ctx.curr_stream_no];
     const auto                  found  = slots.find(x, std::max<size_t>(codes_size + scales_size, 1), allocate);
     char *                      buffer = static_cast<char *>(found.buffer);
     return {
@@ -57,7 +38,8 @@ ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx
     if (slot.filled || ggml_is_empty(x)) {
         return slot.activation;
     }
-    GGML_ASSERT(state_of(ctx).unwritten.count(x) == 0 && "ggml-ext: an activation that exists in int8 only is gone");
+    GGML_ASSERT(ggml_ext_cuda_state_of(ctx).unwritten.count(x) == 0 &&
+                "ggml-ext: an activation that exists in int8 only is gone");
     const ggml_ext_activation_shape shape = {
         x->ne[0],          ggml_nrows(x),     uint32_t(x->ne[1]), uint32_t(x->ne[2]),
         int64_t(x->nb[1]), int64_t(x->nb[2]), int64_t(x->nb[3]),
@@ -74,30 +56,7 @@ ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx
 ggml_ext_cuda_activation ggml_ext_cuda_quantized_reserve(ggml_backend_cuda_context & ctx, const ggml_tensor * x,
                                                          bool only) {
     if (only) {
-        state_of(ctx).unwritten.insert(x);
+        ggml_ext_cuda_state_of(ctx).unwritten.insert(x);
     }
     return find_slot(ctx, x).activation;
-}
-
-void ggml_ext_cuda_graph_begin(ggml_backend_cuda_context & ctx) {
-    activation_state & state = state_of(ctx);
-    for (ggml_ext_activation_slots & slots : state.streams) {
-        slots.forget();
-    }
-    state.unwritten.clear();
-}
-
-void ggml_ext_cuda_free(ggml_backend_cuda_context & ctx) {
-    std::lock_guard<std::mutex> lock(states_mutex);
-    const auto                  state = states.find(&ctx);
-    if (state == states.end()) {
-        return;
-    }
-    ggml_cuda_set_device(ctx.device);
-    for (const ggml_ext_activation_slots & slots : state->second.streams) {
-        for (void * memory : slots.allocated()) {
-            CUDA_CHECK(cudaFree(memory));
-        }
-    }
-    states.erase(state);
 }

@@ -51,8 +51,14 @@ static void tell_use(const ggml_tensor * dst) {
     }
 }
 
+// `fast` is the default: only what was measured to be faster. No device has measured these kernels.
+static bool is_chosen() {
+    const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
+    return setting.mode != GGML_EXT_ATTENTION_OFF && !setting.fast;
+}
+
 static bool applies(int device, const ggml_tensor * op) {
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || ggml_ext_attention_setting().mode == GGML_EXT_ATTENTION_OFF) {
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || !is_chosen()) {
         return false;
     }
     if (find(device, op)) {

@@ -1,3 +1,4 @@
+#include "architecture.h"
 #include "attention_decode.h"
 #include "attention_decode_args.h"
 #include "attention_decode_merge.cuh"
@@ -15,9 +16,8 @@ cudaError_t attention_decode_launch(const attention_decode_args & args, cache_ty
 using namespace ggml_ext;
 
 bool ggml_ext_cuda_attention_decode_applies(int device, const ggml_tensor * dst) {
-    const auto & info = ggml_cuda_info().devices[device];
-    return dst->op == GGML_OP_FLASH_ATTN_EXT && turing_mma_available(info.cc) &&
-           attention_decode_takes(dst, info.smpbo);
+    return dst->op == GGML_OP_FLASH_ATTN_EXT && ggml_ext_cuda_has_tensor_cores(device) &&
+           attention_decode_takes(dst, ggml_cuda_info().devices[device].smpbo);
 }
 
 void ggml_ext_cuda_attention_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

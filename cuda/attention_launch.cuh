@@ -14,6 +14,7 @@ inline dim3 attention_grid(int64_t n, int threads) {
     return dim3((unsigned) std::min<int64_t>(attention_ceil(n, threads / 32), 65535));
 }
 
+// Q and the mask, once for all windows.
 inline cudaError_t attention_launch_quantize(const attention_prefill & p, cudaStream_t stream) {
     const dim3  threads(attention_prepare_threads), per_channel((p.d + 31) / 32 * 32);
     cudaError_t error = cudaSuccess;
@@ -28,11 +29,6 @@ inline cudaError_t attention_launch_quantize(const attention_prefill & p, cudaSt
                                      attention_grid(p.n_heads * p.padded_rows, attention_prepare_threads), threads, 0,
                                      stream, p);
     }
-    if (error == cudaSuccess) {
-        error = ggml_ext_cuda_launch(p.full ? attention_prepare_kv_kernel<true> : attention_prepare_kv_kernel<false>,
-                                     dim3((unsigned) (p.padded_kv / p.layout.tokens), p.n_heads), threads,
-                                     p.full ? p.layout.tokens * (sizeof(float) + p.d) : 0, stream, p);
-    }
     if (error == cudaSuccess && p.visible) {
         error =
             ggml_ext_cuda_launch(attention_visible_kernel,
@@ -42,17 +38,30 @@ inline cudaError_t attention_launch_quantize(const attention_prefill & p, cudaSt
     return error;
 }
 
-// Everything, for a planned and placed problem. prefill: attention_launch_prefill of its head size.
+// K and V of the window, attention over it, and what that adds to the windows before it.
 template <typename F>
-cudaError_t attention_launch(const attention_prefill & p, cudaStream_t stream, const F & prefill) {
-    cudaError_t error = attention_launch_quantize(p, stream);
+cudaError_t attention_launch_window(const attention_prefill & p, cudaStream_t stream, const F & prefill) {
+    const int   n_tiles = std::min(p.window, p.n_tiles - p.first_tile);
+    cudaError_t error   = ggml_ext_cuda_launch(
+        p.full ? attention_prepare_kv_kernel<true> : attention_prepare_kv_kernel<false>,
+        dim3(n_tiles * (attention_tile / p.layout.tokens), p.n_heads), dim3(attention_prepare_threads),
+        p.full ? p.layout.tokens * (sizeof(float) + p.d) : 0, stream, p);
     if (error == cudaSuccess) {
         error = prefill(p, stream);
     }
-    if (error == cudaSuccess && p.n_chunks > 1) {
+    if (error == cudaSuccess && p.parts() > 0) {
         error = ggml_ext_cuda_launch(attention_merge_kernel,
                                      attention_grid(int64_t(p.n_heads) * p.n_rows, attention_merge_threads),
                                      dim3(attention_merge_threads), 0, stream, p);
+    }
+    return error;
+}
+
+// Everything, for a planned and placed problem. prefill: attention_launch_prefill of its head size.
+template <typename F> cudaError_t attention_launch(attention_prefill p, cudaStream_t stream, const F & prefill) {
+    cudaError_t error = attention_launch_quantize(p, stream);
+    for (p.first_tile = 0; error == cudaSuccess && p.first_tile < p.n_tiles; p.first_tile += p.window) {
+        error = attention_launch_window(p, stream, prefill);
     }
     return error;
 }

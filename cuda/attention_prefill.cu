@@ -1,3 +1,4 @@
+#include "architecture.h"
 #include "attention.h"
 #include "attention_launch.cuh"
 #include "attention_op.h"
@@ -16,7 +17,6 @@ extern template cudaError_t ggml_ext::attention_launch_prefill<256>(const attent
 
 const char * ggml_ext_cuda_attention_prefill_refusal(int device, const ggml_tensor * dst) {
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
-    const auto &                            info    = ggml_cuda_info().devices[device];
     const char *                            reason  = ggml_ext::attention_refusal(dst, setting);
     if (reason) {
         return reason;
@@ -26,10 +26,10 @@ const char * ggml_ext_cuda_attention_prefill_refusal(int device, const ggml_tens
     if (!ggml_ext::attention_has_head(p.d)) {
         return "the size of heads";
     }
-    if (info.cc < GGML_CUDA_CC_TURING || !GGML_CUDA_CC_IS_NVIDIA(info.cc)) {
+    if (!ggml_ext_cuda_has_tensor_cores(device)) {
         return "no 8-bit tensor cores";
     }
-    if (ggml_ext::attention_shared_bytes(p.d, groups, p.full) > info.smpbo) {
+    if (ggml_ext::attention_shared_bytes(p.d, groups, p.full) > ggml_cuda_info().devices[device].smpbo) {
         return "the shared memory of this device";
     }
     return nullptr;

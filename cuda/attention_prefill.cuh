@@ -1,7 +1,7 @@
 // Attention of many queries in 8-bit integers: the kernel. attention_prefill.h has the forms of its inputs.
 //
 // A block of threads has 128 rows (attention_block_rows), a warp 32 or 16 of them, and goes over the kv tokens of its
-// chunk in steps of 32 or 64 of them (attention_step.cuh): logits in int32 (mma_s8), one float multiply-add per K scale,
+// chunk of the window in steps of 32 or 64 of them (attention_step.cuh): logits in int32 (mma_s8), one float multiply-add per K scale,
 // softmax in base 2, weights times V. The next step's K and V come in meanwhile.
 
 #pragma once
@@ -26,12 +26,12 @@ __device__ __forceinline__ void attention_copy(unsigned thread, char * to, const
     }
 }
 
-// Asks for a step.
+// Asks for a step, numbered from the window's first.
 template <class S> __device__ __forceinline__ void attention_load(const attention_prefill & p, int step, char * to) {
     constexpr attention_step L    = S::LAYOUT;
     const unsigned           t    = opaque(threadIdx.x);
     const unsigned           head = opaque(blockIdx.x);
-    const char * from = p.steps + (int64_t(head) * (p.n_tiles * (attention_tile / S::STEP)) + step) * L.bytes;
+    const char * from = p.steps + (int64_t(head) * (p.window * (attention_tile / S::STEP)) + step) * L.bytes;
     attention_copy<S::THREADS, S::D, S::STEP, S::K_STRIDE>(t, to, from);
     attention_copy<S::THREADS, L.v_at - L.scales_at, 1, 0>(t, to + S::SCALES_AT, from + L.scales_at);
     attention_copy<S::THREADS, S::V_ROW_BYTES, S::V_ROWS, S::V_STRIDE>(t, to + S::V_AT, from + L.v_at);
@@ -134,7 +134,7 @@ template <class S> __device__ __forceinline__ void attention_end(const attention
             if (r >= p.n_rows) {
                 continue;
             }
-            if (p.n_chunks == 1) {
+            if (!p.partial) {
                 to   = p.out + attention_out_at(p, head, r);
                 last = attention_normaliser(p, p.q_rows[at], w.max[m][h], sum);
             } else {
@@ -157,16 +157,17 @@ template <class S> __device__ __forceinline__ void attention_end(const attention
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) attention_prefill_kernel(attention_prefill p) {
     GGML_EXT_DYNAMIC_SHARED(char, shared);
-    constexpr int      PER_TILE = attention_tile / S::STEP;
-    const int          end_tile = min(p.n_tiles, int(blockIdx.z + 1) * p.chunk);
+    constexpr int PER_TILE = attention_tile / S::STEP;
+    const int     first    = p.first_tile * PER_TILE;
+    const int     end_tile = min(min(p.n_tiles, p.first_tile + p.window), p.first_tile + int(blockIdx.z + 1) * p.chunk);
     attention_state<S> w;
     attention_begin<S>(w);
     attention_load_q<S>(p, w);
 
-    int step = attention_next_tile(p, int(blockIdx.z) * p.chunk, end_tile) * PER_TILE;
+    int step = attention_next_tile(p, p.first_tile + int(blockIdx.z) * p.chunk, end_tile) * PER_TILE;
     int here = 0;  // where the step is in shared memory
     if (step < end_tile * PER_TILE) {
-        attention_load<S>(p, step, shared);
+        attention_load<S>(p, step - first, shared);
         cp_async_commit();
     }
     while (step < end_tile * PER_TILE) {
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) attention_prefill_kerne
         cp_async_wait<0>();
         __syncthreads();  // this step is there, and no thread is in the one before any more
         if (next < end_tile * PER_TILE) {
-            attention_load<S>(p, next, shared + (S::STEP_BYTES - here));
+            attention_load<S>(p, next - first, shared + (S::STEP_BYTES - here));
             cp_async_commit();
         }
         if constexpr (S::RELOAD_Q) {

@@ -15,6 +15,11 @@ constexpr int attention_block_rows = 128;
 constexpr int attention_tile       = 64;  // kv tokens of a byte of the mask's summary; chunks are multiples of it
 constexpr int attention_max_chunks = 16;
 
+// llama.cpp plans a context's memory without the workspace, so that it is bounded: the cache is taken in windows whose
+// prepared K and V, and chunks whose partial results, take about so many bytes at most, however long it is.
+constexpr int64_t attention_max_bytes = int64_t(128) << 20;
+constexpr int     attention_window    = 512;  // tiles, 32768 tokens: more gain nothing
+
 enum attention_type { ATTENTION_F16, ATTENTION_Q8_0, ATTENTION_Q4_0 };
 
 // Byte strides nb of dimensions 1 .. 3 as in ggml; dimension 0 is contiguous.
@@ -70,21 +75,29 @@ struct attention_prefill {
     int            n_rows;    // per kv head
     int            n_blocks;  // of rows, per kv head
     int            n_tiles;   // of 64 kv tokens; what the cache lacks counts as hidden
-    int            n_chunks;  // of kv tokens, each by other blocks of threads, merged at the end if more than one
+    int            window;    // tiles that are prepared and taken at a time
+    int            n_windows;
+    int            n_chunks;  // of a window, each by other blocks of threads
     int            chunk;     // tiles of a chunk
-    int64_t        padded_rows, padded_kv;
+    int64_t        padded_rows;
     float slope0, slope1;  // ALiBi: head h has slope0^(h + 1) below slope_heads, then slope1^(2 (h - slope_heads) + 1)
     int   slope_heads;
 
     // --- workspace, placed by attention_place; heads are kv heads of all streams ---
-    int8_t *        q_codes;       // [heads][padded_rows][d]
-    attention_row * q_rows;        // [heads][padded_rows]
-    float *         k_mean;        // [heads][d], with smoothing
-    float *         k_sums;        // [heads][n_tiles][d], with smoothing
-    char *          steps;         // [heads][padded_kv / layout.tokens][layout.bytes]
-    uint8_t *       visible;       // attention_visible [n_mask_streams][n_blocks][n_tiles], with a mask
-    float *         partial;       // [n_chunks][heads][padded_rows][d], with more than one chunk
-    float *         partial_meta;  // [n_chunks][heads][padded_rows][2]: maximum and sum
+    int8_t *        q_codes;  // [heads][padded_rows][d]
+    attention_row * q_rows;   // [heads][padded_rows]
+    float *         k_mean;   // [heads][d], with smoothing
+    float *         k_sums;   // [heads][n_tiles][d], with smoothing
+    char *          steps;    // [heads][window * attention_tile / layout.tokens][layout.bytes]
+    uint8_t *       visible;  // attention_visible [n_mask_streams][n_blocks][n_tiles], with a mask
+    // Parts of results, with more than one: the window's chunks, then with more than one window what came before it.
+    float *         partial;       // [parts()][heads][padded_rows][d]
+    float *         partial_meta;  // [parts()][heads][padded_rows][2]: maximum and sum
+
+    // --- of a launch ---
+    int first_tile;  // of the window
+
+    int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
 };
 
 // An int32 sum that starts from these bits is, read as a float, attention_magic + sum for |sum| < 2^22. Sums stay below:

@@ -166,7 +166,7 @@ static __global__ void __launch_bounds__(attention_prepare_threads) attention_qu
     }
 }
 
-// --- K and V: a block per step, a warp per token. Grid (padded_kv / step tokens, n_heads) ---
+// --- K and V: a block per step of the window, a warp per token. Grid (steps of the window, n_heads) ---
 // A token with a NaN or an Inf in K or V gets K scales that are NaN and V that is zero: rows that see it become NaN,
 // others do not. Tokens behind the end of the cache are zeros.
 
@@ -275,11 +275,12 @@ __global__ void __launch_bounds__(attention_prepare_threads) attention_prepare_k
     float *                levels = reinterpret_cast<float *>(shared);
     char *                 codes  = shared + layout.tokens * sizeof(float);
     const int              head = int(blockIdx.y), lane = int(threadIdx.x % 32);
-    char *                 step = p.steps + (head * (p.padded_kv / layout.tokens) + blockIdx.x) * layout.bytes;
+    const int64_t          n_steps = p.window * (attention_tile / layout.tokens);
+    char *                 step    = p.steps + (head * n_steps + blockIdx.x) * layout.bytes;
     for (int i = int(threadIdx.x / 32); i < layout.tokens; i += int(blockDim.x / 32)) {
-        const int64_t  token                  = int64_t(blockIdx.x) * layout.tokens + i;
-        const char *   k_row                  = attention_row_of(p.k, head, p.heads_kv, token);
-        const char *   v_row                  = attention_row_of(p.v, head, p.heads_kv, token);
+        const int64_t  token = int64_t(p.first_tile) * attention_tile + int64_t(blockIdx.x) * layout.tokens + i;
+        const char *   k_row = attention_row_of(p.k, head, p.heads_kv, token);
+        const char *   v_row = attention_row_of(p.v, head, p.heads_kv, token);
         attention_quad k[attention_max_quads] = {}, v[attention_max_quads] = {};
         bool           spoilt = false;
 #pragma unroll

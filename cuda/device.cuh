@@ -10,6 +10,8 @@
 #    include "emulator.h"
 #else
 
+#    include "launch.h"
+
 #    include <cuda_bf16.h>
 #    include <cuda_fp16.h>
 #    include <cuda_runtime.h>
@@ -28,17 +30,14 @@
         extern __shared__ __align__(128) char ggml_ext_dynamic_shared[]; \
         type * const                          name = reinterpret_cast<type *>(ggml_ext_dynamic_shared)
 
-// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...). More than 48 KiB of dynamic shared memory is asked
-// for here. Returns the launch's error.
+// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...), with the shared memory of launch.h. Returns the
+// launch's error.
 template <typename... Params, typename... Args>
 inline cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                                         cudaStream_t stream, Args... args) {
-    if (shared_bytes > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) shared_bytes);
-        if (error != cudaSuccess) {
-            return error;
-        }
+    const cudaError_t error = ggml_ext_cuda_ask_shared((const void *) kernel, shared_bytes);
+    if (error != cudaSuccess) {
+        return error;
     }
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
     return cudaGetLastError();

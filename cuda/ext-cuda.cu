@@ -1,6 +1,7 @@
 #include "common.cuh"
 #include "ext-cuda.h"
 #include "ggml-ext-hooks.h"
+#include "views.h"
 
 static const ggml_ext_cuda_feature * const features[] = {
     &ggml_ext_cuda_scale_add,      &ggml_ext_cuda_act_round,   &ggml_ext_cuda_kron,      &ggml_ext_cuda_fq4_get_rows,
@@ -16,6 +17,12 @@ static const ggml_ext_cuda_feature * find(int device, const ggml_tensor * op) {
     return nullptr;
 }
 
+// A copy of bytes, which upstream does for every type.
+static bool is_plain_copy(const ggml_tensor * op) {
+    return (op->op == GGML_OP_CPY || op->op == GGML_OP_DUP || op->op == GGML_OP_CONT) && op->type == op->src[0]->type &&
+           ggml_is_contiguous(op) && ggml_is_contiguous(op->src[0]);
+}
+
 static bool needs_us(const ggml_tensor * op) {
     if (op->op == GGML_OP_EXT || op->type == GGML_TYPE_FQ4) {
         return true;
@@ -29,6 +36,10 @@ static bool needs_us(const ggml_tensor * op) {
 }
 
 ggml_ext_cuda_answer ggml_ext_cuda_supports(int device, const ggml_tensor * op) {
+    // The scheduler asks for every weight, and for views of it, where it lies.
+    if (ggml_ext_is_leaf_or_view(op) || is_plain_copy(op)) {
+        return GGML_EXT_CUDA_NOT_OURS;
+    }
     if (find(device, op)) {
         return GGML_EXT_CUDA_YES;
     }

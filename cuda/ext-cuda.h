@@ -15,12 +15,15 @@ enum ggml_ext_cuda_answer {
     GGML_EXT_CUDA_YES,
 };
 
-// supports_op. An op with FQ4 data or a sub-op of ours is never upstream's.
+// supports_op. An op that computes with FQ4 data and a sub-op of ours are never upstream's.
 enum ggml_ext_cuda_answer ggml_ext_cuda_supports(int device, const ggml_tensor * op);
 
 // Whether upstream must leave this product alone: in its fusions of quantised weights, and where it decides whether a
 // product with experts waits for the device (ours never does).
 bool ggml_ext_cuda_owns(const ggml_tensor * product);
+
+// Before a graph is evaluated or its captured form is launched: what was captured under other settings is void.
+void ggml_ext_cuda_check_settings(ggml_backend_cuda_context & ctx);
 
 // Before the nodes of a graph are launched or captured, in this order: what was cached for the last graph is void.
 void ggml_ext_cuda_graph_begin(ggml_backend_cuda_context & ctx);

@@ -1,6 +1,7 @@
 // MUL_MAT and MUL_MAT_ID with FQ4 weights: which kernel takes which product, and fusion with what follows.
 
 #include "activation.cuh"
+#include "architecture.h"
 #include "common.cuh"
 #include "ext-cuda.h"
 #include "fq4_mul_mat-match.h"
@@ -8,7 +9,7 @@
 #include "fq4_vec.h"
 
 static bool applies(int device, const ggml_tensor * op) {
-    return ggml_ext_fq4_is_product(op) && ggml_cuda_info().devices[device].cc >= GGML_CUDA_CC_DP4A;
+    return ggml_ext_fq4_is_product(op) && ggml_ext_cuda_has_dp4a(device);
 }
 
 static ggml_ext_fq4_vec_args vec_args(ggml_backend_cuda_context & ctx, const ggml_tensor * product,

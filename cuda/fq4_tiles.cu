@@ -1,4 +1,5 @@
 #include "activation.cuh"
+#include "architecture.h"
 #include "common.cuh"
 #include "device.cuh"
 #include "fq4_tiles-dp4a.cuh"
@@ -7,10 +8,6 @@
 #include "fq4_tiles.h"
 
 #include <climits>
-
-static bool has_tensor_cores(int cc) {
-    return ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_TURING;
-}
 
 // dst's columns for one batch of weights.
 static ggml_ext_fq4_tiling choose_tiling(int device, const ggml_tensor * dst) {
@@ -21,7 +18,7 @@ static ggml_ext_fq4_tiling choose_tiling(int device, const ggml_tensor * dst) {
     const int64_t       n_batches = experts ? 1 : dst->ne[2] * dst->ne[3];
     const int64_t       n_experts = experts ? weights->ne[2] : 0;
     const int64_t       m         = weights->ne[1];
-    if (!has_tensor_cores(info.cc)) {
+    if (!ggml_ext_cuda_has_tensor_cores(device)) {
         return ggml_ext_fq4_dp4a_tiling(m, n, n_batches, n_experts);
     }
     return experts ? ggml_ext_fq4_choose_expert_tiling(m, n, n_experts, info.smpbo) :
@@ -45,8 +42,7 @@ bool ggml_ext_cuda_fq4_tiles_applies(int device, const ggml_tensor * dst) {
     }
     const ggml_tensor * weights     = dst->src[0];
     const ggml_tensor * activations = dst->src[1];
-    const int           cc          = ggml_cuda_info().devices[device].cc;
-    if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_DP4A) {
+    if (!ggml_ext_cuda_has_dp4a(device)) {
         return false;
     }
     const bool types =
@@ -131,5 +127,5 @@ void ggml_ext_cuda_fq4_tiles(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
                                         ids->nb[1] / sizeof(int32_t), ids->ne[1], ids->ne[0], t.columns, pairs.get(),
                                         tiles.get(), t.column_tiles));
     }
-    CUDA_CHECK(launch(p, t, has_tensor_cores(ggml_cuda_info().devices[ctx.device].cc), stream));
+    CUDA_CHECK(launch(p, t, ggml_ext_cuda_has_tensor_cores(ctx.device), stream));
 }

@@ -2,6 +2,7 @@
 #include "ext-cuda.h"
 #include "ops/ext-op.h"
 #include "sample.cuh"
+#include "views.h"
 
 using namespace ggml_ext;
 
@@ -59,11 +60,6 @@ static bool independent(const ggml_tensor * a, const ggml_tensor * b) {
     return true;
 }
 
-static bool is_view(const ggml_tensor * op) {
-    return op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_PERMUTE ||
-           op->op == GGML_OP_TRANSPOSE;
-}
-
 // llama.cpp samples each sequence with an op of its own: those that follow one another become one launch.
 static int fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int first) {
     if (!is_sample(graph->nodes[first])) {
@@ -74,7 +70,7 @@ static int fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int first)
     int                 last = first;
     for (int i = first; i < graph->n_nodes && n < sample_rows; i++) {
         const ggml_tensor * op = graph->nodes[i];
-        if (is_view(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        if (ggml_ext_is_leaf_or_view(op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }
         if (!is_sample(op) || op->ne[0] != 1 || op->src[0]->ne[0] != graph->nodes[first]->src[0]->ne[0] ||

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 
@@ -39,10 +40,11 @@ struct nodes {
                 inputs.push_back(t);
             }
         }
-        for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
-            if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, i))) {
+        // Leaves too, as the scheduler asks.
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+            if (!ggml_backend_supports_op(backend, t)) {
                 throw std::runtime_error(contender.name + ": " + ggml_backend_name(backend) + " does not support " +
-                                         ggml_op_desc(ggml_graph_node(graph, i)));
+                                         ggml_op_desc(t) + " of " + ggml_type_name(t->type));
             }
         }
         buffer.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
@@ -86,10 +88,27 @@ bool fill_sampling(ggml_tensor * t, uint32_t seed) {
     return true;
 }
 
+// A name "ids of N" asks for other experts for each slot of a token, out of N; false for another tensor.
+bool fill_ids(ggml_tensor * t, uint32_t seed) {
+    int n_experts = 0;
+    if (sscanf(t->name, "ids of %d", &n_experts) != 1) {
+        return false;
+    }
+    std::mt19937         rng(seed);
+    std::vector<int32_t> all(n_experts), ids;
+    std::iota(all.begin(), all.end(), 0);
+    for (int64_t token = 0; token < t->ne[1]; token++) {
+        std::shuffle(all.begin(), all.end(), rng);
+        ids.insert(ids.end(), all.begin(), all.begin() + t->ne[0]);
+    }
+    ggml_backend_tensor_set(t, ids.data(), 0, ggml_nbytes(t));
+    return true;
+}
+
 // Random rows in the tensor's type, over and over from a tile, started elsewhere in each tensor. A name "mask" asks
 // for a causal mask of the last ne[1] of ne[0] positions.
 void fill(ggml_tensor * t, uint32_t seed) {
-    if (fill_sampling(t, seed)) {
+    if (fill_sampling(t, seed) || fill_ids(t, seed)) {
         return;
     }
     const int64_t        k = t->ne[0], n_rows = ggml_nrows(t);

@@ -53,7 +53,7 @@ struct part {
     void (*run)(const options & options, int scale);
 };
 
-extern const part copy, fq4_mul_mat, kron, attention_prefill, attention_decode, sample;
+extern const part copy, fq4_mul_mat, fq4_mul_mat_id, kron, attention_prefill, attention_decode, sample;
 
 // Writes a model of random weights with the shape of Llama-3-8B. Throws std::runtime_error.
 void write_model(const std::string & path, const std::string & type, int layers, bool transforms, int scale);

@@ -17,7 +17,8 @@ using namespace ggml_ext_bench;
 
 namespace {
 
-const part * const parts[] = { &copy, &fq4_mul_mat, &kron, &attention_prefill, &attention_decode, &sample };
+const part * const parts[] = { &copy,  &fq4_mul_mat, &fq4_mul_mat_id, &kron, &attention_prefill, &attention_decode,
+                               &sample };
 
 struct arguments {
     std::string              device, model;

@@ -93,7 +93,8 @@ void write_model(const std::string & path, const std::string & type_name, int la
     const ggml_type  type  = type_of(type_name);
     // The vocabulary keeps the head's share of the weights with 8 layers of 32.
     const shape      shape = scale == 1 ? ggml_ext_bench::shape{ 4096, 14336, 32, 8, 32000, 112, 128 } :
-                                          ggml_ext_bench::shape{ 1024, 1536, 8, 2, 1024, 32, 48 };
+                             scale < 64 ? ggml_ext_bench::shape{ 1024, 1536, 8, 2, 1024, 32, 48 } :
+                                          ggml_ext_bench::shape{ 256, 512, 4, 2, 256, 16, 32 };
     gguf_context_ptr gguf(gguf_init_empty());
     ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead() * size_t(20 * layers + 8), nullptr, true }));
     set_keys(gguf.get(), shape, layers, transforms);

@@ -44,7 +44,8 @@ void run_copy(const options & options, int scale) {
 void run_products(const options & options, int scale) {
     const int64_t shapes[][2] = {
         { 14336, 4096  },
-        { 4096,  14336 }
+        { 4096,  14336 },
+        { 1024,  4096  }  // k and v
     };
     for (int64_t n : { 1, 4, 8, 64, 512, 4096 }) {
         for (const auto & [m, k] : shapes) {
@@ -57,6 +58,33 @@ void run_products(const options & options, int scale) {
             report("fq4_mul_mat", "m=" + std::to_string(m) + " k=" + std::to_string(k) + " n=" + std::to_string(n),
                    contenders, measure(options, contenders, max_nmse));
         }
+    }
+}
+
+// A model of 128 experts of 768, each token using 8: experts that several tokens use are read once or once per token.
+contender experts(ggml_type type, int64_t m, int64_t k, int64_t n, int64_t n_experts) {
+    const int64_t used = std::min<int64_t>(8, n_experts);
+    contender     c    = product(ggml_type_name(type), type, m * std::min(n * used, n_experts), k, n);
+    c.ops              = 2.0 * m * k * n * used;
+    c.build            = [=](ggml_context * ctx, int64_t tokens) {
+        ggml_tensor * w   = ggml_new_tensor_3d(ctx, type, k, m, n_experts);
+        ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, 1, tokens);
+        ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, used, tokens);
+        ggml_format_name(ids, "ids of %d", int(n_experts));
+        return ggml_mul_mat_id(ctx, w, x, ids);
+    };
+    return c;
+}
+
+void run_experts(const options & options, int scale) {
+    const int64_t m = 768 / scale, k = std::max<int64_t>(2048 / scale / 256 * 256, 256), n_experts = 128 / scale;
+    for (int64_t n : { 1, 4, 8, 512 }) {
+        std::vector<contender> contenders;
+        for (ggml_type type : { GGML_TYPE_FQ4, GGML_TYPE_Q4_0, GGML_TYPE_Q4_K }) {
+            contenders.push_back(experts(type, m, k, n >= 64 ? std::max<int64_t>(n / scale, 1) : n, n_experts));
+        }
+        report("fq4_mul_mat_id", "m=768 k=2048 experts=128 n=" + std::to_string(n), contenders,
+               measure(options, contenders, max_nmse));
     }
 }
 
@@ -140,8 +168,14 @@ void run_prefill(const options & options, int scale) {
 }
 
 void run_decode(const options & options, int scale) {
-    for (int64_t n_kv : { 4096, 32768 }) {
-        run_attention("attention_decode", options, scale, 1, n_kv,
+    const std::pair<int64_t, int64_t> shapes[] = {
+        { 1, 4096  },
+        { 1, 32768 },
+        { 4, 32768 },
+        { 8, 32768 }
+    };
+    for (const auto & [n_q, n_kv] : shapes) {
+        run_attention("attention_decode", options, scale, n_q, n_kv,
                       {
                           { "off",  GGML_TYPE_F16  },
                           { "off",  GGML_TYPE_Q8_0 },
@@ -156,6 +190,7 @@ void run_decode(const options & options, int scale) {
 
 const part copy              = { "copy", run_copy };
 const part fq4_mul_mat       = { "fq4_mul_mat", run_products };
+const part fq4_mul_mat_id    = { "fq4_mul_mat_id", run_experts };
 const part kron              = { "kron", run_kron };
 const part attention_prefill = { "attention_prefill", run_prefill };
 const part attention_decode  = { "attention_decode", run_decode };

@@ -11,7 +11,7 @@ get_filename_component(GGML_EXT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
 set(GGML_EXT_WARNINGS -Wall -Wextra)
 # Upstream's headers, which ours include, have unused parameters and functions.
 set(GGML_EXT_CUDA_WARNINGS -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-Wno-unused-function)
-if (GGML_EXT_TESTS)
+if (GGML_EXT_TESTS AND GGML_EXT_WERROR)
     list(APPEND GGML_EXT_WARNINGS -Werror)
     list(APPEND GGML_EXT_CUDA_WARNINGS -Werror=all-warnings -Xcompiler=-Werror)
 endif()

@@ -53,6 +53,10 @@ const char * backend_obstacle(const ggml_ext_sampler_params & params, ggml_backe
     if (!op_has(params)) {
         return "its stages are not top-k, top-p, min-p, temperature in this order";
     }
+    if (ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+        device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META) {
+        return "--split-mode tensor cannot run the op EXT sample";
+    }
     return device_has_op(buft) ? nullptr : "the device lacks the op EXT sample";
 }
 

@@ -62,6 +62,10 @@ void ggml_ext_transform_loader::check_keys() {
     if (online && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         refuse_key("ggml_ext.transform.name", "is '" + transform + "', which --split-mode tensor cannot run");
     }
+    if (result->activation.bits != 8 && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        throw std::runtime_error("ggml-ext: activations are " + result->activation.name() +
+                                 ", which --split-mode tensor cannot run; use another mode, or GGML_EXT_ACT=a8");
+    }
 }
 
 bool ggml_ext_transform_loader::runs(uint32_t block, ggml_ext_op op) {

@@ -45,17 +45,21 @@ double tolerance(const Problem & problem, const std::vector<double> & want, cons
     return 1.125 * relative_error(reference(problem, mode.rounding(problem.c)), want) + f16_weights;
 }
 
-// chunk: tiles of 64 kv tokens per chunk, 0 as planned for a device that runs n_slots blocks of threads at once.
-std::vector<float> compute(const Problem & problem, const Mode & mode, int chunk = 0, int n_slots = 264) {
+// window, chunk: tiles of 64 kv tokens, 0 as planned for a device that runs 264 blocks of threads at once.
+std::vector<float> compute(const Problem & problem, const Mode & mode, int chunk = 0, int window = 0) {
     CHECK(ggml_ext_attention_set(mode.name) == 0, "%s", mode.name);
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
     const char *                            refusal = ggml_ext::attention_refusal(problem.out, setting);
     CHECK(!refusal, "%s: refused: %s", problem.c.text().c_str(), refusal);
     ggml_ext::attention_prefill p = ggml_ext::attention_prefill_of(problem.out, setting);
-    ggml_ext::attention_plan(p, n_slots);
-    if (chunk) {
-        p.chunk    = chunk;
-        p.n_chunks = (p.n_tiles + chunk - 1) / chunk;
+    ggml_ext::attention_plan(p, 264);
+    if (window) {
+        p.window    = window;
+        p.n_windows = (p.n_tiles + window - 1) / window;
+    }
+    if (window || chunk) {
+        p.chunk    = chunk ? chunk : p.window;
+        p.n_chunks = (p.window + p.chunk - 1) / p.chunk;
     }
     const size_t                                size = ggml_ext::attention_place(p, nullptr);
     std::unique_ptr<char, decltype(&std::free)> workspace((char *) std::aligned_alloc(256, size), std::free);
@@ -80,12 +84,13 @@ std::vector<float> compute(const Problem & problem, const Mode & mode, int chunk
     return std::vector<float>(values, values + ggml_nelements(problem.out));
 }
 
-void check(const Case & c, const Mode & mode, int chunk = 0) {
+void check(const Case & c, const Mode & mode, int chunk = 0, int window = 0) {
     Problem                   problem(c);
     const std::vector<double> want  = reference(problem);
-    const std::vector<float>  got   = compute(problem, mode, chunk);
+    const std::vector<float>  got   = compute(problem, mode, chunk, window);
     const double              error = relative_error(got, want), limit = tolerance(problem, want, mode);
-    CHECK(error <= limit, "%s: %s chunk %d: error %.3g, limit %.3g", mode.name, c.text().c_str(), chunk, error, limit);
+    CHECK(error <= limit, "%s: %s chunk %d window %d: error %.3g, limit %.3g", mode.name, c.text().c_str(), chunk,
+          window, error, limit);
     for (size_t row = 0; row < want.size(); row += c.dv) {
         const auto zero = [](double x) { return x == 0; };
         if (std::all_of(want.begin() + row, want.begin() + row + c.dv, zero)) {
@@ -125,7 +130,7 @@ void test_random() {
         c.softcap   = pick(0, 2) ? 0.0f : 10.0f;
         c.outliers  = pick(0, 3) ? NONE : (Outliers) pick(1, 2);
         c.seed      = round;
-        check(c, modes[(round + round / 4) % 4], (int) pick(0, 1));
+        check(c, modes[(round + round / 4) % 4], (int) pick(0, 1), (int) (round % 3));
     }
 }
 
@@ -147,6 +152,13 @@ void test_edges() {
     check({ 64, 64, 300, 9, 1, 3, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }, full, 2);
     check({ 64, 64, 64, 43, 1, 3, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, NO_MASK }, half);  // 129 rows, no ragged tail
     check({ 96, 96, 70, 65, 1, 1, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, CAUSAL, CACHE, 2 }, half);
+    // Windows: the last one ragged, of two chunks or one each, whole windows hidden from a row, and with sinks.
+    for (const Mode & mode : modes) {
+        Case c = { 64, 64, 300, 140, 1, 1, GGML_TYPE_F16, GGML_TYPE_F16 };
+        check(c, mode, 1, 2);
+        c.sinks = true;
+        check(c, mode, 0, 1);
+    }
 }
 
 // One token holds half of every row and 499 share the rest: a step's weights must keep those that are small.
@@ -245,10 +257,11 @@ void test_spoilt_cache() {
 // Chunks cover the cache once, are used where blocks are few, and leave no device slot idle that work could fill.
 void test_plan() {
     using ggml_ext::attention_chunks;
-    CHECK(attention_chunks(1000 * 264, 512, 264) == 1, "enough blocks without chunks");
-    CHECK(attention_chunks(128, 512, 264) == 2, "128 blocks on 264 slots: halves");
-    CHECK(attention_chunks(8, 512, 264) == 16, "8 blocks: as many chunks as there may be");
-    CHECK(attention_chunks(8, 7, 264) == 1, "a short cache is not worth it");
+    CHECK(attention_chunks(1000 * 264, 512, 264, 1) == 1, "enough blocks without chunks");
+    CHECK(attention_chunks(128, 512, 264, 1) == 2, "128 blocks on 264 slots: halves");
+    CHECK(attention_chunks(8, 512, 264, 1) == 16, "8 blocks: as many chunks as there may be");
+    CHECK(attention_chunks(8, 512, 264, 40 << 20) == 3, "as many chunks as the bound on their memory allows");
+    CHECK(attention_chunks(8, 7, 264, 1) == 1, "a short cache is not worth it");
     for (int n_kv : { 1, 64, 65, 4096, 33333 }) {
         for (int n_q : { 1, 33, 512, 5000 }) {
             ggml_ext::attention_prefill p = {};
@@ -256,10 +269,37 @@ void test_plan() {
             p.k.type = ggml_ext::ATTENTION_Q8_0;
             ggml_ext::attention_plan(p, 264);
             CHECK(p.n_tiles * 64 >= n_kv && p.n_tiles * 64 < n_kv + 64, "n_kv %d", n_kv);
-            CHECK(p.chunk * p.n_chunks >= p.n_tiles && p.chunk * (p.n_chunks - 1) < p.n_tiles, "n_kv %d n_q %d", n_kv,
+            CHECK(p.window * p.n_windows >= p.n_tiles && p.window * (p.n_windows - 1) < p.n_tiles, "n_kv %d n_q %d",
+                  n_kv, n_q);
+            CHECK(p.chunk * p.n_chunks >= p.window && p.chunk * (p.n_chunks - 1) < p.window, "n_kv %d n_q %d", n_kv,
                   n_q);
             CHECK(p.n_chunks <= ggml_ext::attention_max_chunks && p.padded_rows >= p.n_rows, "n_kv %d n_q %d", n_kv,
                   n_q);
+        }
+    }
+}
+
+// llama.cpp plans a context without the workspace: it must not grow with the cache. Per token there are a byte of the
+// mask's summary for each block of rows and 64 tokens, and with smoothing a sum per channel for each head and 64 tokens.
+void test_workspace() {
+    const auto bytes = [](int n_kv, int n_q, int heads_kv, ggml_ext::attention_type type) {
+        ggml_ext::attention_prefill p = {};
+        p.d = 128, p.n_q = n_q, p.n_kv = n_kv, p.heads_kv = heads_kv, p.gqa = 32 / heads_kv, p.n_streams = 1,
+        p.k.type = p.v.type = type, p.n_mask_streams = 1, p.mask.data = "";
+        ggml_ext::attention_plan(p, 264);
+        return (int64_t) ggml_ext::attention_place(p, nullptr);
+    };
+    for (auto type : { ggml_ext::ATTENTION_F16, ggml_ext::ATTENTION_Q8_0 }) {
+        for (int heads_kv : { 1, 8, 32 }) {
+            for (int n_q : { 64, 512, 2048 }) {
+                // Beside K and V and parts of results: q, and the window before, 4 bytes per value.
+                const int64_t queries = (int64_t) (n_q + 128) * 32 * (128 * 5 + 64);
+                for (int n_kv : { 32768, 131072, 1 << 20 }) {
+                    const int64_t size  = bytes(n_kv, n_q, heads_kv, type);
+                    const int64_t bound = 2 * ggml_ext::attention_max_bytes + queries + (int64_t) n_kv * n_q / 64;
+                    CHECK(size <= bound, "n_kv %d n_q %d heads %d: %d MB", n_kv, n_q, heads_kv, (int) (size / 1000000));
+                }
+            }
         }
     }
 }
@@ -285,6 +325,7 @@ void test_refusal() {
 int main() {
     ggml_cpu_init();
     test_plan();
+    test_workspace();
     test_refusal();
     test_edges();
     test_random();

@@ -22,6 +22,7 @@ HOME = {
         "ggml_ext_cuda_compute": "ggml_cuda_compute_forward(",
         "ggml_ext_cuda_fuse": "ggml_cuda_try_fuse(",
         "ggml_ext_cuda_graph_begin": "ggml_cuda_graph_evaluate_and_capture(",
+        "ggml_ext_cuda_check_settings": "ggml_backend_cuda_graph_compute(",
         "ggml_ext_cuda_supports": "ggml_backend_cuda_device_supports_op(",
     },
     "common/sampling.cpp": {

@@ -19,8 +19,8 @@ from ggml_ext import cuda
 from ggml_ext.cuda_compile import ptxas, report, tree
 from ggml_ext.cuda_compile.ptxas import Kernel
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.gpu_check.checks import parse_ops
 from ggml_ext.gpu_check.plan import KERNELS, Ops, device_tests
-from ggml_ext.gpu_check.run import parse_ops
 
 
 def say(text: str) -> None:

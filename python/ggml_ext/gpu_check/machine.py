@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +47,31 @@ def nvcc() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def tool(name: str) -> Path | None:
+    """A program of the toolkit: on the PATH, or beside nvcc."""
+    if found := shutil.which(name):
+        return Path(found)
+    beside = nvcc()
+    program = beside.parent / name if beside else None
+    return program if program and program.is_file() else None
+
+
+@functools.cache
+def library_path() -> dict[str, str]:
+    """LD_LIBRARY_PATH with the folders of cuBLAS and the run-time library that are known here: those of the
+    toolkit, and of the wheels beside this Python."""
+    compiler = nvcc()
+    root = compiler.resolve().parent.parent if compiler else Path("/usr/local/cuda")
+    folders = [root / "lib64", root / "targets" / "x86_64-linux" / "lib", Path("/usr/local/cuda/lib64")]
+    for place in sys.path:
+        folders += sorted(Path(place).glob("nvidia/*/lib"))
+    found = [
+        str(folder) for folder in folders if any(folder.glob("libcublas*")) or any(folder.glob("libcudart*"))
+    ]
+    found += [os.environ["LD_LIBRARY_PATH"]] if os.environ.get("LD_LIBRARY_PATH") else []
+    return {"LD_LIBRARY_PATH": ":".join(dict.fromkeys(found))} if found else {}
+
+
 def _query(fields: str) -> list[str]:
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -60,11 +87,11 @@ def _query(fields: str) -> list[str]:
 
 
 def find() -> Device:
-    """The first device. Raises CheckError where there is none, or no toolkit."""
+    """The first device. Raises CheckError where there is none."""
     name, capability, driver, memory = _query("name,compute_cap,driver_version,memory.total")
     compiler = nvcc()
     if compiler is None:
-        raise CheckError("no nvcc; install the CUDA toolkit, or set CUDACXX")
+        return Device(name, capability, driver, int(memory), "none")
     text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release ([\d.]+)", text)
     return Device(name, capability, driver, int(memory), version[1] if version else "unknown")

@@ -14,10 +14,11 @@ from pathlib import Path
 from ggml_ext import upstream
 from ggml_ext.errors import GgmlExtError
 
+from . import machine, programs
 from .plan import CheckError
 
-MAX_BYTES = 30_000_000
-"""Of a packed folder."""
+MAX_BYTES, MAX_PREBUILT_BYTES = 30_000_000, 40_000_000
+"""Of a packed folder, without and with programs."""
 
 _PROJECT = ("CMakeLists.txt", "ggml_ext", "cuda", "tests/native", "python/ggml_ext/upstream.py")
 # ggml's backends that are not built; conversion is done here.
@@ -27,8 +28,8 @@ _MODEL = "tests/models/pydoc-8m"
 _TEXT_BYTES = 60_000
 
 _RUNNER = """#!/usr/bin/env bash
-# Checks and measures ggml-ext on this machine's CUDA device. Needs this folder, Python 3.10, CMake, a C++
-# compiler and the CUDA toolkit, and nothing else. --help says more.
+# Checks and measures ggml-ext on this machine's CUDA device. Needs this folder, Python 3.10 and the CUDA
+# toolkit; without packed programs for the device CMake and a C++ compiler as well. --help says more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec "${PYTHON:-python3}" -m gpu_check --root "$PWD" --run "$@"
@@ -109,8 +110,44 @@ def _write_text(repository: Path, folder: Path) -> tuple[Path, Path]:
     return text, folder / "train.txt"
 
 
-def pack(repository: Path, folder: Path) -> str:
-    """Makes ``folder`` anew, whole or not at all; returns one line about it.
+# Any x86-64 processor since Haswell, as the machine with the device may be another one.
+_PORTABLE = ("NATIVE=OFF", "AVX2=ON", "FMA=ON", "F16C=ON", "BMI2=ON")
+
+
+def _build_programs(source: Path, work: Path, architectures: str) -> Path:
+    """Builds the packed source's programs for CMake's list of architectures; gives their folder."""
+    compiler = machine.nvcc()
+    if compiler is None:
+        raise CheckError("--prebuilt: no nvcc; install the CUDA toolkit, or set CUDACXX")
+    tree, build = work / "tree", work / "build"
+    programs.unpack(source, tree)
+    configure = [str(word) for word in programs.options(tree, build, architectures, compiler)]
+    _run([*configure, *(f"-DGGML_{setting}" for setting in _PORTABLE)])
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 2)
+    _run(["cmake", "--build", str(build), "--parallel", jobs, "--target", *programs.TARGETS])
+    return build / "bin"
+
+
+def _write_programs(folder: Path, archive: Path) -> None:
+    """The programs of a build and the libraries beside them, without symbols."""
+    with tempfile.TemporaryDirectory(dir=archive.parent) as stripped, tarfile.open(archive, "w:xz") as tar:
+        for path in sorted(folder.iterdir()):
+            if path.name in programs.TARGETS or ".so" in path.suffixes:
+                copy = Path(stripped) / path.name
+                shutil.copy(path, copy)
+                _run(["strip", str(copy)])
+                tar.add(copy, f"bin/{path.name}")
+
+
+def _move(staging: Path, folder: Path) -> None:
+    staging.chmod(0o777 & ~_umask())
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.replace(folder)
+
+
+def pack(repository: Path, folder: Path, architectures: str = "") -> str:
+    """Makes ``folder`` anew, whole or not at all; returns one line about it. ``architectures``: CMake's list
+    of what the packed programs are built for; empty: none are.
 
     Raises CheckError and GgmlExtError.
     """
@@ -126,7 +163,12 @@ def pack(repository: Path, folder: Path) -> str:
             _write_models(repository, staging / "models", training)
             shutil.copyfile(text, staging / "text.txt")
         print("gpu-check: packing source", flush=True)
-        _write_source(repository, staging / "source.tar.gz")
+        _write_source(repository, staging / programs.SOURCE)
+        if architectures:
+            print(f"gpu-check: building programs for {architectures}", flush=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                built = _build_programs(staging / programs.SOURCE, Path(work), architectures)
+                _write_programs(built, staging / programs.BINARIES)
         package = staging / "gpu_check"
         package.mkdir()
         for path in Path(__file__).parent.glob("*.py"):
@@ -135,13 +177,13 @@ def pack(repository: Path, folder: Path) -> str:
         runner = staging / "gpu-check"
         runner.write_text(_RUNNER)
         runner.chmod(0o755)
-        (staging / "about.json").write_text(json.dumps({"commit": _commit(repository)}) + "\n")
+        about = {"commit": _commit(repository), "architectures": architectures}
+        (staging / "about.json").write_text(json.dumps(about) + "\n")
         size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-        if size > MAX_BYTES:
-            raise CheckError(f"{folder} would have {size} bytes, at most {MAX_BYTES}")
-        staging.chmod(0o777 & ~_umask())
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.replace(folder)
+        most = MAX_PREBUILT_BYTES if architectures else MAX_BYTES
+        if size > most:
+            raise CheckError(f"{folder} would have {size} bytes, at most {most}; name fewer with --arch")
+        _move(staging, folder)
     except OSError as error:
         raise CheckError(f"{error.filename}: {error.strerror}; check free space and permissions") from error
     finally:

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import plan, run
-from .run import FAILED, NOT_RUN, PASSED, Run
+from . import plan
+from .state import FAILED, NOT_RUN, PASSED, Outcome, Run, seconds_of
 
 
 def ratios(state: Run) -> list[dict[str, Any]]:
     """The targets of the plan with what was seen: ``ratio`` (None: not measured) and ``reached``."""
     found = []
     for target in plan.TARGETS:
-        ours = run.seconds_of(state, target.part, target.shape, target.contender)
-        copy = run.seconds_of(state, "copy", "", "copy")
-        other = run.seconds_of(state, target.part, target.shape, target.over) if target.over else copy
+        ours = seconds_of(state, target.part, target.shape, target.contender)
+        copy = seconds_of(state, "copy", "", "copy")
+        other = seconds_of(state, target.part, target.shape, target.over) if target.over else copy
         ratio = None
         if ours and other and target.over:
             ratio = other["median"] / ours["median"]
@@ -35,9 +35,11 @@ def as_json(state: Run, about: dict[str, Any]) -> dict[str, Any]:
         **about,
         "device": state.device.as_json(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "quick": state.quick,
+        "steps": list(state.steps),
+        "kernels": [kernel.name for kernel in state.kernels],
         "checks": [vars(outcome) for outcome in state.outcomes],
         "measured": state.measured,
+        "profiles": state.profiles,
         "ratios": ratios(state),
     }
 
@@ -55,7 +57,7 @@ def table(state: Run, about: dict[str, Any]) -> str:
     device = state.device
     head = f"{device.name}, compute capability {device.capability}, driver {device.driver}, "
     head += f"CUDA {device.toolkit}, commit {about['commit']}"
-    kinds: dict[str, list[run.Outcome]] = {}
+    kinds: dict[str, list[Outcome]] = {}
     for outcome in state.outcomes:
         kinds.setdefault(outcome.name.split(":")[0], []).append(outcome)
     rows = [("check", "passed", "failed", "not run", "seconds")]

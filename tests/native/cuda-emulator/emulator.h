@@ -146,6 +146,11 @@ using cudaError_t                 = int;
 using cudaStream_t                = void *;
 constexpr cudaError_t cudaSuccess = 0;
 
+// cuda/launch.h
+inline cudaError_t ggml_ext_cuda_ask_shared(const void *, size_t) {
+    return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                                  Args... args) {
