@@ -28,7 +28,7 @@ ggml_ext_factor ggml_ext_factor_file::take(const std::string & name) {
     if (tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_F16) {
         ggml_ext_refuse_tensor(name, std::string("is of type ") + ggml_type_name(tensor->type) + ", not f32 or f16");
     }
-    if (tensor->ne[0] != tensor->ne[1] || tensor->ne[2] != 1 || tensor->ne[3] != 1) {
+    if (tensor->ne[0] < 1 || tensor->ne[0] != tensor->ne[1] || tensor->ne[2] != 1 || tensor->ne[3] != 1) {
         ggml_ext_refuse_tensor(name, "has shape " + llama_format_tensor_shape(tensor) + ", not a square matrix");
     }
     factor.name  = name;
@@ -65,17 +65,22 @@ ggml_tensor * ggml_ext_factor_buffers::add(const ggml_ext_factor & factor, ggml_
     return tensor;
 }
 
-void ggml_ext_factor_buffers::upload(std::vector<ggml_context_ptr> &        contexts,
+void ggml_ext_factor_buffers::upload(bool no_alloc, std::vector<ggml_context_ptr> & contexts,
                                      std::vector<ggml_backend_buffer_ptr> & buffers) {
     for (auto & [type, factors] : pending) {
         for (auto & [context, data] : factors) {
-            ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), type));
+            ggml_backend_buffer_ptr buffer(no_alloc ? ggml_backend_buft_alloc_buffer(type, 0) :
+                                                      ggml_backend_alloc_ctx_tensors_from_buft(context.get(), type));
             ggml_tensor *           tensor = ggml_get_first_tensor(context.get());
             if (!buffer) {
                 ggml_ext_refuse_tensor(tensor->name, std::string("finds no memory in ") + ggml_backend_buft_name(type));
             }
             ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
+            if (no_alloc) {
+                tensor->buffer = buffer.get();  // as upstream marks weights that the scheduler must not allocate
+            } else {
+                ggml_backend_tensor_set(tensor, data.data(), 0, ggml_nbytes(tensor));
+            }
             contexts.push_back(std::move(context));
             buffers.push_back(std::move(buffer));
         }

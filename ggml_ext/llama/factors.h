@@ -47,8 +47,10 @@ class ggml_ext_factor_buffers {
     // A tensor [order, order] whose data arrives with upload(); null for an absent factor.
     ggml_tensor * add(const ggml_ext_factor & factor, ggml_backend_buffer_type_t type);
 
-    // Allocates, copies and hands over what owns the tensors. Throws std::runtime_error when memory is short.
-    void upload(std::vector<ggml_context_ptr> & contexts, std::vector<ggml_backend_buffer_ptr> & buffers);
+    // Allocates, copies and hands over what owns the tensors. no_alloc: the model is loaded without its data,
+    // so the tensors get buffers without memory. Throws std::runtime_error when memory is short.
+    void upload(bool no_alloc, std::vector<ggml_context_ptr> & contexts,
+                std::vector<ggml_backend_buffer_ptr> & buffers);
 
   private:
     std::map<ggml_backend_buffer_type_t, std::vector<std::pair<ggml_context_ptr, std::vector<float>>>> pending;

@@ -4,6 +4,7 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -28,6 +29,10 @@ constexpr known_key known_keys[] = {
     { "ggml_ext.transform.name", GGUF_TYPE_STRING },
     { "ggml_ext.transform.hadamard", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
     { "ggml_ext.transform.clip", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
+    { "ggml_ext.fold.sizes", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.fold.diagonals", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
+    { "ggml_ext.fold.orders", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.fold.heads", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
     { "ggml_ext.activation.bits", GGUF_TYPE_UINT32 },
     { "ggml_ext.activation.group", GGUF_TYPE_UINT32 },
     { "ggml_ext.calibration.hash", GGUF_TYPE_STRING },
@@ -107,6 +112,43 @@ void check_transform(const gguf_context * metadata) {
     }
 }
 
+// The lengths that the counts of one key give to the values of another; both of finite values.
+void check_fold_values(const gguf_context * metadata, const char * counts_key, bool squares, const char * values_key) {
+    uint64_t length = 0;
+    for (const uint64_t count : ggml_ext_read_array<uint32_t>(metadata, counts_key)) {
+        length += squares ? count * count : count;
+    }
+    const std::vector<float> values = ggml_ext_read_array<float>(metadata, values_key);
+    if (values.size() != length) {
+        refuse(values_key, "has " + std::to_string(values.size()) + " elements, '" + counts_key + "' announces " +
+                               std::to_string(length));
+    }
+    for (size_t i = 0; i < values.size(); i++) {
+        // A diagonal is divided by, so neither it nor its inverse may leave the floats.
+        if (!std::isfinite(values[i]) || (!squares && !std::isnormal(1.0f / values[i]))) {
+            refuse(values_key, "element " + std::to_string(i) + " is " + std::to_string(values[i]) +
+                                   (squares ? ", which is not finite" : ", which has no inverse"));
+        }
+    }
+}
+
+void check_folds(const gguf_context * metadata) {
+    const char * const sizes = "ggml_ext.fold.sizes";
+    for (const char * key : { sizes, "ggml_ext.fold.diagonals", "ggml_ext.fold.orders", "ggml_ext.fold.heads" }) {
+        if (gguf_find_key(metadata, key) < 0) {
+            continue;
+        }
+        if (gguf_find_key(metadata, sizes) < 0) {
+            refuse(sizes, std::string("is missing beside '") + key + "'");
+        }
+        if (ggml_ext_transform_name(metadata) == "none") {
+            refuse(key, "says what a transform folded, but key 'ggml_ext.transform.name' is 'none'");
+        }
+    }
+    check_fold_values(metadata, sizes, false, "ggml_ext.fold.diagonals");
+    check_fold_values(metadata, "ggml_ext.fold.orders", true, "ggml_ext.fold.heads");
+}
+
 void check_value(const gguf_context * metadata, const char * key, std::initializer_list<uint32_t> allowed) {
     const int64_t id = gguf_find_key(metadata, key);
     if (id < 0) {
@@ -168,6 +210,7 @@ void ggml_ext_llama_check_metadata(const gguf_context * metadata) {
     if (extended) {
         check_version(metadata);
         check_transform(metadata);
+        check_folds(metadata);
         check_value(metadata, "ggml_ext.activation.bits", { 4, 8 });
         check_value(metadata, "ggml_ext.activation.group", { 0, 32, 256 });
         check_errors(metadata);

@@ -1,6 +1,7 @@
 // Transforms in a graph: inserted where weights are multiplied, and checked once the graph is complete.
 
 #include "llama-arch.h"
+#include "llama-impl.h"
 #include "llama-model.h"
 #include "ops/ext-op.h"
 #include "ops/kron.h"
@@ -88,17 +89,24 @@ void ggml_ext_graph::check_weights(const ggml_tensor * node) const {
     }
 }
 
-void ggml_ext_graph::check(ggml_cgraph * gf) const {
+bool ggml_ext_graph::check(ggml_cgraph * gf) const {
     if (!ext) {
-        return;
+        return true;
     }
-    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
-        const ggml_tensor * node = ggml_graph_node(gf, i);
-        if (!is_view_op(node)) {
-            check_weights(node);
-            check_caches(node);
+    try {
+        for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+            const ggml_tensor * node = ggml_graph_node(gf, i);
+            if (!is_view_op(node)) {
+                check_weights(node);
+                check_caches(node);
+            }
         }
+    } catch (const std::runtime_error & error) {
+        // llama_decode, which builds graphs too, has callers in C.
+        LLAMA_LOG_ERROR("%s\n", error.what());
+        return false;
     }
+    return true;
 }
 
 ggml_tensor * ggml_ext_llama_input(ggml_context * ctx, ggml_tensor * w, ggml_tensor * x) {

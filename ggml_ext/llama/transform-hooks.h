@@ -12,6 +12,9 @@
 
 struct ggml_ext_model;
 struct ggml_ext_site;
+class llama_io_read_i;
+class llama_io_write_i;
+struct llama_adapter_lora;
 struct llama_model;
 struct llama_model_loader;
 
@@ -33,9 +36,9 @@ class ggml_ext_graph {
     ggml_ext_graph(const ggml_ext_graph &)             = delete;
     ggml_ext_graph & operator=(const ggml_ext_graph &) = delete;
 
-    // Throws std::runtime_error, which names the architecture and the tensor, when the graph reads a
+    // False, with an error in the log that names the architecture and the tensor, when the graph reads a
     // transformed weight or a transformed cache without going through the functions below.
-    void check(ggml_cgraph * gf) const;
+    bool check(ggml_cgraph * gf) const;
 
     // The one that this thread is building, or null.
     static ggml_ext_graph * current();
@@ -87,3 +90,13 @@ void ggml_ext_llama_cache(const llama_model & model, const llama_model * source,
 // Whether a K cache of this type holds transformed rows, which cannot be shifted: RoPE acts before the
 // transform.
 bool ggml_ext_llama_fixes_k(const llama_model & model, ggml_type type_k);
+
+// Brings an adapter, which was made for the original model, into the basis of a transformed one, in place. Called
+// once its tensors have their data. Throws std::runtime_error, which names the tensor, where the file does not
+// record what was folded into that matrix.
+void ggml_ext_llama_adapter(const llama_model & model, llama_adapter_lora & adapter);
+
+// For a KV cache's saved state, in front of it: the digest of the model's transforms, nothing for a model without
+// any. Reading throws std::runtime_error unless the digest is the model's own.
+void ggml_ext_llama_write_state(const llama_model & model, llama_io_write_i & io);
+void ggml_ext_llama_read_state(const llama_model & model, llama_io_read_i & io);

@@ -7,10 +7,38 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 namespace {
 
-constexpr double max_residual = 1e-3;  // of a product that should be the identity
+constexpr float   max_residual = 1e-3f;  // of a product that should be the identity
+constexpr int64_t max_order    = 1024;   // bounds the time of its check, which grows with the cube
+
+// Largest element of |a^T b - I|, or of |a b - I| where not transposed; NaN if one is. Rows of b are added up,
+// so that the memory is read in order.
+float distance_from_identity(const ggml_ext_factor & a, const ggml_ext_factor & b, bool transposed) {
+    const int64_t      order   = a.order;
+    float              largest = 0.0f;
+    std::vector<float> row(order);
+    for (int64_t i = 0; i < order; i++) {
+        std::fill(row.begin(), row.end(), 0.0f);
+        row[i] = -1.0f;
+        for (int64_t l = 0; l < order; l++) {
+            const float   factor = a.data[transposed ? l * order + i : i * order + l];
+            const float * from   = b.data.data() + l * order;
+            for (int64_t j = 0; j < order; j++) {
+                row[j] += factor * from[j];
+            }
+        }
+        for (const float value : row) {
+            largest = std::abs(value) <= largest ? largest : std::abs(value);
+            if (std::isnan(largest)) {
+                return largest;
+            }
+        }
+    }
+    return largest;
+}
 
 }  // namespace
 
@@ -30,8 +58,8 @@ std::pair<ggml_tensor *, ggml_tensor *> ggml_ext_transform_loader::load_pair(uin
                                                                              bool transposed) {
     const std::string     a_name = tensor_name(block, a_matrix, "fq_h");
     const std::string     b_name = tensor_name(block, b_matrix, "fq_h");
-    const ggml_ext_factor a      = file.take(a_name);
-    const ggml_ext_factor b      = file.take(b_name);
+    const ggml_ext_factor a      = take(a_name);
+    const ggml_ext_factor b      = take(b_name);
     if (!a && !b) {
         return {};
     }
@@ -53,17 +81,13 @@ std::pair<ggml_tensor *, ggml_tensor *> ggml_ext_transform_loader::load_pair(uin
             ggml_ext_refuse_tensor(factor->name, "has order " + std::to_string(factor->order) + ", the heads have " +
                                                      std::to_string(order) + " channels");
         }
-    }
-    double residual = 0.0;
-    for (int64_t i = 0; i < order; i++) {
-        for (int64_t j = 0; j < order; j++) {
-            double sum = i == j ? -1.0 : 0.0;
-            for (int64_t l = 0; l < order; l++) {
-                sum += double(a.data[transposed ? l * order + i : i * order + l]) * b.data[l * order + j];
-            }
-            residual = std::max(residual, std::abs(sum));
+        if (order > max_order) {
+            ggml_ext_refuse_tensor(factor->name, "has order " + std::to_string(order) +
+                                                     "; transforms of heads have orders up to " +
+                                                     std::to_string(max_order));
         }
     }
+    const float residual = distance_from_identity(a, b, transposed);
     if (!(residual <= max_residual)) {
         ggml_ext_refuse_tensor(b_name, "does not undo '" + a_name + "': their product differs from the identity by " +
                                            std::to_string(residual));

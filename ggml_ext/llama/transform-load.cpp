@@ -18,8 +18,6 @@ struct ggml_ext_layout {
 
 namespace {
 
-constexpr uint32_t n_kinds = 4;  // attn_in, attn_out, ffn_in, ffn_mid: the order of the per-block keys
-
 const ggml_ext_layout layouts[] = {
     { 0, { "attn_q", "attn_k", "attn_v" } },
     { 0, { "attn_qkv" } },
@@ -31,11 +29,20 @@ const ggml_ext_layout layouts[] = {
     { 3, { "ffn_down_exps" } },
 };
 
-[[noreturn]] void refuse_key(const char * key, const std::string & why) {
+}  // namespace
+
+void ggml_ext_refuse_key(const char * key, const std::string & why) {
     throw std::runtime_error(std::string("ggml-ext: key '") + key + "' " + why);
 }
 
-}  // namespace
+ggml_ext_factor ggml_ext_transform_loader::take(const std::string & name) {
+    ggml_ext_factor factor = file.take(name);
+    if (factor) {
+        digest.add(factor.name);
+        digest.add(factor.data);
+    }
+    return factor;
+}
 
 // Whether the keys, the tensors and the way of loading agree.
 void ggml_ext_transform_loader::check_keys() {
@@ -46,9 +53,9 @@ void ggml_ext_transform_loader::check_keys() {
     const uint32_t n_block = model.hparams.n_layer_all;
     for (const auto & [key, length] : { std::pair("ggml_ext.transform.hadamard", hadamards.size()),
                                         std::pair("ggml_ext.transform.clip", clips.size()) }) {
-        if (length != 0 && length != size_t(n_kinds) * n_block) {
-            refuse_key(key, "has " + std::to_string(length) + " elements, not four for each of the " +
-                                std::to_string(n_block) + " blocks");
+        if (length != 0 && length != size_t(GGML_EXT_N_KINDS) * n_block) {
+            ggml_ext_refuse_key(key, "has " + std::to_string(length) + " elements, not four for each of the " +
+                                         std::to_string(n_block) + " blocks");
         }
     }
     const bool online = ggml_ext_transform_online(transform);
@@ -57,10 +64,11 @@ void ggml_ext_transform_loader::check_keys() {
                                "belongs to a transform, but key 'ggml_ext.transform.name' is '" + transform + "'");
     }
     if (online && ml.files.empty()) {
-        refuse_key("ggml_ext.transform.name", "is '" + transform + "': such a model is loaded from files only");
+        ggml_ext_refuse_key("ggml_ext.transform.name",
+                            "is '" + transform + "': such a model is loaded from files only");
     }
     if (online && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        refuse_key("ggml_ext.transform.name", "is '" + transform + "', which --split-mode tensor cannot run");
+        ggml_ext_refuse_key("ggml_ext.transform.name", "is '" + transform + "', which --split-mode tensor cannot run");
     }
     if (result->activation.bits != 8 && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         throw std::runtime_error("ggml-ext: activations are " + result->activation.name() +
@@ -93,28 +101,38 @@ ggml_backend_buffer_type_t ggml_ext_transform_loader::buffer_type(uint32_t block
                                             ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
 }
 
-void ggml_ext_transform_loader::load_sites(uint32_t block) {
-    const ggml_ext_layout * rows[n_kinds]  = {};
-    uint32_t                count[n_kinds] = {};
+std::vector<const ggml_ext_layout *> ggml_ext_transform_loader::sites_of(uint32_t block, uint32_t kind) const {
+    std::vector<const ggml_ext_layout *> found;
     for (const ggml_ext_layout & row : layouts) {
-        if (weight_in_file(block, row.matrices[0]) && !(row.unless && weight_in_file(block, row.unless))) {
-            rows[row.kind] = &row;
-            count[row.kind]++;
+        if (row.kind == kind && weight_in_file(block, row.matrices[0]) &&
+            !(row.unless && weight_in_file(block, row.unless))) {
+            found.push_back(&row);
         }
     }
-    for (uint32_t kind = 0; kind < n_kinds; kind++) {
+    return found;
+}
+
+int64_t ggml_ext_transform_loader::channels(uint32_t block, uint32_t kind) const {
+    const auto found = sites_of(block, kind);
+    return found.size() == 1 ? weight_in_file(block, found[0]->matrices[0])->ne[0] : 0;
+}
+
+void ggml_ext_transform_loader::load_sites(uint32_t block) {
+    for (uint32_t kind = 0; kind < GGML_EXT_N_KINDS; kind++) {
         // Two sites of a kind (dense and expert matrices in one block) would share their element in the
         // keys, so neither can have a transform; their tensors stay unread and are refused by name.
-        if (count[kind] == 1) {
-            load_site(block, *rows[kind]);
+        const auto found = sites_of(block, kind);
+        if (found.size() == 1) {
+            load_site(block, *found[0]);
             continue;
         }
-        const size_t element = size_t(block) * n_kinds + kind;
+        const size_t element = size_t(block) * GGML_EXT_N_KINDS + kind;
         const bool   rotates = !hadamards.empty() && hadamards[element] > 1;
         if (rotates || (!clips.empty() && clips[element] < 1.0f)) {
-            refuse_key(rotates ? "ggml_ext.transform.hadamard" : "ggml_ext.transform.clip",
-                       "has a value in element " + std::to_string(element) + ", but block " + std::to_string(block) +
-                           (count[kind] == 0 ? " lacks that site" : " has two such sites"));
+            ggml_ext_refuse_key(rotates ? "ggml_ext.transform.hadamard" : "ggml_ext.transform.clip",
+                                "has a value in element " + std::to_string(element) + ", but block " +
+                                    std::to_string(block) +
+                                    (found.empty() ? " lacks that site" : " has two such sites"));
         }
     }
 }
@@ -122,23 +140,21 @@ void ggml_ext_transform_loader::load_sites(uint32_t block) {
 void ggml_ext_transform_loader::load_site(uint32_t block, const ggml_ext_layout & row) {
     const ggml_tensor *   anchor  = weight_in_file(block, row.matrices[0]);
     const int64_t         n       = anchor->ne[0];
-    const size_t          element = size_t(block) * n_kinds + row.kind;
-    const ggml_ext_factor left    = file.take(tensor_name(block, row.matrices[0], "fq_l"));
-    const ggml_ext_factor right   = file.take(tensor_name(block, row.matrices[0], "fq_r"));
+    const size_t          element = size_t(block) * GGML_EXT_N_KINDS + row.kind;
+    const ggml_ext_factor left    = take(tensor_name(block, row.matrices[0], "fq_l"));
+    const ggml_ext_factor right   = take(tensor_name(block, row.matrices[0], "fq_r"));
 
-    auto site      = std::make_unique<ggml_ext_site>();
-    site->n        = n;
-    site->hadamard = hadamards.empty() || hadamards[element] < 2 ? 0 : int(hadamards[element]);
-    site->clip     = clips.empty() ? 1.0f : clips[element];
-    if (!left && !right && !site->active()) {
+    const int64_t order = hadamards.empty() || hadamards[element] < 2 ? 0 : int64_t(hadamards[element]);
+    const float   clip  = clips.empty() ? 1.0f : clips[element];
+    if (!left && !right && order == 0 && clip == 1.0f) {
         return;
     }
-    if (right && site->hadamard) {
+    if (right && order) {
         ggml_ext_refuse_tensor(right.name, "stands beside element " + std::to_string(element) +
                                                " of key 'ggml_ext.transform.hadamard', which takes its place");
     }
     const int64_t n1 = left.order;
-    const int64_t n2 = right ? right.order : site->hadamard;
+    const int64_t n2 = right ? right.order : order;
     if (n1 > 0 && n2 > 0 ? n1 * n2 != n : n % std::max<int64_t>({ n1, n2, 1 }) != 0) {
         const std::string orders = (n1 > 0 && n2 > 0 ? "orders " + std::to_string(n1) + " x " : "order ") +
                                    std::to_string(n2 > 0 ? n2 : n1) + ", which does not fit the " + std::to_string(n) +
@@ -146,8 +162,12 @@ void ggml_ext_transform_loader::load_site(uint32_t block, const ggml_ext_layout 
         if (left || right) {
             ggml_ext_refuse_tensor(left ? left.name : right.name, "makes a transform of " + orders);
         }
-        refuse_key("ggml_ext.transform.hadamard", "has in element " + std::to_string(element) + " " + orders);
+        ggml_ext_refuse_key("ggml_ext.transform.hadamard", "has in element " + std::to_string(element) + " " + orders);
     }
+    auto site      = std::make_unique<ggml_ext_site>();
+    site->n        = n;
+    site->hadamard = int(order);  // a divisor of n
+    site->clip     = clip;
     attach(block, row, left ? left.name : right ? right.name : anchor->name, site.get());
     const auto type = buffer_type(block);
     site->left      = uploads.add(left, type);
@@ -187,9 +207,10 @@ void ggml_ext_transform_loader::check_marked() const {
             return;
         }
     }
-    refuse_key("ggml_ext.transform.hadamard",
-               "is in a file without factors or FQ4 weights, which stock llama.cpp would run without the transform; "
-               "store one factor, an identity if need be");
+    ggml_ext_refuse_key(
+        "ggml_ext.transform.hadamard",
+        "is in a file without factors or FQ4 weights, which stock llama.cpp would run without the transform; "
+        "store one factor, an identity if need be");
 }
 
 void ggml_ext_transform_loader::round_inputs() {
@@ -232,11 +253,14 @@ std::shared_ptr<ggml_ext_model> ggml_ext_transform_loader::load() {
         ggml_ext_refuse_tensor(file.first(), "is a transform of no site of this model");
     }
     check_marked();
+    load_folds();
     round_inputs();
-    if (result->weights.empty() && !result->has_k && !result->has_v && result->activation.bits == 8) {
+    if (transform == "none" && result->weights.empty() && result->activation.bits == 8) {
         return nullptr;
     }
-    uploads.upload(result->contexts, result->buffers);
+    result->transform = transform;
+    result->digest    = digest_all();
+    uploads.upload(ml.no_alloc, result->contexts, result->buffers);
     log();
     return result;
 }

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -19,8 +20,6 @@ struct ggml_ext_site {
     ggml_tensor * right    = nullptr;  // F32 [n2, n2]
     int           hadamard = 0;        // order, in right's place
     float         clip     = 1.0f;
-
-    bool active() const { return left || right || hadamard > 1 || clip < 1.0f; }
 };
 
 // Per-head transforms of one layer, each F32 [head_dim, head_dim], null where there is none.
@@ -31,6 +30,17 @@ struct ggml_ext_heads {
     ggml_tensor * out = nullptr;  // P_v^-1
 };
 
+// The sites of a block, in the order of the keys that have an element for each.
+enum ggml_ext_kind { GGML_EXT_ATTN_IN, GGML_EXT_ATTN_OUT, GGML_EXT_FFN_IN, GGML_EXT_FFN_MID, GGML_EXT_N_KINDS };
+
+// What a transform folded into one block's weights: the graph's activation at a site is x diag(1 / d) (I (x) head),
+// head at attn_out alone, where x is the original model's.
+struct ggml_ext_fold {
+    std::vector<float> diagonals[GGML_EXT_N_KINDS];  // d; empty: ones
+    std::vector<float> head;                         // [order, order]; empty: the identity
+    int64_t            order = 0;
+};
+
 struct ggml_ext_weight {
     const ggml_ext_site * site  = nullptr;
     bool                  round = false;  // whether its input is rounded to activation.bits
@@ -39,10 +49,13 @@ struct ggml_ext_weight {
 struct ggml_ext_model {
     std::vector<std::unique_ptr<ggml_ext_site>>              sites;
     std::unordered_map<const ggml_tensor *, ggml_ext_weight> weights;
-    std::vector<ggml_ext_heads>                              heads;  // per layer; empty: none
+    std::vector<ggml_ext_heads>                              heads;      // per layer; empty: none
     ggml_ext_activation                                      activation;
-    bool                                                     has_k = false;
-    bool                                                     has_v = false;
+    std::string                                              transform;  // its name
+    std::vector<ggml_ext_fold>                               folds;      // per block; empty: not recorded
+    uint64_t                                                 digest = 0;
+    bool                                                     has_k  = false;
+    bool                                                     has_v  = false;
     std::vector<ggml_context_ptr>                            contexts;
     std::vector<ggml_backend_buffer_ptr>                     buffers;
 };

@@ -8,7 +8,7 @@ no times, no paths.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +23,27 @@ _ENTRY = "ggml_ext.block"
 
 
 @dataclass(frozen=True)
+class Folded:
+    """The offline part of a block's transforms (fold.py), rounded to float32. ``diagonals``: per site, in the
+    order of SITE_KINDS, what its channels were divided by; empty for ones. ``head``: row after row, the
+    matrix that each head of v was multiplied by; empty for the identity."""
+
+    diagonals: tuple[tuple[float, ...], ...]
+    head: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Findings:
     """What calibration found out about a block. ``hadamard``, ``clip``: one per site, in the order of
     SITE_KINDS. ``errors``: GGUF name -> relative squared error of the matrix's output on the calibration
-    text. ``notes``: site -> figures of its transform."""
+    text. ``notes``: site -> figures of its transform. ``folded``: what went into the weights, None where an
+    older version did not write it down."""
 
     hadamard: tuple[int, ...] = (0,) * len(SITE_KINDS)
     clip: tuple[float, ...] = (1.0,) * len(SITE_KINDS)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
+    folded: Folded | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def save(path: Path, tensors: dict[str, Packed], findings: Findings) -> None:
     from safetensors.numpy import save_file
 
     described = {name: {"type": tensor.type_name, "dims": tensor.dims} for name, tensor in tensors.items()}
-    entry = json.dumps({"tensors": described, **vars(findings)}, sort_keys=True)
+    entry = json.dumps({"tensors": described, **asdict(findings)}, sort_keys=True)
     data = {name: np.ascontiguousarray(tensor.data) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(data, temporary, metadata={_ENTRY: entry})
@@ -91,7 +103,11 @@ def load(path: Path) -> tuple[dict[str, Stored], Findings]:
             name: Stored(path, name, described["type"], tuple(described["dims"]))
             for name, described in entry.pop("tensors").items()
         }
-        return tensors, Findings(tuple(entry.pop("hadamard")), tuple(entry.pop("clip")), **entry)
+        folded = entry.pop("folded", None)
+        if folded is not None:
+            folded = Folded(tuple(map(tuple, folded["diagonals"])), tuple(folded["head"]))
+        hadamard, clip = tuple(entry.pop("hadamard")), tuple(entry.pop("clip"))
+        return tensors, Findings(hadamard, clip, folded=folded, **entry)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exc:
         raise _damaged(path, exc) from exc
 

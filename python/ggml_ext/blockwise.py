@@ -14,7 +14,7 @@ from torch import Tensor
 from ggml_ext import native
 from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.fold import fold, unfold
+from ggml_ext.fold import fold, folded, unfold
 from ggml_ext.rounding import Rounded, grid, relative_error, round_matrix
 from ggml_ext.rounding.learned import Learned, Matrix
 from ggml_ext.rules import FLOAT_TYPES
@@ -79,6 +79,7 @@ def encode_block(
         clip=tuple(transforms[kind].clip for kind in SITE_KINDS),
         errors=errors,
         notes=notes,
+        folded=folded(transforms),
     )
     return packed, findings
 

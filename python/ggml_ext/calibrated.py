@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext import calibration_plan as plans
-from ggml_ext.block_file import Stored, block_path, load
+from ggml_ext.block_file import Folded, Stored, block_path, load
 from ggml_ext.calibration_plan import Plan
 from ggml_ext.encode import Prepared
 from ggml_ext.errors import GgmlExtError
@@ -42,12 +42,14 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
     hadamard: list[int] = []
     clip: list[float] = []
     errors: dict[str, float] = {}
+    folds: list[Folded | None] = []
     for index in range(plan.blocks):
         stored, findings = load(block_path(folder, index))
         tensors |= stored
         hadamard += findings.hadamard
         clip += findings.clip
         errors |= findings.errors
+        folds.append(findings.folded)
     prepared = Prepared(
         tensors=tensors,
         mix=plan.base if plan.base in STOCK_MIXES else "",
@@ -57,5 +59,7 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         clip=clip,
         activation=plan.activation,
         errors=errors,
+        # One block that an older version made leaves the record incomplete, and then there is none.
+        folds=None if None in folds else [its for its in folds if its is not None],
     )
     return Calibrated(plan, open_gguf(folder / plans.SOURCE), prepared)

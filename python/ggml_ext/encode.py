@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +39,11 @@ from ggml_ext.writer import (
 )
 
 if TYPE_CHECKING:
-    from ggml_ext.block_file import Stored
+    from ggml_ext.block_file import Folded, Stored
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
 _FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
+_TRANSFORM_KEYS = ("ggml_ext.transform.", "ggml_ext.fold.", "ggml_ext.activation.")
 _FILE_TYPE_FQ4 = 200  # the patched llama.cpp's name for "mostly FQ4"
 
 Importances = NDArray[np.float32]
@@ -52,7 +54,8 @@ class Prepared:
     """What a calibration has made of the model. ``tensors``: those that it rounded, changed or added.
     ``mix``: the name of llama-quantize's mix whose types the file has, or "". ``hadamard``, ``clip``: four
     per block. ``activation``: bits and group, None for llama.cpp's own. ``errors``: relative squared error of
-    each rounded matrix's output. docs/gguf.md has their meaning."""
+    each rounded matrix's output. ``folds``: per block what the transform folded into the weights, None where
+    that is not known. docs/gguf.md has their meaning."""
 
     tensors: Mapping[str, Stored]
     mix: str
@@ -62,6 +65,7 @@ class Prepared:
     clip: Sequence[float]
     activation: Sequence[int] | None
     errors: Mapping[str, float]
+    folds: Sequence[Folded] | None = None
 
 
 @dataclass(frozen=True)
@@ -225,12 +229,14 @@ def _keys(
         put_string("quantize.imatrix.dataset", used.dataset)
         put_uint32("quantize.imatrix.entries_count", len(used.entries))
         put_uint32("quantize.imatrix.chunks_count", used.chunks)
-    if prepared is None and all(job.out.type_id < _FIRST_EXTENDED_ID for job in jobs):
+    carried = _carried(source) if prepared is None else {}
+    if prepared is None and not carried and all(job.out.type_id < _FIRST_EXTENDED_ID for job in jobs):
         return keys
     put_uint32("ggml_ext.version", native.format_version())
     if prepared is None:
         put_string("ggml_ext.rounding", "rtn" if used is None else "imatrix")
         put_string("ggml_ext.transform.name", "none")
+        keys.update(carried)
     else:
         keys.update(_prepared_keys(prepared))
     if calibration is not None and (used is not None or prepared is not None):
@@ -239,6 +245,13 @@ def _keys(
         put_uint32("ggml_ext.calibration.length", calibration.length)
         put_uint32("ggml_ext.calibration.seed", calibration.seed)
     return keys
+
+
+def _carried(source: Source) -> dict[str, bytes]:
+    """What a source says of transforms in its weights, which rounding them anew does not undo."""
+    name = "ggml_ext.transform.name"
+    carried = {key: entry for key, entry in source.keys.items() if key.startswith(_TRANSFORM_KEYS)}
+    return {} if carried == {name: string_key(name, "none")} else carried
 
 
 def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
@@ -257,6 +270,8 @@ def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
     if any(clip < 1 for clip in prepared.clip):
         name = "ggml_ext.transform.clip"
         put(name, float32_array_key(name, prepared.clip))
+    if prepared.folds is not None and prepared.transform != "none":
+        keys |= _fold_keys(prepared.folds)
     if prepared.activation is not None:
         for name, value in zip(("bits", "group"), prepared.activation, strict=True):
             name = f"ggml_ext.activation.{name}"
@@ -266,6 +281,22 @@ def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
         values = list(prepared.errors.values())
         put("ggml_ext.error.values", float32_array_key("ggml_ext.error.values", values))
         put("ggml_ext.error.kind", string_key("ggml_ext.error.kind", "output"))
+    return keys
+
+
+def _fold_keys(folds: Sequence[Folded]) -> dict[str, bytes]:
+    """The record of the folds: always ``sizes``, so that a reader sees that there is one."""
+    diagonals = [diagonal for block in folds for diagonal in block.diagonals]
+    heads = [block.head for block in folds]
+    keys = {"ggml_ext.fold.sizes": uint32_array_key("ggml_ext.fold.sizes", [len(d) for d in diagonals])}
+    if any(diagonals):
+        name = "ggml_ext.fold.diagonals"
+        keys[name] = float32_array_key(name, list(chain.from_iterable(diagonals)))
+    if any(heads):
+        name = "ggml_ext.fold.orders"
+        keys[name] = uint32_array_key(name, [math.isqrt(len(head)) for head in heads])
+        name = "ggml_ext.fold.heads"
+        keys[name] = float32_array_key(name, list(chain.from_iterable(heads)))
     return keys
 
 

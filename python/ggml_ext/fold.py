@@ -10,12 +10,13 @@ Tensors are in GGUF's order throughout, [n], [n_out, n_in] or [experts, n_out, n
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
-from ggml_ext.sites import Site, SiteTransform
+from ggml_ext.block_file import Folded
+from ggml_ext.sites import SITE_KINDS, Site, SiteKind, SiteTransform
 
 
 def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tensor]) -> set[str]:
@@ -52,6 +53,20 @@ def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tens
         tensors[name] = (tensors[name].double() * transform.diag).float()
         changed.add(name)
     return changed
+
+
+def folded(transforms: Mapping[SiteKind, SiteTransform]) -> Folded:
+    """The record of what ``fold`` does with a block's transforms, one for each of SITE_KINDS."""
+
+    def numbers(part: Tensor) -> tuple[float, ...]:
+        return tuple(part.detach().float().flatten().tolist())
+
+    diagonals = tuple(
+        () if bool((transforms[kind].diag == 1).all()) else numbers(transforms[kind].diag)
+        for kind in SITE_KINDS
+    )
+    head = transforms["attn_out"].head
+    return Folded(diagonals, () if head is None else numbers(head))
 
 
 def unfold(site: Site, transform: SiteTransform, weight: Tensor) -> Tensor:

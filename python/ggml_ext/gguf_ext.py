@@ -60,8 +60,9 @@ class TensorErrors:
 
 @dataclass(frozen=True)
 class ExtMetadata:
-    """The keys under ggml_ext. of one file; None or empty where the file lacks the key. ``hadamard`` and
-    ``clip``: four per block, in the order of sites.SITE_KINDS."""
+    """The keys under ggml_ext. of one file; None or empty where the file lacks the key. ``hadamard``,
+    ``clip`` and ``fold_sizes``: four per block, in the order of sites.SITE_KINDS. ``fold_orders``: one per
+    block. What was folded itself stays in the file: it can be millions of numbers."""
 
     rounding: str | None = None
     transform: str | None = None
@@ -69,6 +70,8 @@ class ExtMetadata:
     version: int = FORMAT_VERSION
     hadamard: tuple[int, ...] = ()
     clip: tuple[float, ...] = ()
+    fold_sizes: tuple[int, ...] | None = None
+    fold_orders: tuple[int, ...] = ()
     activation_bits: int | None = None
     activation_group: int | None = None
     errors: TensorErrors | None = None
@@ -142,6 +145,8 @@ def read_ext(source: gguf.GGUFReader | Header) -> ExtMetadata | None:
         version=keys["ggml_ext.version"],
         hadamard=tuple(keys.get("ggml_ext.transform.hadamard", ())),
         clip=tuple(keys.get("ggml_ext.transform.clip", ())),
+        fold_sizes=tuple(keys["ggml_ext.fold.sizes"]) if "ggml_ext.fold.sizes" in keys else None,
+        fold_orders=tuple(keys.get("ggml_ext.fold.orders", ())),
         activation_bits=keys.get("ggml_ext.activation.bits"),
         activation_group=keys.get("ggml_ext.activation.group"),
         errors=errors,
@@ -149,7 +154,7 @@ def read_ext(source: gguf.GGUFReader | Header) -> ExtMetadata | None:
 
 
 def add_ext_keys(writer: gguf.GGUFWriter, meta: ExtMetadata) -> None:
-    """Adds the keys that ``meta`` has values for."""
+    """Adds the keys that ``meta`` has values for; folds it has not (ExtMetadata)."""
     values: dict[str, Any] = {
         "ggml_ext.version": meta.version,
         "ggml_ext.rounding": meta.rounding,

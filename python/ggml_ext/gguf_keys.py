@@ -6,6 +6,7 @@ specifies them.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,25 @@ KEYS: Mapping[str, Key] = {
         "Per block four factors in (0, 1]: a token's transformed activations are clamped to that factor "
         "times the largest of their magnitudes.",
         GGUFValueType.FLOAT32,
+    ),
+    "ggml_ext.fold.sizes": Key(
+        GGUFValueType.ARRAY,
+        "Per block and site the length of the diagonal that the transform folded into the weights, 0 for "
+        "none. Absent: not recorded, so LoRA adapters are refused.",
+        GGUFValueType.UINT32,
+    ),
+    "ggml_ext.fold.diagonals": Key(
+        GGUFValueType.ARRAY,
+        "These diagonals, one after the other: the site's channels were divided by them.",
+        GGUFValueType.FLOAT32,
+    ),
+    "ggml_ext.fold.orders": Key(
+        GGUFValueType.ARRAY,
+        "Per block the order of the matrix that mixes the channels of each value head, 0 for none.",
+        GGUFValueType.UINT32,
+    ),
+    "ggml_ext.fold.heads": Key(
+        GGUFValueType.ARRAY, "These matrices, row after row: v became v times it.", GGUFValueType.FLOAT32
     ),
     "ggml_ext.activation.bits": Key(
         GGUFValueType.UINT32, "Bits of activations that meet quantised weights: 8 (llama.cpp's own) or 4."
@@ -121,6 +141,7 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
             raise GgmlExtError(
                 f"key ggml_ext.transform.clip element {i} is {clip}, not in (0, 1]; convert the model again"
             )
+    _check_folds(values, transform)
     for name, allowed in _CHOICES.items():
         if name in values and values[name] not in allowed:
             raise GgmlExtError(
@@ -131,13 +152,49 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
 
 
 def _check_per_block(values: Mapping[str, Any], n_blocks: int | None) -> None:
-    for name in ("ggml_ext.transform.hadamard", "ggml_ext.transform.clip"):
+    if n_blocks is None:
+        return
+    for name, each, words in (
+        ("ggml_ext.transform.hadamard", 4, "four"),
+        ("ggml_ext.transform.clip", 4, "four"),
+        ("ggml_ext.fold.sizes", 4, "four"),
+        ("ggml_ext.fold.orders", 1, "one"),
+    ):
         length = len(values.get(name, ()))
-        if length and n_blocks is not None and length != 4 * n_blocks:
+        if length and length != each * n_blocks:
             raise GgmlExtError(
-                f"key {name} has {length} elements, not four for each of the {n_blocks} blocks; "
+                f"key {name} has {length} elements, not {words} for each of the {n_blocks} blocks; "
                 "convert the model again"
             )
+
+
+def _check_folds(values: Mapping[str, Any], transform: str) -> None:
+    present = [name for name in KEYS if name.startswith("ggml_ext.fold.") and name in values]
+    if present and "ggml_ext.fold.sizes" not in values:
+        raise GgmlExtError(f"key ggml_ext.fold.sizes is missing beside {present[0]}; convert the model again")
+    if present and transform == "none":
+        raise GgmlExtError(
+            f"key {present[0]} says what a transform folded, but the transform is 'none'; "
+            "convert the model again"
+        )
+    sizes, orders = (values.get(f"ggml_ext.fold.{name}", ()) for name in ("sizes", "orders"))
+    for name, length in (
+        ("ggml_ext.fold.diagonals", sum(sizes)),
+        ("ggml_ext.fold.heads", sum(order * order for order in orders)),
+    ):
+        numbers = values.get(name, ())
+        if len(numbers) != length:
+            raise GgmlExtError(
+                f"key {name} has {len(numbers)} elements, {length} are announced; convert the model again"
+            )
+        for i, number in enumerate(numbers):
+            if not math.isfinite(number) or (name.endswith("diagonals") and not _invertible(number)):
+                raise GgmlExtError(f"key {name} element {i} is {number}; convert the model again")
+
+
+def _invertible(number: float) -> bool:
+    """Whether float32 has the number's inverse with all its digits."""
+    return number != 0 and 2.0**-126 <= abs(1 / number) < 2.0**128
 
 
 def _check_errors(values: Mapping[str, Any]) -> None:

@@ -148,7 +148,10 @@ def value(entry: bytes) -> Any:
     type_id = cursor.number("I")
     if type_id == _ARRAY:
         inner, count = cursor.number("I"), cursor.number("Q")
-        return [_scalar(cursor, inner) for _ in range(count)]
+        if inner == _STRING:
+            return [cursor.text() for _ in range(count)]
+        start = cursor.skip(count * _size(inner))
+        return list(struct.unpack_from(f"<{count}{_SCALARS[inner]}", cursor.data, start))
     return _scalar(cursor, type_id)
 
 

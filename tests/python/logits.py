@@ -1,12 +1,12 @@
 """Program: the logits of a model under the llama.cpp of a folder, as raw float32.
 
     python logits.py LIB_DIR MODEL OUT.npy [--flash] [--rpc ADDRESS] [--cache K V] [--lora GGUF] [--shift]
-        [--no-repack]
+        [--no-repack] [--save STATE]
 
 Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
 process of its own, since a process holds one llama.cpp. --cache: ggml types of K and V.
 --shift: moves the cache by one position before the last token, the way a context shift does. --no-repack: the
-weights stay in the mapped file.
+weights stay in the mapped file. --save: the context's state after the last token.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def compute(model_path: str, options: argparse.Namespace) -> NDArray[np.float32]
         if api.llama_decode(context, batch) != 0:
             sys.exit("logits.py: llama_decode failed")
         rows.append(np.ctypeslib.as_array(api.llama_get_logits(context), (count, n_vocab)).copy())
+    if options.save:
+        api.llama_state_save_file(context, options.save.encode(), None, 0)
     return np.concatenate(rows)
 
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--cache", type=int, nargs=2)
     parser.add_argument("--lora")
     parser.add_argument("--shift", action="store_true")
+    parser.add_argument("--save")
     parser.add_argument("--no-repack", action="store_true")
     options = parser.parse_args()
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = options.lib_dir

@@ -113,6 +113,21 @@ def fewer_errors(model: files.Model) -> None:
     model.ours |= {f"ggml_ext.error.{name}": value for name, value in values.items()}
 
 
+def record(**values: Any) -> Change:
+    """A record of folds, sound but for ``values``: d at attn_q of both blocks, the heads of block 0."""
+    fold = {"sizes": [256, 0, 0, 0] * 2, "diagonals": [2.0] * 512, "orders": [64, 0]}
+    fold |= {"heads": np.eye(64).flatten().tolist(), **values}
+
+    def change(model: files.Model) -> None:
+        model.ours |= {f"ggml_ext.fold.{name}": value for name, value in fold.items() if value is not None}
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    return lambda model: [change(model) for change in changes]
+
+
 EYE = np.eye(16, dtype=np.float32)
 NAN = np.where(np.arange(256).reshape(16, 16) == 7, np.float32(np.nan), EYE)
 HEAD = np.full((64, 64), np.nan, np.float32)
@@ -183,6 +198,69 @@ MALFORMED: dict[str, tuple[Change, str]] = {
     ),
     "no such block": (put("blk.2.attn_q.fq_l", EYE), "tensor 'blk.2.attn_q.fq_l' is a transform of no site"),
     "no such side": (put("blk.0.attn_q.fq_x", EYE), "tensor 'blk.0.attn_q.fq_x' is a transform of no site"),
+    "no rows": (
+        put("blk.0.attn_q.fq_l", np.zeros((0, 0), np.float32)),
+        "tensor 'blk.0.attn_q.fq_l' has shape [    0,     0]",
+    ),
+    "hadamard of 2^31": (
+        both(
+            drop("blk.0.attn_q.fq_r"),
+            drop("blk.0.attn_q.fq_l"),
+            key("transform.hadamard", [2**31, *ORDERS[1:]]),
+        ),
+        "key 'ggml_ext.transform.hadamard' has in element 0 order 2147483648, which does not fit",
+    ),
+    "hadamard of 2^31 and a clip": (
+        both(
+            drop("blk.0.attn_q.fq_r"),
+            drop("blk.0.attn_q.fq_l"),
+            key("transform.hadamard", [2**31, *ORDERS[1:]]),
+            key("transform.clip", [0.5, *CLIPS[1:]]),
+        ),
+        "key 'ggml_ext.transform.hadamard' has in element 0 order 2147483648",
+    ),
+    "folds without sizes": (record(sizes=None), "key 'ggml_ext.fold.sizes' is missing beside"),
+    "folds of nothing": (
+        both(record(), key("transform.name", "none")),
+        "key 'ggml_ext.fold.sizes' says what a transform folded",
+    ),
+    "fewer sizes": (
+        record(sizes=[256, 0, 0, 256]),
+        "key 'ggml_ext.fold.sizes' has 4 elements, not four for each of the 2 blocks",
+    ),
+    "fewer orders": (record(orders=[64]), "key 'ggml_ext.fold.orders' has 1 elements, not one for each"),
+    "fewer diagonals": (
+        record(diagonals=[2.0] * 500),
+        "key 'ggml_ext.fold.diagonals' has 500 elements, 'ggml_ext.fold.sizes' announces 512",
+    ),
+    "no heads": (
+        record(heads=None),
+        "key 'ggml_ext.fold.heads' has 0 elements, 'ggml_ext.fold.orders' announces 4096",
+    ),
+    "zero in a diagonal": (
+        record(diagonals=[*[2.0] * 511, 0.0]),
+        "key 'ggml_ext.fold.diagonals' element 511 is 0",
+    ),
+    "nan in a diagonal": (
+        record(diagonals=[float("nan"), *[2.0] * 511]),
+        "key 'ggml_ext.fold.diagonals' element 0 is nan",
+    ),
+    "infinity in a head": (
+        record(heads=[float("inf")] * 4096),
+        "key 'ggml_ext.fold.heads' element 0 is inf",
+    ),
+    "diagonal of another length": (
+        record(sizes=[128, 128, 0, 0] * 2),
+        "key 'ggml_ext.fold.sizes' speaks of block 0: a diagonal of 128 channels for a site of 256",
+    ),
+    "head of another order": (
+        record(orders=[16, 0], heads=[0.5] * 256),
+        "key 'ggml_ext.fold.orders' speaks of block 0: a matrix of order 16 for heads of 64",
+    ),
+    "diagonal of query heads": (
+        record(sizes=[0, 256, 0, 0] * 2, diagonals=[2.0] * 64 + [3.0] * 448),
+        "key 'ggml_ext.fold.diagonals' speaks of block 0: a diagonal of attn_out that differs",
+    ),
     "outside of blocks": (put("output.fq_l", EYE), "tensor 'output.fq_l' is a transform of no site"),
 }
 
