@@ -306,13 +306,14 @@ def perplexity(
     """Perplexity of a model on a text, equal to llama-perplexity's."""
     from ggml_ext.evaluate import perplexity as run_perplexity
     from ggml_ext.outputs import check_outputs, write_json
+    from ggml_ext.report import number
 
     check_outputs(json_out)
     result = run_perplexity(model, text, ctx=ctx, threads=threads)
     if json_out is not None:
         write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
     print(
-        f"{model}: perplexity {result.ppl:.4f} ± {result.ppl_se:.4f} "
+        f"{model}: perplexity {number(result.ppl, result.ppl_se, '.4f')} "
         f"({result.windows} windows of {ctx} tokens, {result.count} scored)"
     )
 
