@@ -350,12 +350,13 @@ def perplexity(
     from ggml_ext.evaluate import PerplexityResult
     from ggml_ext.evaluate import perplexity as run_perplexity
     from ggml_ext.outputs import check_outputs, write_json
+    from ggml_ext.report import number
 
     def deliver(result: PerplexityResult) -> None:
         if json_out is not None:
             write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
         print(
-            f"{model}: perplexity {result.ppl:.4f} ± {result.ppl_se:.4f} "
+            f"{model}: perplexity {number(result.ppl, result.ppl_se, '.4f')} "
             f"({result.windows} windows of {ctx} tokens, {result.count} scored)",
             flush=True,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,19 @@ from ggml_ext.header import read_header, value
 from ggml_ext.inspect import InspectResult, inspect
 from ggml_ext.layers import ModelErrors, choose_windows, layer_errors
 from ggml_ext.outputs import check_outputs, write_json
+from ggml_ext.scoring import Difference, Divergence
 from ggml_ext.shards import named_errors
 
 Row = dict[str, Any]
 
-DIVERGENCE_KEYS = (
-    "kld", "kld_se", "kld_max", "kld_percentiles", "top1", "top1_se", "ln_ppl_ratio", "ln_ppl_ratio_se",
-    "p_diff_mean", "p_diff_mean_se", "p_diff_rms", "p_diff_rms_se",
-)  # fmt: skip
+DIVERGENCE_KEYS = tuple(field.name for field in fields(Divergence))
+DIFFERENCE_KEYS = tuple(field.name for field in fields(Difference))
 SPEED_KEYS = (
     "pp_tps", "tg_tps", "pp_spread", "tg_spread", "pp_ratio", "tg_ratio", "pp_samples", "tg_samples",
 )  # fmt: skip
+
+ERROR_METHOD = "cosines over the text, Student t"
+"""How errors and intervals are estimated: standard_error.py, docs/compare.md."""
 
 LAYER_WINDOWS = 8
 """Windows for the error per block: figures within a few per cent of the whole text's; see docs/compare.md."""
@@ -101,6 +103,8 @@ def make_row(
 ) -> Row:
     """The JSON row of one model; every key is present, null where nothing was measured."""
     divergence = result.divergence.as_dict() if result.divergence is not None else {}
+    rival = None if result.rival is None else evaluation.models[result.rival]
+    difference = None if result.rival is None else result.differences[result.rival]
     return {
         "model": str(result.model),
         "bytes": facts.bytes,
@@ -110,7 +114,19 @@ def make_row(
         "origin": facts.origin,
         "ppl": result.perplexity.ppl,
         "ppl_se": result.perplexity.ppl_se,
+        "ppl_ci95": result.perplexity.ppl_ci95,
+        "ppl_se_independent": result.perplexity.ppl_se_independent,
         **{key: divergence.get(key) for key in DIVERGENCE_KEYS},
+        "rival": None if rival is None else str(rival),
+        **{key: None if difference is None else getattr(difference, key) for key in DIFFERENCE_KEYS},
+        "differences": None
+        if result.divergence is None
+        else [
+            None if other is None else {"model": str(path), **other.as_dict()}
+            for path, other in zip(evaluation.models, result.differences, strict=True)
+        ],
+        "error_method": ERROR_METHOD,
+        "error_df": result.perplexity.error_df,
         **{key: (speed or {}).get(key) for key in SPEED_KEYS},
         "embedding_error": None if errors is None else errors.embedding,
         "layers": None

@@ -32,13 +32,16 @@ from ggml_ext.scoring import (
     SCORE,
     THREADS,
     BaseRows,
+    Difference,
     Divergence,
     Perplexity,
+    difference_of,
     divergence_of,
     perplexity_of,
     score,
 )
 from ggml_ext.shards import named_parts
+from ggml_ext.standard_error import Interval, TextErrors
 from ggml_ext.windows import Scratch, decode_windows, make_plan
 
 FORMAT = 1
@@ -47,21 +50,33 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of one model; ``divergence`` is None for the base."""
+    """Figures of one model. ``divergence`` is None for the base.
+
+    differences: this model less each of the models compared, in their order, None in its own place and empty
+    for the base; rival: index of the one with the next lower KL divergence, None for the base and the best.
+    """
 
     model: Path
     perplexity: Perplexity
     divergence: Divergence | None
+    differences: list[Difference | None]
+    rival: int | None
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Perplexity of ``model`` over ``windows`` windows of ``ctx`` tokens; ``tokens``: length of the text."""
+    """Perplexity of ``model`` over ``windows`` windows of ``ctx`` tokens; ``tokens``: length of the text.
+
+    The figures are those of ``scoring.Perplexity``.
+    """
 
     model: Path
     ppl: float
-    ppl_se: float
+    ppl_se: float | None
+    ppl_ci95: Interval | None
+    ppl_se_independent: float
     count: int
+    error_df: int
     tokens: int
     windows: int
     ctx: int
@@ -148,7 +163,7 @@ class Evaluation:
                         self._run_group(start, stop, scratch, advance)
             else:
                 self._run_base(self._done(self.base), self.n_windows, None, 0, advance)
-        return [self._result(path, is_base=i == 0) for i, path in enumerate((self.base, *self.models))]
+        return self._results()
 
     def _run_group(self, start: int, stop: int, scratch: Scratch, advance: Advance) -> None:
         """Score windows start..stop of the base and of every model that lacks them."""
@@ -215,9 +230,25 @@ class Evaluation:
                     f"{path}: its vocabulary is not that of {self.base}; compare models of one tokenizer"
                 )
 
-    def _result(self, path: Path, *, is_base: bool) -> Result:
-        scores = np.concatenate(self._journal.windows(self._facts(path)))
-        return Result(path, perplexity_of(scores), None if is_base else divergence_of(scores))
+    def _results(self) -> list[Result]:
+        """What the journal's scores come to."""
+        errors = TextErrors(self.n_windows, self.plan.rows, self.ctx)
+        results = [Result(self.base, perplexity_of(self._scores(self.base), errors), None, [], None)]
+        scores = [self._scores(path) for path in self.models]
+        divergences = [divergence_of(own, errors) for own in scores]
+        ranked = sorted(range(len(scores)), key=lambda i: divergences[i].kld)
+        rivals = dict(zip(ranked[1:], ranked, strict=False))
+        for i, path in enumerate(self.models):
+            differences = [
+                None if k == i else difference_of(scores[i], other, errors) for k, other in enumerate(scores)
+            ]
+            perplexity = perplexity_of(scores[i], errors)
+            results.append(Result(path, perplexity, divergences[i], differences, rivals.get(i)))
+        return results
+
+    def _scores(self, path: Path) -> NDArray[np.void]:
+        """All scored positions of ``path``, in the order of the text."""
+        return np.concatenate(self._journal.windows(self._facts(path)))
 
     def finish(self) -> None:
         """Forget the journal: the results have been delivered."""
@@ -246,7 +277,11 @@ def perplexity(
     with Evaluation(model, [], text, ctx=ctx, threads=threads) as evaluation:
         figures = evaluation.run()[0].perplexity
         result = PerplexityResult(
-            model, figures.ppl, figures.ppl_se, figures.count, evaluation.tokens, evaluation.n_windows, ctx
+            model=model,
+            **vars(figures),
+            tokens=evaluation.tokens,
+            windows=evaluation.n_windows,
+            ctx=ctx,
         )
         if deliver is not None:
             deliver(result)

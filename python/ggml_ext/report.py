@@ -35,8 +35,23 @@ BLOCK_TEXT = (
     "runs freely."
 )
 
-COLUMNS = ("model", "MB", "bits/weight", "PPL", "KLD to base", "top-1 %", "prompt t/s", "gen t/s")
+DIFFERENCE_TEXT = (
+    "The models see the same tokens, so the error of a difference is that of the differences by token, much "
+    "smaller than those of the two figures. In brackets: not resolved on this text, the 95 % interval holds "
+    '0. "Next lower" is the model with the next lower KL divergence.'
+)
 
+COLUMNS = (
+    "model", "MB", "bits/weight", "PPL", "KLD to base", "less next lower", "top-1 %", "prompt t/s", "gen t/s",
+)  # fmt: skip
+
+ERROR_TEXT = (
+    "± is one standard error over the choice of the text, with tokens and windows correlated and widened for "
+    "few windows: the figure ± 1.96 errors is the 95 % interval; for speeds, half the distance between the "
+    "quartiles over the rounds."
+)
+
+PLOT_TEXT = "bars: 95 % intervals; thick: of the difference to the next lower model; hollow: not resolved"
 
 BITS_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32)
 """Marks on the plot's axis of bits per weight, denser where quant types are."""
@@ -57,19 +72,19 @@ def _common_start(names: Sequence[str]) -> str:
     return next((first[:i] for i, c in enumerate(first) if last[i : i + 1] != c), first)
 
 
-def _number(value: float | None, error: float | None, form: str, scale: float = 1.0) -> str:
+def number(value: float | None, error: float | None, form: str, scale: float = 1.0) -> str:
     """ "value ± error", or a dash where nothing was measured."""
     if value is None:
         return MISSING
     text = format(value * scale, form)
-    return text if error is None else f"{text} ± {format(error * scale, form)}"
+    return text if error is None else f"{text} ± {format(error * scale, form.lstrip('+'))}"
 
 
 def _speed(row: Row, kind: str) -> str:
     """Tokens per second with spread, and the ratio to the base."""
     if row[f"{kind}_tps"] is None:
         return MISSING
-    return f"{_number(row[f'{kind}_tps'], row[f'{kind}_spread'], '.0f')} ({row[f'{kind}_ratio']:.2f}x)"
+    return f"{number(row[f'{kind}_tps'], row[f'{kind}_spread'], '.0f')} ({row[f'{kind}_ratio']:.2f}x)"
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -79,9 +94,10 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             name,
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['bits_per_weight']:.3f}",
-            _number(row["ppl"], row["ppl_se"], ".3f"),
-            _number(row["kld"], row["kld_se"], ".6f"),
-            _number(row["top1"], row["top1_se"], ".2f", 100),
+            number(row["ppl"], row["ppl_se"], ".3f"),
+            number(row["kld"], row["kld_se"], ".6f"),
+            number(row["kld_diff"], row["kld_diff_se"], "+.6f"),
+            number(row["top1"], row["top1_se"], ".2f", 100),
             _speed(row, "pp"),
             _speed(row, "tg"),
         ]
@@ -93,13 +109,32 @@ def table(rows: Sequence[Row]) -> Table:
     """The comparison as a terminal table."""
     first = rows[0]
     # File names may hold square brackets, which rich takes for markup in plain strings.
-    caption = f"{first['tokens_scored']} tokens of {first['text']}, windows of {first['ctx']}"
-    result = Table(caption=Text(caption))
+    measured_on = f"{first['tokens_scored']} tokens of {first['text']}, windows of {first['ctx']}"
+    result = Table(caption=Text("\n".join([measured_on, *resolution(rows)])))
     for i, column in enumerate(COLUMNS):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in cells(rows):
         result.add_row(*map(Text, row))
     return result
+
+
+def resolution(rows: Sequence[Row]) -> list[str]:
+    """What the errors say about the ranking by KL divergence, in sentences."""
+    if rows[0]["ppl_se"] is None:
+        return ["The text is too short to tell errors; 2 windows are the least, 30 are useful."]
+    compared = [row for row in rows if row["rival"] is not None]
+    if not compared:
+        return []
+    names = dict(zip((row["model"] for row in rows), short_names(rows), strict=True))
+    open_pairs = [
+        f"{names[row['model']]} and {names[row['rival']]}" for row in compared if not row["kld_diff_resolved"]
+    ]
+    return [
+        "less next lower: KLD less that of the model with the next lower one, with its own error",
+        f"Not resolved on this text (95 % interval of the difference holds 0): {', '.join(open_pairs)}"
+        if open_pairs
+        else "All of these differences are resolved (no 95 % interval holds 0).",
+    ]
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
@@ -156,11 +191,14 @@ def markdown(rows: Sequence[Row], *, threads: int | None, rounds: int) -> str:
         "",
         *_markdown_table(COLUMNS, cells(rows)),
         "",
-        "± is one standard error; for speeds, half the distance between the quartiles over the rounds. "
-        "Bits per weight count all tensors. PPL, KL divergence (nats, base to model) and top-1 agreement "
-        "are defined as in llama-perplexity: the second half of every window is scored. Speeds in tokens per "
-        "second; the factor in brackets is against the base model, paired by round.",
+        f"{ERROR_TEXT} Bits per weight count all tensors. PPL, KL divergence (nats, base to model) and top-1 "
+        "agreement are defined as in llama-perplexity: the second half of every window is scored. Speeds in "
+        "tokens per second; the factor in brackets is against the base model, paired by round.",
+        *(line for sentence in resolution(rows) for line in ("", sentence)),
     ]
+    if len(others) > 1:
+        lines += ["", "## Differences of KL divergence", "", DIFFERENCE_TEXT, ""]
+        lines += _difference_table(others, names[1:])
     if others:
         lines += ["", "## KL divergence and token probabilities", "", *_divergence_table(others, names[1:])]
     blocks, tensors = loss.block_table(rows, names), loss.tensor_table(rows, names)
@@ -189,6 +227,24 @@ def markdown(rows: Sequence[Row], *, threads: int | None, rounds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _difference_table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Every model's KL divergence less every other's, and ln(PPL) less that of the rival."""
+    body = []
+    for name, row in zip(names, rows, strict=True):
+        cells_of_row = [
+            MISSING if other is None else _resolvable(other, "kld_diff", ".6f")
+            for other in row["differences"]
+        ]
+        body.append([name, *cells_of_row, _resolvable(row, "ln_ppl_diff", ".5f")])
+    return _markdown_table(["", *(f"less {name}" for name in names), "ln PPL less next lower"], body)
+
+
+def _resolvable(figures: Row, key: str, form: str) -> str:
+    """A difference with its error, in brackets where its 95 % interval holds 0."""
+    text = number(figures[key], figures[f"{key}_se"], f"+{form}")
+    return text if figures[key] is None or figures[f"{key}_resolved"] else f"({text})"
+
+
 def _divergence_table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Percentiles of the KL divergence and the other figures of llama-perplexity --kl-divergence."""
     quantiles = list(rows[0]["kld_percentiles"])
@@ -196,11 +252,11 @@ def _divergence_table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     body = [
         [
             name,
-            _number(row["ln_ppl_ratio"], row["ln_ppl_ratio_se"], ".5f"),
+            number(row["ln_ppl_ratio"], row["ln_ppl_ratio_se"], ".5f"),
             f"{row['kld_max']:.4f}",
             *(f"{row['kld_percentiles'][q]:.6f}" for q in quantiles),
-            _number(row["p_diff_mean"], row["p_diff_mean_se"], ".4f", 100),
-            _number(row["p_diff_rms"], row["p_diff_rms_se"], ".4f", 100),
+            number(row["p_diff_mean"], row["p_diff_mean_se"], ".4f", 100),
+            number(row["p_diff_rms"], row["p_diff_rms_se"], ".4f", 100),
         ]
         for name, row in zip(names, rows, strict=True)
     ]
@@ -214,7 +270,7 @@ def _files_table(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
         weights = sum(row["types"].values())
         types = ", ".join(f"{kind} {100 * n / weights:.1f} %" for kind, n in row["types"].items())
         origin = "; ".join(f"{key} = {value}" for key, value in row["origin"].items()) or MISSING
-        layer_bits = _number(row["bits_per_layer_weight"], None, ".4f")
+        layer_bits = number(row["bits_per_layer_weight"], None, ".4f")
         body.append(
             [name, f"`{row['model']}`", str(row["bytes"]), layer_bits, types, origin.replace("|", "\\|")]
         )
@@ -234,7 +290,11 @@ def require_matplotlib() -> None:
 
 
 def write_plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw KL divergence over bits per weight, log scales both; a model equal to its base is left out."""
+    """Draw KL divergence over bits per weight, log scales both; a model equal to its base is left out.
+
+    Thin bars are 95 % intervals, thick ones those of the difference to the model with the next lower KL
+    divergence; a hollow point is not resolved from that model.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -245,10 +305,15 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, row in shown:
-        ours = "FQ4" in row["types"]
-        axes.errorbar(
-            row["bits_per_weight"], row["kld"], yerr=row["kld_se"],
-            fmt="D" if ours else "o", color="tab:red" if ours else "tab:blue", capsize=3, label=name,
+        color = "tab:red" if "FQ4" in row["types"] else "tab:blue"
+        hollow = row["rival"] is not None and not row["kld_diff_resolved"]
+        for key, width in (("kld_ci95", 1), ("kld_diff_ci95", 4)):
+            bars = _bars(row["kld"], row[key])
+            if bars is not None:
+                axes.errorbar(row["bits_per_weight"], row["kld"], yerr=bars, ecolor=color, elinewidth=width)
+        axes.plot(
+            row["bits_per_weight"], row["kld"], "D" if "FQ4" in row["types"] else "o", color=color,
+            markerfacecolor="white" if hollow else color, zorder=3, label=name,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -261,10 +326,19 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     axes.set_ylabel(f"mean KL divergence to {short_names(rows)[0]} (nats per token)")
     text = Path(rows[0]["text"]).name
     axes.set_title(f"{text}: {rows[0]['tokens_scored']} tokens, windows of {rows[0]['ctx']}")
+    figure.supxlabel(PLOT_TEXT, fontsize="small")
     canvas.draw()  # type: ignore[no-untyped-call]
     _label_points(axes, canvas.get_renderer(), shown)  # type: ignore[no-untyped-call]
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _bars(value: float, bounds: Sequence[float] | None) -> list[list[float]] | None:
+    """Lengths below and above ``value`` of an interval as wide as ``bounds``, above 0 for the log scale."""
+    if bounds is None:
+        return None
+    half = (bounds[1] - bounds[0]) / 2
+    return [[min(half, 0.9 * value)], [half]]
 
 
 def _label_points(axes: Axes, renderer: RendererBase, shown: Sequence[tuple[str, Row]]) -> None:

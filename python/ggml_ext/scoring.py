@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_ext.standard_error import Interval, TextErrors, independent_error, interval
+
 SCORE = np.dtype([("nll", "<f8"), ("nll_base", "<f8"), ("kld", "<f8"), ("same_top", "?")])
 """One scored position: -ln p(token) under the model and the base, KL(base || model) in nats, whether both
 models find the same token most likely. A base model scores (nll, nll, 0, True)."""
@@ -85,26 +87,26 @@ def score(
     return out
 
 
-def mean_and_error(values: NDArray[Any]) -> tuple[float, float]:
-    """Mean of ``values`` [n] and its standard error, sqrt(var / (n - 1)), as llama-perplexity has it."""
-    count = len(values)
-    mean = float(np.mean(values, dtype=np.float64))
-    variance = float(np.mean(np.square(values, dtype=np.float64))) - mean * mean
-    return mean, float(np.sqrt(max(variance, 0.0) / (count - 1))) if count > 1 else 0.0
-
-
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity over ``count`` scored tokens and its standard error."""
+    """Perplexity over ``count`` scored tokens.
+
+    ppl_se, ppl_ci95: its standard error and 95 % interval by ``TextErrors`` with ``error_df`` degrees of
+    freedom, None where the text is too short for them; ppl_se_independent: llama-perplexity's error, which
+    takes tokens for independent.
+    """
 
     ppl: float
-    ppl_se: float
+    ppl_se: float | None
+    ppl_ci95: Interval | None
+    ppl_se_independent: float
     count: int
+    error_df: int
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model is from its base, each figure with its standard error (``_se``) where it is a mean.
+    """How far a model is from its base. Every mean with error and interval, as in ``Perplexity``.
 
     kld: mean KL divergence in nats; top1: share of positions at which both find the same token most likely;
     ln_ppl_ratio: ln(PPL / PPL of the base); p_diff_rms, p_diff_mean: difference of the probability given to
@@ -112,52 +114,116 @@ class Divergence:
     """
 
     kld: float
-    kld_se: float
+    kld_se: float | None
+    kld_ci95: Interval | None
+    kld_se_independent: float
     kld_max: float
     kld_percentiles: dict[str, float]
     top1: float
-    top1_se: float
+    top1_se: float | None
+    top1_ci95: Interval | None
+    top1_se_independent: float
     ln_ppl_ratio: float
-    ln_ppl_ratio_se: float
+    ln_ppl_ratio_se: float | None
+    ln_ppl_ratio_ci95: Interval | None
+    ln_ppl_ratio_se_independent: float
     p_diff_mean: float
-    p_diff_mean_se: float
+    p_diff_mean_se: float | None
+    p_diff_mean_ci95: Interval | None
+    p_diff_mean_se_independent: float
     p_diff_rms: float
-    p_diff_rms_se: float
+    p_diff_rms_se: float | None
+    p_diff_rms_ci95: Interval | None
+    p_diff_rms_se_independent: float
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain Python values."""
         return asdict(self)
 
 
-def perplexity_of(scores: NDArray[np.void]) -> Perplexity:
-    """Perplexity of positions ``scores`` [n] of dtype SCORE."""
-    nll, nll_se = mean_and_error(scores["nll"])
+@dataclass(frozen=True)
+class Difference:
+    """A model less its rival on the same tokens, with the errors of the differences.
+
+    kld_diff: in nats; ln_ppl_diff: ln(PPL / PPL of the rival); resolved: the 95 % interval does not hold 0.
+    """
+
+    kld_diff: float
+    kld_diff_se: float | None
+    kld_diff_ci95: Interval | None
+    kld_diff_resolved: bool
+    ln_ppl_diff: float
+    ln_ppl_diff_se: float | None
+    ln_ppl_diff_ci95: Interval | None
+    ln_ppl_diff_resolved: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain Python values."""
+        return asdict(self)
+
+
+def _mean(values: NDArray[Any], errors: TextErrors) -> tuple[float, float | None, Interval | None, float]:
+    """Mean of ``values`` [n], error, 95 % interval, and the error that independent tokens would have."""
+    mean, error = float(np.mean(values, dtype=np.float64)), errors.error(values)
+    return mean, error, interval(mean, error), independent_error(values)
+
+
+def perplexity_of(scores: NDArray[np.void], errors: TextErrors) -> Perplexity:
+    """Perplexity of positions ``scores`` [n] of dtype SCORE, and its error from that of its logarithm."""
+    nll, error, bounds, independent = _mean(scores["nll"], errors)
     ppl = float(np.exp(nll))
-    return Perplexity(ppl, ppl * nll_se, len(scores))
+    return Perplexity(
+        ppl=ppl,
+        ppl_se=None if error is None else ppl * error,
+        ppl_ci95=None if bounds is None else (float(np.exp(bounds[0])), float(np.exp(bounds[1]))),
+        ppl_se_independent=ppl * independent,
+        count=len(scores),
+        error_df=errors.df,
+    )
 
 
-def divergence_of(scores: NDArray[np.void]) -> Divergence:
+def divergence_of(scores: NDArray[np.void], errors: TextErrors) -> Divergence:
     """Figures of positions ``scores`` [n] of dtype SCORE against the base."""
-    count = len(scores)
-    kld, kld_se = mean_and_error(scores["kld"])
-    top1 = float(np.mean(scores["same_top"]))
-    # The error of a mean difference is that of the differences: llama-perplexity's variances less covariance.
-    ratio, ratio_se = mean_and_error(scores["nll"] - scores["nll_base"])
     p_diff = np.exp(-scores["nll"]) - np.exp(-scores["nll_base"])
-    p_mean, p_mean_se = mean_and_error(p_diff)
-    p_square, p_square_se = mean_and_error(np.square(p_diff))
-    p_rms = float(np.sqrt(p_square))
+    square, square_error, _, square_independent = _mean(np.square(p_diff), errors)
+    rms = float(np.sqrt(square))
+    slope = 0.5 / rms if rms > 0 else 0.0  # of the root
+    rms_error = None if square_error is None else slope * square_error
+    means = {
+        "kld": _mean(scores["kld"], errors),
+        "top1": _mean(scores["same_top"], errors),
+        # The error of a mean difference is that of the differences: variances less covariance.
+        "ln_ppl_ratio": _mean(scores["nll"] - scores["nll_base"], errors),
+        "p_diff_mean": _mean(p_diff, errors),
+        "p_diff_rms": (rms, rms_error, interval(rms, rms_error), slope * square_independent),
+    }
+    figures: dict[str, Any] = {
+        f"{name}{suffix}": figure
+        for name, mean in means.items()
+        for suffix, figure in zip(("", "_se", "_ci95", "_se_independent"), mean, strict=True)
+    }
     return Divergence(
-        kld=kld,
-        kld_se=kld_se,
+        **figures,
         kld_max=float(scores["kld"].max()),
         kld_percentiles={f"{q:g}": float(np.percentile(scores["kld"], q)) for q in PERCENTILES},
-        top1=top1,
-        top1_se=float(np.sqrt(top1 * (1.0 - top1) / (count - 1))) if count > 1 else 0.0,
-        ln_ppl_ratio=ratio,
-        ln_ppl_ratio_se=ratio_se,
-        p_diff_mean=p_mean,
-        p_diff_mean_se=p_mean_se,
-        p_diff_rms=p_rms,
-        p_diff_rms_se=0.5 / p_rms * p_square_se if p_rms > 0 else 0.0,
     )
+
+
+def difference_of(scores: NDArray[np.void], rival: NDArray[np.void], errors: TextErrors) -> Difference:
+    """Positions ``scores`` [n] of dtype SCORE less those of ``rival`` [n], the same tokens."""
+    kld, kld_error, kld_bounds, _ = _mean(scores["kld"] - rival["kld"], errors)
+    nll, nll_error, nll_bounds, _ = _mean(scores["nll"] - rival["nll"], errors)
+    return Difference(
+        kld_diff=kld,
+        kld_diff_se=kld_error,
+        kld_diff_ci95=kld_bounds,
+        kld_diff_resolved=_resolved(kld_bounds),
+        ln_ppl_diff=nll,
+        ln_ppl_diff_se=nll_error,
+        ln_ppl_diff_ci95=nll_bounds,
+        ln_ppl_diff_resolved=_resolved(nll_bounds),
+    )
+
+
+def _resolved(bounds: Interval | None) -> bool:
+    return bounds is not None and not bounds[0] <= 0 <= bounds[1]

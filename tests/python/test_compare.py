@@ -24,6 +24,8 @@ from ggml_ext.errors import GgmlExtError
 
 REQUIRED = (
     "model", "bytes", "bits_per_weight", "ppl", "ppl_se", "kld", "kld_se", "top1", "pp_tps", "tg_tps",
+    "ppl_ci95", "kld_ci95", "kld_se_independent", "rival", "kld_diff", "kld_diff_se", "kld_diff_resolved",
+    "differences", "error_df", "error_method",
 )  # fmt: skip
 CTX = 64
 
@@ -74,6 +76,7 @@ def test_command_writes_table_json_report_and_plot(folder: Path, tmp_path: Path)
     assert all(
         row["ppl"] > 1 and row["ppl_se"] > 0 and row["pp_tps"] > 0 and row["tg_tps"] > 0 for row in rows
     )
+    assert_differences(base, q8, q4)
     assert [row["bytes"] for row in rows] == [Path(row["model"]).stat().st_size for row in rows]
     assert base["pp_ratio"] == base["tg_ratio"] == 1.0
     assert all(len(row["pp_samples"]) == 2 for row in rows)
@@ -83,10 +86,66 @@ def test_command_writes_table_json_report_and_plot(folder: Path, tmp_path: Path)
         assert f"| {name} | " in text
         assert f"{row['ppl']:.3f} ± {row['ppl_se']:.3f}" in text
         assert f"{row['ppl']:.3f} ± {row['ppl_se']:.3f}" in done.stdout
+    difference = f"+{q4['kld_diff']:.6f} ± {q4['kld_diff_se']:.6f}"
+    assert difference in text
+    assert difference in done.stdout
+    assert "are resolved" in text
     assert base["text_sha256"] in text
     assert "llama-bench -m MODEL -p 512 -n 128" in text
     assert done.stdout.splitlines()[-1].startswith("compared 2 models with ")
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+
+
+def assert_differences(base: dict[str, Any], best: dict[str, Any], other: dict[str, Any]) -> None:
+    """Paired, against the model with the next lower KL divergence, and against every other one."""
+    for row in (base, best):
+        assert row["rival"] is None
+        assert row["kld_diff"] is None
+    assert base["differences"] is None
+    assert other["rival"] == best["model"]
+    assert other["kld_diff"] == pytest.approx(other["kld"] - best["kld"])
+    assert other["ln_ppl_diff"] == pytest.approx(other["ln_ppl_ratio"] - best["ln_ppl_ratio"])
+    assert other["kld_diff_resolved"]
+    assert other["kld_diff_ci95"][0] > 0
+    assert best["differences"][0] is None
+    assert best["differences"][1]["model"] == other["model"]
+    assert best["differences"][1]["kld_diff"] == pytest.approx(-other["kld_diff"])
+    for row in (best, other):
+        low, high = row["kld_ci95"]
+        assert (low + high) / 2 == pytest.approx(row["kld"])
+        assert (high - low) / 2 == pytest.approx(1.959964 * row["kld_se"])
+        assert row["error_df"] >= 1
+
+
+def test_a_difference_that_is_none_is_not_resolved(folder: Path, tmp_path: Path) -> None:
+    """Two equal files: the table, the report and the plot must not rank them."""
+    twin = tmp_path / "tiny-twin.gguf"
+    twin.write_bytes((folder / "tiny-Q4_0.gguf").read_bytes())
+    models = [folder / "tiny-Q4_0.gguf", twin]
+    rows = compare(folder / "tiny-f16.gguf", models, folder / "text.txt", ctx=CTX, rounds=0, layers=0)
+    assert [row["rival"] for row in rows] == [None, None, str(models[0])]
+    assert rows[2]["kld_diff"] == pytest.approx(0, abs=1e-9)
+    assert not rows[2]["kld_diff_resolved"]
+    names = report.short_names(rows)
+    sentence = (
+        f"Not resolved on this text (95 % interval of the difference holds 0): {names[2]} and {names[1]}"
+    )
+    assert sentence in report.resolution(rows)
+    assert sentence in report.markdown(rows, threads=None, rounds=0)
+
+
+def test_a_text_of_one_window_has_no_errors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text((folder / "text.txt").read_text()[:230])
+    out = tmp_path / "out.json"
+    base, other = folder / "tiny-f16.gguf", folder / "tiny-Q4_0.gguf"
+    done = cli("compare", base, other, "-f", tmp_path / "one.txt", "--ctx", CTX, "--rounds", 0, "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert "too short to tell errors" in done.stdout
+    rows = json.loads(out.read_text())
+    assert rows[1]["windows"] == 1
+    assert rows[1]["kld_se"] is None
+    assert rows[1]["kld_ci95"] is None
+    assert rows[1]["kld_se_independent"] > 0
 
 
 def test_figures_that_were_not_measured_are_null(folder: Path) -> None:
@@ -127,7 +186,9 @@ def test_bits_per_weight_of_fq4(tmp_path: Path) -> None:
 
 def row(name: str, bits: float, kld: float | None) -> dict[str, Any]:
     return {
-        "model": f"{name}.gguf", "bits_per_weight": bits, "kld": kld, "kld_se": 0.0001, "types": {"FQ4": 1},
+        "model": f"{name}.gguf", "bits_per_weight": bits, "kld": kld, "types": {"FQ4": 1},
+        "kld_ci95": None if kld is None else (kld - 0.02, kld + 0.02),
+        "rival": "m0.gguf", "kld_diff_ci95": (-0.001, 0.002), "kld_diff_resolved": False,
         "text": "t", "tokens_scored": 1, "ctx": 64,
     }  # fmt: skip
 

@@ -24,6 +24,7 @@ from ggml_ext import cli, evaluate, journal, scoring, tools, windows
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.evaluate import Evaluation, perplexity
 from ggml_ext.llama import Model
+from ggml_ext.standard_error import NORMAL, TextErrors
 
 CTX = 64
 
@@ -80,7 +81,7 @@ def test_perplexity_equals_llama_perplexity(folder: Path, ctx: int, tmp_path: Pa
     )
     ours = perplexity(folder / "base.gguf", text, ctx=ctx)
     assert ours.ppl == pytest.approx(theirs, rel=1e-5)
-    assert ours.ppl_se == pytest.approx(their_error, rel=1e-4)
+    assert ours.ppl_se_independent == pytest.approx(their_error, rel=1e-4)
 
 
 def test_model_without_bos(folder: Path, tmp_path: Path) -> None:
@@ -106,13 +107,14 @@ def test_divergence_agrees_with_llama_perplexity(folder: Path, tmp_path: Path) -
     assert ours.divergence is not None
     kld, kld_se = figure(theirs, "Mean    KLD")
     assert ours.divergence.kld == pytest.approx(kld, rel=2e-3, abs=1e-6)
-    assert ours.divergence.kld_se == pytest.approx(kld_se, rel=1e-2, abs=1e-6)
+    assert ours.divergence.kld_se_independent == pytest.approx(kld_se, rel=1e-2, abs=1e-6)
     ratio, ratio_se = figure(theirs, r"Mean ln\(PPL\(Q\)/PPL\(base\)\)")
     assert ours.divergence.ln_ppl_ratio == pytest.approx(ratio, abs=3e-5)
-    assert ours.divergence.ln_ppl_ratio_se == pytest.approx(ratio_se, rel=1e-2, abs=1e-6)
+    assert ours.divergence.ln_ppl_ratio_se_independent == pytest.approx(ratio_se, rel=1e-2, abs=1e-6)
     # One position in 2000 may tie in their 16-bit logits.
     assert 100 * ours.divergence.top1 == pytest.approx(figure(theirs, "Same top p")[0], abs=0.06)
-    assert 100 * ours.divergence.top1_se == pytest.approx(figure(theirs, "Same top p")[1], abs=2e-3)
+    top1_se = figure(theirs, "Same top p")[1]
+    assert 100 * ours.divergence.top1_se_independent == pytest.approx(top1_se, abs=2e-3)
     assert 100 * ours.divergence.p_diff_rms == pytest.approx(figure(theirs, "RMS Δp")[0], abs=2e-3)
     assert 100 * ours.divergence.p_diff_mean == pytest.approx(figure(theirs, "Mean    Δp")[0], abs=2e-3)
 
@@ -150,18 +152,27 @@ def test_divergence_equals_plain_computation(folder: Path) -> None:
     count = kld.size
     assert result.perplexity.count == count
     assert result.perplexity.ppl == pytest.approx(np.exp(nll.mean()), rel=1e-5)
-    assert result.perplexity.ppl_se == pytest.approx(
+    assert result.perplexity.ppl_se_independent == pytest.approx(
         np.exp(nll.mean()) * nll.std() / np.sqrt(count - 1), rel=1e-4
     )
     assert result.divergence is not None
     assert result.divergence.kld == pytest.approx(kld.mean(), rel=1e-4)
-    assert result.divergence.kld_se == pytest.approx(kld.std() / np.sqrt(count - 1), rel=1e-3)
+    assert result.divergence.kld_se_independent == pytest.approx(kld.std() / np.sqrt(count - 1), rel=1e-3)
     # llama.cpp's own rounding differs a little with the size of a batch.
     assert result.divergence.kld_max == pytest.approx(kld.max(), rel=1e-2)
     assert result.divergence.kld_percentiles["95"] == pytest.approx(np.percentile(kld, 95), rel=2e-3)
     top1 = (base.argmax(-1) == model.argmax(-1)).mean()
     assert result.divergence.top1 == pytest.approx(top1, abs=1.5 / count)
-    assert result.divergence.top1_se == pytest.approx(np.sqrt(top1 * (1 - top1) / (count - 1)), rel=1e-2)
+    independent = np.sqrt(top1 * (1 - top1) / (count - 1))
+    assert result.divergence.top1_se_independent == pytest.approx(independent, rel=1e-2)
+    errors = TextErrors(len(tokens), CTX // 2 - 1, CTX)
+    assert result.divergence.kld_se == pytest.approx(errors.error(kld.ravel()), rel=2e-3)
+    nll_error = errors.error(nll.ravel())
+    assert nll_error is not None
+    assert result.perplexity.ppl_se == pytest.approx(np.exp(nll.mean()) * nll_error, rel=1e-3)
+    assert result.perplexity.ppl_ci95 == pytest.approx(
+        [np.exp(nll.mean() - NORMAL * nll_error), np.exp(nll.mean() + NORMAL * nll_error)], rel=1e-3
+    )
 
 
 def test_model_against_itself(folder: Path, tmp_path: Path) -> None:
@@ -184,13 +195,6 @@ def test_score_of_known_distributions() -> None:
     np.testing.assert_allclose(scores["nll_base"], -np.log([0.25, 0.1]), rtol=1e-6)
     np.testing.assert_allclose(scores["kld"], [0.25 * np.log(2), 0.0], atol=1e-7)
     assert scores["same_top"].tolist() == [False, True]
-
-
-def test_standard_errors_are_those_of_the_mean() -> None:
-    random = np.random.default_rng(0)
-    trials = np.array([scoring.mean_and_error(random.normal(2.0, 3.0, 400)) for _ in range(2000)])
-    assert trials[:, 0].std() == pytest.approx(trials[:, 1].mean(), rel=0.06)
-    assert trials[:, 1].mean() == pytest.approx(3.0 / 20, rel=0.01)
 
 
 def test_scoring_a_large_vocabulary_takes_little_memory() -> None:
@@ -565,4 +569,4 @@ def test_books_model_equals_llama_perplexity(shared_dir: Path, tmp_path: Path) -
     theirs, their_error = figure(llama_perplexity(model, "-f", str(text), "-c", "512"), "Final estimate: PPL")
     ours = perplexity(model, text)
     assert ours.ppl == pytest.approx(theirs, rel=1e-5)
-    assert ours.ppl_se == pytest.approx(their_error, rel=1e-4)
+    assert ours.ppl_se_independent == pytest.approx(their_error, rel=1e-4)
