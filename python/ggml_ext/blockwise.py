@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.fold import fold, folded, unfold
 from ggml_ext.rounding import Rounded, grid, relative_error, round_matrix
+from ggml_ext.rounding.hessian import Hessian, choose_shrinkage, expert_moments, expert_shrinkage
 from ggml_ext.rounding.learned import Learned, Matrix
 from ggml_ext.rules import FLOAT_TYPES
 from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteKind, SiteStats, SiteTransform
@@ -58,11 +59,12 @@ def encode_block(
     }
     for kind in SITE_KINDS:
         hessians = _Hessians(transforms[kind], stats[kind])
-        for linear in sites[kind].linears:
-            name = linear.tensor
-            data[name], errors[name] = _rounded(weights[name], name, hessians, job)
+        names = [linear.tensor for linear in sites[kind].linears]
+        found = _rounded({name: weights[name] for name in names}, hessians, job)
+        data |= found[0]
+        errors |= found[1]
     if job.refine is not None:
-        learned = job.refine(_matrices(sites, transforms, weights, data, job))
+        learned = job.refine(_for_learning(sites, transforms, weights, data, job))
         notes["block"] = {"learned_before": learned.before, "learned_after": learned.after}
         for kind in SITE_KINDS:
             hessians = _Hessians(transforms[kind], stats[kind])
@@ -96,11 +98,20 @@ def transformed(
     for kind, site in sites.items():
         changed |= fold(site, transforms[kind], tensors)
     weights = {
-        linear.tensor: transforms[kind].weight(tensors.pop(linear.tensor))
+        linear.tensor: _moved(tensors.pop(linear.tensor), transforms[kind])
         for kind in SITE_KINDS
         for linear in sites[kind].linears
     }
     return weights, {name: tensors[name] for name in sorted(changed & tensors.keys())}
+
+
+def _moved(weight: Tensor, transform: SiteTransform) -> Tensor:
+    """W T^-T, expert by expert: the arithmetic in float64 takes several times the matrix."""
+    if weight.dim() == 2:
+        return transform.weight(weight)
+    for expert in weight:
+        expert.copy_(transform.weight(expert))
+    return weight
 
 
 def _on_cpu(transform: SiteTransform) -> SiteTransform:
@@ -135,41 +146,57 @@ def _read_others(sites: Mapping[SiteKind, Site], tensors: dict[str, Tensor], sou
 
 
 class _Hessians:
-    """Second moments of a site's transformed inputs, one expert's or everybody's."""
+    """Second moments of a site's transformed inputs, one expert's or everybody's, shrunk for GPTQ."""
 
     def __init__(self, transform: SiteTransform, stats: SiteStats) -> None:
         self._transform = transform
         self._stats = stats
-        self._shared: Tensor | None = None
 
-    def of(self, expert: int | None) -> Tensor:
-        """float64 [n, n]. An expert that no calibration token reached gets everybody's."""
+    @cached_property
+    def shared(self) -> Hessian:
+        """Of all tokens."""
+        measured = self._transform.hessian(self._stats.hessian.cpu())
+        sample = self._transform.apply(self._stats.sample.cpu())
+        return Hessian(measured, choose_shrinkage(measured, self._stats.n_tokens, sample))
+
+    def of(self, expert: int | None) -> Hessian:
+        """Of the tokens that an expert got; everybody's if there were none. Not kept: those of all experts
+        together are large."""
         own, tokens = self._stats.expert_hessian, self._stats.expert_tokens
-        if expert is not None and own is not None and (tokens is None or int(tokens[expert]) > 0):
-            return self._transform.hessian(own[expert].cpu())
-        if self._shared is None:
-            self._shared = self._transform.hessian(self._stats.hessian.cpu())
-        return self._shared
-
-    def matrices(self, weight: Tensor) -> list[tuple[NDArray[np.float32], Tensor]]:
-        """(matrix [rows, n], second moments) of each expert, or of the one matrix that ``weight`` is."""
-        if weight.dim() == 2:
-            return [(np.ascontiguousarray(weight.numpy()), self.of(None))]
-        return [(np.ascontiguousarray(w.numpy()), self.of(i)) for i, w in enumerate(weight)]
+        if expert is None or own is None or tokens is None or int(tokens[expert]) == 0:
+            return self.shared
+        count, shared = int(tokens[expert]), self.shared
+        measured = expert_moments(self._transform.hessian(own[expert].cpu()), count, shared.measured)
+        return Hessian(measured, expert_shrinkage(count, len(measured), shared.shrinkage))
 
 
-def _rounded(weight: Tensor, name: str, hessians: _Hessians, job: Job) -> tuple[Bytes, float]:
-    """The matrix's encoding, and its error: the mean over the experts if there are several."""
-    method = "gptq" if job.rounding == "learned" else job.rounding
-    if method == "gptq" and not _has_grid(job.types[name]):
-        method = "imatrix"
-    parts: list[Rounded] = []
-    for w, hessian in hessians.matrices(weight):
-        try:
-            parts.append(round_matrix(w, job.types[name], method, hessian, threads=job.threads))
-        except GgmlExtError as exc:
-            raise GgmlExtError(f"{name}: {exc}") from exc
-    return np.concatenate([part.data for part in parts]), float(np.mean([part.error for part in parts]))
+def _matrices(weight: Tensor) -> list[tuple[int | None, NDArray[np.float32]]]:
+    """(expert, matrix [rows, n]) of each expert, or (None, the one matrix that ``weight`` is)."""
+    if weight.dim() == 2:
+        return [(None, np.ascontiguousarray(weight.numpy()))]
+    return [(i, np.ascontiguousarray(w.numpy())) for i, w in enumerate(weight)]
+
+
+def _rounded(
+    weights: Mapping[str, Tensor], hessians: _Hessians, job: Job
+) -> tuple[dict[str, Bytes], dict[str, float]]:
+    """The encodings of a site's matrices, and their errors: the means over the experts if there are several.
+
+    Expert by expert: all matrices that read the same inputs share their moments' factors.
+    """
+    parts: dict[str, list[Rounded]] = {name: [] for name in weights}
+    for group in zip(*(_matrices(weight) for weight in weights.values()), strict=True):
+        hessian = hessians.of(group[0][0])
+        for name, (_, w) in zip(weights, group, strict=True):
+            method = "gptq" if job.rounding == "learned" else job.rounding
+            if method == "gptq" and not _has_grid(job.types[name]):
+                method = "imatrix"
+            try:
+                parts[name].append(round_matrix(w, job.types[name], method, hessian, threads=job.threads))
+            except GgmlExtError as exc:
+                raise GgmlExtError(f"{name}: {exc}") from exc
+    data = {name: np.concatenate([part.data for part in its]) for name, its in parts.items()}
+    return data, {name: float(np.mean([part.error for part in its])) for name, its in parts.items()}
 
 
 def _has_grid(type_name: str) -> bool:
@@ -179,14 +206,14 @@ def _has_grid(type_name: str) -> bool:
 def _error(weight: Tensor, data: Bytes, type_name: str, hessians: _Hessians) -> float:
     """The error of an encoding, as _rounded gives it."""
     errors, first = [], 0
-    for w, hessian in hessians.matrices(weight):
+    for expert, w in _matrices(weight):
         part = native.dequantize(type_name, data[first : first + len(w)], w.shape[1])
-        errors.append(relative_error(w, part, hessian))
+        errors.append(relative_error(w, part, hessians.of(expert).measured))
         first += len(w)
     return float(np.mean(errors))
 
 
-def _matrices(
+def _for_learning(
     sites: Mapping[SiteKind, Site],
     transforms: Mapping[SiteKind, SiteTransform],
     weights: Mapping[str, Tensor],

@@ -22,6 +22,7 @@ from ggml_ext.device import require_device
 from ggml_ext.hidden import free_bytes
 from ggml_ext.mixes import BODY
 from ggml_ext.rounding import round_matrix
+from ggml_ext.rounding.hessian import Hessian
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats
 
 _N = 512  # order of the matrices that rates are measured on
@@ -172,4 +173,4 @@ def _rounding(method: recipes.Method, threads: int) -> float:
     hessian = (x.T @ x / len(x)).double()
     type_name = BODY.get(method.type_name, method.type_name)
     how = "gptq" if method.rounding == "learned" else method.rounding
-    return _timed(lambda: round_matrix(w.numpy(), type_name, how, hessian, threads=threads))
+    return _timed(lambda: round_matrix(w.numpy(), type_name, how, Hessian(hessian), threads=threads))

@@ -13,6 +13,7 @@ from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.rounding import NAMES, grid, relative_error, round_matrix
 from ggml_ext.rounding.gptq import round_gptq
+from ggml_ext.rounding.hessian import Hessian
 from ggml_ext.rounding.kernels import descend, gptq_fq4, gptq_grid
 
 TYPES = ("fq4", "q4_0", "iq4_xs", "q4_k", "q5_k", "q6_k", "nvfp4", "mxfp4")
@@ -154,14 +155,14 @@ def test_descent_lowers_the_error(type_name: str, rows: int, seed: int) -> None:
 def test_gptq_beats_importances_on_the_output(type_name: str) -> None:
     w, h = _weights(48, 512, 5), _hessian(512, 5)
     errors = {
-        name: round_matrix(w, type_name, name, h, threads=1).error for name in NAMES if name != "learned"
+        name: round_matrix(w, type_name, name, Hessian(h), threads=1).error for name in NAMES if name != "learned"
     }
     assert errors["gptq"] < 0.8 * min(errors["rtn"], errors["imatrix"])
 
 
 @pytest.mark.parametrize("type_name", ["fq4", "q4_k", "q4_0"])
 def test_gptq_does_not_depend_on_threads(type_name: str) -> None:
-    w, h = _weights(200, 512, 6), _hessian(512, 6)
+    w, h = _weights(200, 512, 6), Hessian(_hessian(512, 6))
     assert np.array_equal(round_gptq(w, type_name, h, threads=1), round_gptq(w, type_name, h, threads=3))
 
 
@@ -170,17 +171,18 @@ def test_channels_without_activity_are_rounded_to_nearest() -> None:
     w, h = _weights(16, 256, 7), _hessian(256, 7)
     h[:, 50:90] = 0
     h[50:90] = 0
-    data = round_gptq(w, "fq4", h)
+    data = round_gptq(w, "fq4", Hessian(h))
     dead = (native.dequantize("fq4", data, 256) - w)[:, 50:90]
     assert np.sqrt(np.square(dead).mean()) < 0.3 * w.std()
-    assert np.isfinite(native.dequantize("q4_k", round_gptq(w, "q4_k", torch.zeros(256, 256)), 256)).all()
+    nothing = Hessian(torch.zeros(256, 256))
+    assert np.isfinite(native.dequantize("q4_k", round_gptq(w, "q4_k", nothing), 256)).all()
 
 
 def test_zero_rows_stay_zero() -> None:
     w = _weights(4, 256)
     w[1] = 0
     for type_name in TYPES:
-        values = native.dequantize(type_name, round_gptq(w, type_name, _hessian(256)), 256)
+        values = native.dequantize(type_name, round_gptq(w, type_name, Hessian(_hessian(256))), 256)
         assert not values[1].any()
         assert values[0].any()
 
@@ -188,17 +190,17 @@ def test_zero_rows_stay_zero() -> None:
 def test_what_gptq_cannot_do_is_refused() -> None:
     w, h = _weights(2, 256), _hessian(256)
     with pytest.raises(GgmlExtError, match=r"gptq: no level grid for type q8_0; use one of"):
-        round_gptq(w, "q8_0", h)
+        round_gptq(w, "q8_0", Hessian(h))
     with pytest.raises(GgmlExtError, match=r"rows of 240 weights do not fit the blocks of fq4"):
-        round_gptq(w[:, :240].copy(), "fq4", h[:240, :240])
+        round_gptq(w[:, :240].copy(), "fq4", Hessian(h[:240, :240]))
     w[1, 3] = np.inf
     with pytest.raises(GgmlExtError, match="NaN or Inf"):
-        round_gptq(w, "fq4", h)
+        round_gptq(w, "fq4", Hessian(h))
 
 
 def test_float_types_are_copies() -> None:
     w = _weights(3, 64)
-    rounded = round_matrix(w, "f32", "gptq", _hessian(64))
+    rounded = round_matrix(w, "f32", "gptq", Hessian(_hessian(64)))
     assert np.array_equal(native.dequantize("f32", rounded.data, 64), w)
     assert rounded.error == 0
 

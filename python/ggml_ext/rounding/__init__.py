@@ -12,6 +12,7 @@ import torch
 from ggml_ext import native
 from ggml_ext.rounding.gptq import round_gptq
 from ggml_ext.rounding.grid import Bytes, Floats
+from ggml_ext.rounding.hessian import Hessian
 
 NAMES = ("rtn", "imatrix", "gptq", "learned")
 
@@ -28,16 +29,16 @@ def round_matrix(
     w: Floats,
     type_name: str,
     method: str,
-    hessian: torch.Tensor | None,
+    hessian: Hessian | None,
     *,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Rounded:
     """Encodes w float32 [rows, n] with the method "rtn", "imatrix" or "gptq".
 
-    hessian [n, n]: mean of x^T x over the inputs x of the matrix; only rtn does without. Float types are
-    copies, whatever the method. progress is called with the number of weights done. Raises GgmlExtError
-    for what the method or the type cannot do.
+    hessian: second moments of the matrix's inputs; only rtn does without. Float types are copies, whatever
+    the method. progress is called with the number of weights done. Raises GgmlExtError for what the method or
+    the type cannot do.
     """
     if method == "gptq" and type_name not in _FLOATS:
         assert hessian is not None
@@ -46,7 +47,7 @@ def round_matrix(
         importance = None
         if method != "rtn" and type_name not in _FLOATS:
             assert hessian is not None
-            importance = hessian.diagonal().float().numpy()
+            importance = _importances(hessian.measured)
         data = native.quantize(
             type_name,
             w,
@@ -54,9 +55,19 @@ def round_matrix(
             threads=threads,
             progress=None if progress is None else lambda n: progress(n * w.shape[1]),
         )
-    return Rounded(data, relative_error(w, native.dequantize(type_name, data, w.shape[1]), hessian))
+    measured = None if hessian is None else hessian.measured
+    return Rounded(data, relative_error(w, native.dequantize(type_name, data, w.shape[1]), measured))
 
 
+def _importances(hessian: torch.Tensor) -> Floats:
+    """The diagonal. Channels that were never active count a little: ggml's encoders write zeros where all
+    importances are 0."""
+    diagonal: Floats = hessian.diagonal().float().numpy()
+    mean = float(diagonal.mean())
+    return np.maximum(diagonal, _LEAST_IMPORTANCE * mean) if mean != 0 else np.ones_like(diagonal)
+
+
+_LEAST_IMPORTANCE = 1e-6  # of the mean
 _TINY = float(np.finfo(np.float32).tiny)
 _FLOATS = ("f32", "f16", "bf16")
 

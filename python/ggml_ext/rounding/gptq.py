@@ -8,48 +8,31 @@ the one whose rounded block costs least in GPTQ's own measure, the sum of e_j^2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.rounding import grid as grids
 from ggml_ext.rounding.grid import Bytes, Floats
+from ggml_ext.rounding.hessian import Hessian
 from ggml_ext.rounding.kernels import descend, gptq_fq4, gptq_grid
 
-_DAMPING = 0.01  # of the Hessian's mean diagonal; the paper's value
 _COLUMNS = 256  # per step, or one block where blocks are larger
 _SWEEPS = 4
 _FACTORS = (0.92, 0.96, 1.04, 1.08)  # on the fp16 scales of the best candidate
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """``u`` float32 [n, n]: upper triangular with (H + damping)^-1 = U^T U."""
-
-    u: Floats
-
-    def block(self, first: int, last: int) -> tuple[Floats, Floats]:
-        """U of the columns first .. last - 1, and its inverse."""
-        u = self.u[first:last, first:last]
-        inverse = torch.linalg.solve_triangular(
-            torch.from_numpy(u).double(), torch.eye(last - first, dtype=torch.float64), upper=True
-        )
-        return np.ascontiguousarray(u), inverse.float().numpy()
-
-
 def round_gptq(
     w: Floats,
     type_name: str,
-    hessian: torch.Tensor,
+    hessian: Hessian,
     *,
     threads: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Bytes:
-    """Encodes w float32 [rows, n] for the inputs' second moments ``hessian`` [n, n].
+    """Encodes w float32 [rows, n] for inputs with the second moments ``hessian``.
 
     progress is called with the number of weights done. Raises GgmlExtError if the type has no grid of
     levels, the rows do not fit its blocks, or weights or moments are not finite.
@@ -62,9 +45,9 @@ def round_gptq(
         )
     if n % grids.block_size(type_name):
         raise GgmlExtError(f"rounding gptq: rows of {n} weights do not fit the blocks of {type_name}")
-    if not (np.isfinite(w).all() and torch.isfinite(hessian).all()):
+    if not (np.isfinite(w).all() and hessian.finite):
         raise GgmlExtError("rounding gptq: NaN or Inf among the weights or activations; the model is damaged")
-    factors = _factorise(hessian)
+    factors = hessian.factors
     left = w.astype(np.float32, copy=True)
     data = np.empty((rows, native.row_size(type_name, n)), np.uint8)
     for first, last in _steps(n, grids.block_size(type_name)):
@@ -81,18 +64,6 @@ def _steps(n: int, block: int) -> Iterator[tuple[int, int]]:
     step = max(block, _COLUMNS // block * block)
     for first in range(0, n, step):
         yield first, min(first + step, n)
-
-
-def _factorise(hessian: torch.Tensor) -> _Factors:
-    h = hessian.double().clone()
-    mean = float(h.diagonal().mean())
-    h.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
-    factor = torch.linalg.cholesky(h)
-    del h  # large: at most three such matrices at a time beside the caller's
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    u = torch.linalg.cholesky(inverse, upper=True)
-    return _Factors(np.ascontiguousarray(u.float().numpy()))
 
 
 def _round_columns(
@@ -127,7 +98,7 @@ def _rounded(w: Floats, type_name: str, data: Bytes, u: Floats, threads: int) ->
     return grids.encode(type_name, data, levels), err, cost
 
 
-def _polish(w: Floats, type_name: str, data: Bytes, hessian: torch.Tensor, threads: int) -> Bytes:
-    """Coordinate descent on the undamped error; it can only lower it."""
-    grid, changes = descend(grids.decode(type_name, data), w, hessian.float().numpy(), _SWEEPS, threads)
+def _polish(w: Floats, type_name: str, data: Bytes, hessian: Hessian, threads: int) -> Bytes:
+    """Coordinate descent on the error by the shrunk H, undamped; it can only lower it."""
+    grid, changes = descend(grids.decode(type_name, data), w, hessian.shrunk, _SWEEPS, threads)
     return grids.encode(type_name, data, grid.levels) if changes else data

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.sites import Site, SiteStats, SiteTransform
+from ggml_ext.sites import Site, SiteStats, SiteTransform, identity
 from ggml_ext.transforms import awq, flatquant, hadamard, none, smoothquant
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
@@ -24,6 +26,8 @@ __all__ = [
     "train",
 ]
 
+_SILENT = 1e-30  # mean square below which float32 arithmetic on the moments underflows
+
 _SOLVERS: dict[str, Callable[[Site, SiteStats, TransformRequest], SiteTransform]] = {
     "none": none.solve,
     "smoothquant": smoothquant.solve,
@@ -38,8 +42,13 @@ FOLDED = frozenset({"none", "smoothquant", "awq"})  # nothing is left to do at r
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
     """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that T
-    and T^-T belong to each other exactly. Raises GgmlExtError for an unknown name or type and for statistics
-    with NaN or Inf."""
+    and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v, up
+    or layer): nothing can be learned about it, and nothing is lost. Raises GgmlExtError for an unknown name or
+    type and for statistics with NaN or Inf."""
     if request.name not in _SOLVERS:
         raise GgmlExtError(f"no transform {request.name}; there are: {', '.join(NAMES)}")
+    if not bool(torch.isfinite(stats.hessian).all() and torch.isfinite(stats.absmax).all()):
+        raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
+    if float(stats.hessian.diagonal().mean()) < _SILENT:
+        return identity(site.n)
     return _SOLVERS[request.name](site, stats, request)

@@ -3,13 +3,13 @@ loss without any forward pass. docs/flatquant.md."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.sites import Site, SiteStats, SiteTransform
+from ggml_ext.sites import Site, SiteStats, SiteTransform, identity
 from ggml_ext.transforms.clip import with_best_clip
 from ggml_ext.transforms.diagonal import smooth
 from ggml_ext.transforms.kronecker import Factors
@@ -30,15 +30,15 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
     """Minimises the closed-form loss with Adam, from Hadamard factors after a SmoothQuant diagonal or none.
 
     Returns the best of the iterates looked at whose stored factors have condition numbers of at most
-    MAX_CONDITION; the start is one of them. notes: "loss_start", "loss", "condition" (the largest of a
-    factor), "rejected" (iterates that were ill-conditioned). Raises GgmlExtError for statistics with NaN or
-    Inf.
+    MAX_CONDITION; the start is one of them. The identity if the moments are too singular for the start.
+    notes: "loss_start", "loss", "condition" (the largest of a factor), "rejected" (iterates that were
+    ill-conditioned).
     """
-    if not bool(torch.isfinite(stats.hessian).all()):
-        raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
     loss = Loss(site, stats, request)
     clip = torch.tensor(_START_CLIP if request.clips else 1.0).logit().requires_grad_(request.clips)
     best, lowest = _start(site, stats, request, loss, float(clip.detach().sigmoid()))
+    if lowest == math.inf:
+        return with_best_clip(identity(site.n), site, stats, request)
     first, rejected = lowest, 0
     factors = Factors(site, best)
     groups: list[dict[str, Any]] = [{"params": list(factors.parameters.values()), "lr": _FACTOR_RATE}]
@@ -48,7 +48,10 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(request.steps, 1))
     for step in range(1, request.steps + 1):
         optimiser.zero_grad()
-        loss.surrogate(factors, clip.sigmoid()).backward()
+        try:
+            loss.surrogate(factors, clip.sigmoid()).backward()
+        except torch.linalg.LinAlgError:  # a factor became singular: no way back from there
+            break
         optimiser.step()
         schedule.step()
         if step == request.steps or step % max(1, request.steps // _CHECKS) == 0:
@@ -56,7 +59,7 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
             if condition(candidate) > MAX_CONDITION:
                 rejected += 1
                 continue
-            value = loss.value(Factors(site, candidate), float(clip.detach().sigmoid()))
+            value = _value(loss, site, candidate, float(clip.detach().sigmoid()))
             if value < lowest:
                 best, lowest = candidate, value
     notes = {
@@ -77,8 +80,17 @@ def _start(
     alpha = ALPHA if request.alpha is None else request.alpha
     diagonals = [smooth(site, stats, alpha), torch.ones(site.n, dtype=torch.float64)]
     starts = [Factors(site, initial(site, diag, structure)).transform() for diag in diagonals]
-    losses = [loss.value(Factors(site, start), clip) for start in starts]
+    losses = [_value(loss, site, start, clip) for start in starts]
     return min(zip(starts, losses, strict=True), key=lambda pair: pair[1])
+
+
+def _value(loss: Loss, site: Site, candidate: SiteTransform, clip: float) -> float:
+    """The loss of a candidate; infinite where it cannot be computed."""
+    try:
+        value = loss.value(Factors(site, candidate), clip)
+    except torch.linalg.LinAlgError:
+        return math.inf
+    return value if math.isfinite(value) else math.inf
 
 
 def initial(site: Site, diag: torch.Tensor, structure: Structure) -> SiteTransform:
@@ -93,6 +105,8 @@ def initial(site: Site, diag: torch.Tensor, structure: Structure) -> SiteTransfo
 
 
 def condition(transform: SiteTransform) -> float:
-    """Largest condition number of a factor other than the diagonal."""
-    matrices = (transform.head, transform.left, transform.right)
-    return max((float(torch.linalg.cond(m)) for m in matrices if m is not None), default=1.0)
+    """Largest condition number of a factor other than the diagonal; infinite if a value is NaN or Inf."""
+    matrices = [m for m in (transform.head, transform.left, transform.right) if m is not None]
+    if not all(bool(m.isfinite().all()) for m in (transform.diag, *matrices)):
+        return math.inf
+    return max((float(torch.linalg.cond(m)) for m in matrices), default=1.0)

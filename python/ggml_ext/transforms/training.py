@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ggml_ext import native
 from ggml_ext.rounding import round_matrix
-from ggml_ext.sites import Linear, Site, SiteKind, SiteTransform
+from ggml_ext.rounding.hessian import Hessian, choose_shrinkage
+from ggml_ext.sites import Linear, Site, SiteKind, SiteStats, SiteTransform
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.flatquant import MAX_CONDITION, condition
 from ggml_ext.transforms.kronecker import Factors
@@ -58,13 +59,19 @@ def train(
             queue = torch.randperm(len(batches), generator=order).tolist()
         index = queue.pop()
         optimiser.zero_grad()
-        _relative_error(state.run(batches[index]), targets[index]).backward()
+        try:
+            _relative_error(state.run(batches[index]), targets[index]).backward()
+        except torch.linalg.LinAlgError:  # a factor became singular: no way back from there
+            break
         optimiser.step()
         schedule.step()
         if step == request.train_steps or step % max(1, request.train_steps // _CHECKS) == 0:
             candidate = state.transforms()
+            conditions = [condition(transform) for transform in candidate.values()]
+            if math.inf in conditions:
+                break
             state.encode()
-            if any(condition(transform) > MAX_CONDITION for transform in candidate.values()):
+            if max(conditions) > MAX_CONDITION:
                 continue
             loss = state.loss_of(candidate, checks)
             if loss < lowest:
@@ -106,7 +113,7 @@ class _State:
         request: TransformRequest,
     ) -> None:
         self._block, self._request = block, request
-        self._moments = {kind: s.hessian for kind, s in block.collect(batches, sample_tokens=2).items()}
+        self._stats = block.collect(batches)
         self._learned = self._build(transforms)
 
     def _build(self, transforms: Mapping[SiteKind, SiteTransform]) -> dict[SiteKind, _Learned]:
@@ -151,10 +158,10 @@ class _State:
     def encode(self) -> None:
         """Rounds the transformed matrices as the file's will be."""
         for kind, part in self._learned.items():
-            moments = part.factors.moments(self._moments[kind])
+            hessian = self._hessian(part.factors, self._stats[kind])
             for linear in part.site.linears:
                 w = part.factors.weights(linear.weight)
-                part.noise[linear.tensor] = self._rounded(linear, w, moments) - w
+                part.noise[linear.tensor] = self._rounded(linear, w, hessian) - w
 
     def run(self, hidden: Tensor) -> Tensor:
         weights = {
@@ -172,13 +179,18 @@ class _State:
 
         return read
 
-    def _rounded(self, linear: Linear, w: Tensor, moments: Tensor) -> Tensor:
+    def _hessian(self, factors: Factors, stats: SiteStats) -> Hessian:
+        moments = factors.moments(stats.hessian).cpu()
+        sample = factors.inputs(stats.sample).cpu()
+        return Hessian(moments, choose_shrinkage(moments, stats.n_tokens, sample))
+
+    def _rounded(self, linear: Linear, w: Tensor, hessian: Hessian) -> Tensor:
         type_name = self._request.type_of(linear)
         method = "gptq" if self._request.rounding == "learned" else self._request.rounding
         decoded = []
         for matrix in w.reshape(-1, *w.shape[-2:]).cpu():
             rows = np.ascontiguousarray(matrix.numpy())
-            data = round_matrix(rows, type_name, method, moments.cpu(), threads=torch.get_num_threads()).data
+            data = round_matrix(rows, type_name, method, hessian, threads=torch.get_num_threads()).data
             decoded.append(torch.from_numpy(native.dequantize(type_name, data, rows.shape[1])))
         return torch.stack(decoded).view(w.shape).to(w.device)
 
@@ -187,4 +199,5 @@ def _relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Squared error relative to the target's power, token by token, then the mean: what reads the hidden
     states normalises each token, and a few tokens are so large that they would drown the others."""
     error = (output.float() - target.float()).square().sum(-1)
-    return (error / target.float().square().sum(-1)).mean()
+    power = target.float().square().sum(-1)
+    return (error / power.clamp_min(torch.finfo(power.dtype).tiny)).mean()
