@@ -58,6 +58,8 @@ class Held:
         self._file.seek(0)
         self._file.write(text)
         self._file.truncate()
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def drop_unplanned(self) -> None:
         """Removes what was made before there was a plan: there is nothing to go on with."""
@@ -145,7 +147,7 @@ def _runs_elsewhere(other: owner.Owner) -> bool:
 def _require_ours(folder: Path, facts: _Facts | None) -> None:
     """Raises GgmlExtError unless the folder is empty or a calibration's. ``facts``: what its lock says."""
     if (folder / plans.FILE).exists():
-        if facts is None and (_size(folder / LOCK) or not plans.is_plan(folder)):
+        if facts is None and not plans.is_plan(folder):  # a plan tells, if a power failure cost the lock
             raise _foreign(folder, folder / plans.FILE)
         return
     for path in sorted(folder.iterdir()):

@@ -104,7 +104,8 @@ class Journal:
         file = self._file(facts)
         if file is None or not file.exists():
             return []
-        data, step, windows = file.read_bytes(), self._window_bytes + _CHECK_BYTES, []
+        data, step = file.read_bytes(), self._window_bytes + _CHECK_BYTES
+        windows: list[NDArray[np.void]] = []
         for start in range(0, len(data), step):
             window, check = np.split(np.frombuffer(data[start : start + step], "u1"), [self._window_bytes])
             if check.tobytes() != self._check(digest(facts), len(windows), window.tobytes()):

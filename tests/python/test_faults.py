@@ -33,6 +33,9 @@ FAULTS = {
     "mkdir": (errno.EROFS, [(os, "mkdir")]),
 }
 
+HARMLESS = ("chmod", "symlink", "flock")
+"""What some file systems refuse always; nothing depends on it."""
+
 
 class Faults:
     """Calls of some functions that concern files below ``folder``; number ``fails`` of them fails."""
@@ -134,7 +137,7 @@ def test_every_call_fails_once(
         atomic.tidy()  # as at the process's end
         calls = faults.calls
         error = capsys.readouterr().err
-        assert status in (0, 1)
+        assert status in ((0,) if fault in HARMLESS else (0, 1))
         assert "Traceback" not in error
         if status == 1:
             (line,) = [line for line in error.splitlines() if line.startswith("ggml-ext: error: ")]
