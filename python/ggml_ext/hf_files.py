@@ -51,10 +51,10 @@ class Entry:
         return sum(1 for n in self.shape if n > 1) >= 2
 
 
-def shown(name: str) -> str:
-    """A name out of a file as it may stand in a message: printable, one line, not long."""
-    text = name if name.isprintable() else ascii(name)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def shown(text: str, most: int = 120) -> str:
+    """A name or line of a stranger's as it may stand in a message: printable, ``most`` characters."""
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read_json(path: Path, *, unique: bool = False) -> Any:
