@@ -187,9 +187,11 @@ class Model:
     def tokenize(self, text: bytes) -> NDArray[np.int32]:
         """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it; all of it is plain text.
 
-        Raises GgmlExtError for a vocabulary that cannot tokenize it, and for a text with longer runs than
-        there is stack for (stack.py).
+        Raises GgmlExtError for a model without a vocabulary, one that cannot tokenize this text, and a text
+        with longer runs than there is stack for (stack.py).
         """
+        if self._api.llama_vocab_type(self.vocab) == self._api.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would abort
+            raise GgmlExtError(f"{self.path}: holds no tokenizer; use a complete model file")
         return stack.call(lambda: self._tokenize(text), self.longest_run(text))
 
     def longest_run(self, text: bytes) -> int:

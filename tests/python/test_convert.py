@@ -326,6 +326,7 @@ def test_a_split_model_is_read_whole(base: Path, tmp_path: Path) -> None:
     shapes = open_gguf(src).tensors
     for number, part in enumerate((shapes[:5], shapes[5:])):
         writer = gguf.GGUFWriter(tmp_path / f"m-{number + 1:05}-of-00002.gguf", "llama")
+        writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", 2)
         for tensor in part:
             with source.reading(tensor) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -312,3 +313,11 @@ def test_types_that_the_gguf_package_does_not_know(model: Path, tmp_path: Path) 
         out = tmp_path / f"{type_name}.gguf"
         convert(model, out, type_name=type_name, threads=1)
         assert type_name.upper() in {kind.type for kind in inspect(out).types}
+
+
+def test_a_model_without_a_tokenizer(text: Path, tmp_path: Path) -> None:
+    data = tiny_bpe.write(tmp_path / "m.gguf").read_bytes()
+    old, new = (struct.pack("<IQ", 8, 4) + name for name in (b"gpt2", b"none"))
+    assert data.count(old) == 1
+    (tmp_path / "m.gguf").write_bytes(data.replace(old, new))
+    assert "holds no tokenizer" in fails("perplexity", tmp_path / "m.gguf", "-f", text, "--ctx", "64")
