@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ def _student_within(t: float, df: int) -> float:
     return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
 
 
-def independent_error(values: NDArray[np.generic]) -> float:
+def independent_error(values: NDArray[Any]) -> float:
     """sqrt(var / (n - 1)) of ``values`` [n]: llama-perplexity's error, right for independent tokens only."""
     count = len(values)
     return float(np.std(values, dtype=np.float64) / math.sqrt(count - 1)) if count > 1 else 0.0
@@ -87,7 +88,7 @@ class TextErrors:
         """[df, pieces], each of unit square sum."""
         count = len(self._starts)
         phases = np.pi * np.outer(np.arange(1, self.df + 1), np.arange(count) + 0.5) / count
-        return np.sqrt(2 / count) * np.cos(phases)
+        return np.asarray(np.sqrt(2 / count) * np.cos(phases))
 
     @cached_property
     def _scale(self) -> float:
@@ -103,7 +104,7 @@ class TextErrors:
         widening = student_quantile(self.df) / NORMAL
         return float(widening * math.sqrt(lost * count) / self._lengths.sum())
 
-    def errors(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+    def errors(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Standard errors [...] of the means over the last axis of ``values`` [..., windows * rows].
 
         Widened by t(df) / NORMAL, so that the mean -+ NORMAL errors is the 95 % interval. Needs ``df`` > 0.
@@ -111,9 +112,9 @@ class TextErrors:
         sums = np.add.reduceat(values, self._starts, axis=-1, dtype=np.float64)
         mean = sums.sum(axis=-1, keepdims=True) / self._lengths.sum()
         weighted = (sums - mean * self._lengths) @ self._cosines.T
-        return self._scale * np.sqrt(np.square(weighted).mean(axis=-1))
+        return np.asarray(self._scale * np.sqrt(np.square(weighted).mean(axis=-1)))
 
-    def error(self, values: NDArray[np.generic]) -> float | None:
+    def error(self, values: NDArray[Any]) -> float | None:
         """The error of the mean of ``values`` [windows * rows]; None where ``df`` is 0."""
         return float(self.errors(values)) if self.df > 0 else None
 
