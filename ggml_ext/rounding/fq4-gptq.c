@@ -190,6 +190,10 @@ int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const
             keep_better(&tables, x, u, refit_scale(x, u_inv, &best), &best);
         }
         if (!(best.d > 0.0f)) {
+            // A candidate that lost to nothing had a cost beyond a float, or NaN: zeros would be wrong.
+            if (ggml_ext_fq4_round_d(amax * (factors[N_FACTORS - 1] / 127.0f)) > 0.0f) {
+                return GGML_EXT_E_FINITE;
+            }
             best.cost = 0.0f;
         }
         pack(&best, (ggml_ext_block_fq4 *) ((char *) dst + row * stride));

@@ -168,6 +168,12 @@ static void fq4_try(const float * x, const float * weight, float d, struct fq4_c
     }
 }
 
+// What ggml_validate_row_data reports.
+static void fq4_refuse_block(ggml_ext_block_fq4 * block) {
+    memset(block, 0, sizeof(*block));
+    block->d = GGML_FP32_TO_FP16(NAN);
+}
+
 static void fq4_encode_block(const float * x, const float * weight, ggml_ext_block_fq4 * block) {
     float amax  = 0.0f;
     bool  valid = true;
@@ -177,8 +183,7 @@ static void fq4_encode_block(const float * x, const float * weight, ggml_ext_blo
         amax          = a > amax ? a : amax;
     }
     if (!valid) {
-        memset(block, 0, sizeof(*block));
-        block->d = GGML_FP32_TO_FP16(NAN);
+        fq4_refuse_block(block);
         return;
     }
 
@@ -189,6 +194,11 @@ static void fq4_encode_block(const float * x, const float * weight, ggml_ext_blo
     }
     for (int k = 0; k < FQ4_N_REFITS; k++) {
         fq4_try(x, weight, fq4_refit_d(x, weight, &best), &best);
+    }
+    // Weights too small for fp16 are zeros. Where there was a candidate, its cost overflowed: zeros would be wrong.
+    if (best.d == 0.0f && ggml_ext_fq4_round_d(amax * (fq4_factors[FQ4_N_FACTORS - 1] / 127.0f)) > 0.0f) {
+        fq4_refuse_block(block);
+        return;
     }
     fq4_pack(&best, block);
 }

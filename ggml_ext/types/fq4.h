@@ -40,8 +40,8 @@ GGML_API const int8_t ggml_ext_fq4_table[16][16];
 // holds a NaN, an Inf or a weight beyond 6e6 gets d = NaN, which ggml_validate_row_data reports.
 GGML_API void ggml_ext_fq4_quantize_row(const float * x, void * y, int64_t k);
 
-// The same for nrows rows, with the importance of each column (n_per_row values >= 0) or NULL.
-// Returns the bytes written.
+// The same for nrows rows, with the importance of each column (n_per_row values >= 0) or NULL. A block
+// whose importances make the error overflow a float gets d = NaN too. Returns the bytes written.
 GGML_API size_t ggml_ext_fq4_quantize(const float * src, void * dst, int64_t nrows, int64_t n_per_row,
                                       const float * imatrix);
 

@@ -97,7 +97,8 @@ class _Choice:
 def quantize(rows: NDArray[Any], imatrix: NDArray[Any] | None = None) -> Bytes:
     """rows [n, k], k a multiple of 256, importances [k] >= 0 or None -> uint8 [n, k / 256 * 138].
 
-    A block with a NaN or with weights beyond 6e6 gets d = NaN. Raises ValueError for a row length that is no
+    A block with a NaN, with weights beyond 6e6, or with importances that make the error overflow a float, gets
+    d = NaN. Raises ValueError for a row length that is no
     multiple of 256.
     """
     n, k = rows.shape
@@ -194,8 +195,10 @@ def _encode(x: Floats, weight: Floats) -> NDArray[np.void]:
     for _ in range(_N_REFITS):
         best.improve(_choose(x, weight, _refit_d(x, weight, best)))
     blocks = _pack(best)
-    blocks[~valid] = np.zeros((), _DTYPE)
-    blocks["d"][~valid] = np.nan
+    overflowed = (best.d == 0) & (_round_d(amax * (_FACTORS[-1] / np.float32(127))) > 0)
+    refused = ~valid | overflowed
+    blocks[refused] = np.zeros((), _DTYPE)
+    blocks["d"][refused] = np.nan
     return blocks
 
 

@@ -14,6 +14,9 @@ from ggml_ext.sites import SiteStats
 MAX_EXPERT_BYTES = 2**31
 """Second moments per expert are left out where all experts of a site would take more."""
 
+LARGEST_TOKEN = 16.0
+"""A token counts at most as much as so many median ones (``tempered``); docs/rounding.md has the figures."""
+
 PANEL = 1024
 """Rows of a second moment that one matrix product computes."""
 
@@ -28,6 +31,19 @@ def mirror(moment: Tensor) -> None:
     """Makes a sum of add_product whole: what is below the panels is copied from above the diagonal."""
     for i in range(PANEL, moment.shape[0], PANEL):
         moment[i : i + PANEL, :i] = moment[:i, i : i + PANEL].T
+
+
+def tempered(x: Tensor) -> Tensor:
+    """Tokens [tokens, n] of which the largest are scaled down, to LARGEST_TOKEN times the median |x|^2.
+
+    A window's first token, and few others, can carry activations thousands of times as large as the rest
+    (massive activations, arXiv 2402.17762); unscaled they would be all that the moments show, and what is
+    measured later are the other tokens.
+    """
+    power = x.square().sum(-1)
+    limit = LARGEST_TOKEN * power.median() if len(x) else power.new_zeros(())
+    large = (power > limit) & (limit > 0)
+    return torch.where(large[:, None], x * (limit / power).sqrt()[:, None], x) if bool(large.any()) else x
 
 
 class Sample:
@@ -68,7 +84,7 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Tokens [..., n] that the site's matrices read."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = tempered(x.reshape(-1, x.shape[-1]).float())
         add_product(self._hessian, x)
         self._absmax = torch.maximum(self._absmax, torch.maximum(x.amax(0), -x.amin(0)))
         self._sample.add(x)
@@ -79,7 +95,7 @@ class Moments:
         assert self._expert_tokens is not None
         self._expert_tokens[expert] += len(x)
         if self._expert_hessian is not None:
-            add_product(self._expert_hessian[expert], x.float())
+            add_product(self._expert_hessian[expert], tempered(x.float()))
 
     def finish(self) -> SiteStats:
         """The means; the object is used up. An expert that no token reached has a second moment of 0."""

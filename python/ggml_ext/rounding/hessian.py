@@ -19,7 +19,8 @@ from torch import Tensor
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.rounding.grid import Floats
 
-_DAMPING = 0.01  # of the mean diagonal; the GPTQ paper's value
+_DAMPING = 0.003  # of each channel's own diagonal
+_DEAD = 1e-6  # of the mean diagonal, for channels that were never active
 _SHRINKAGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0)
 _FEW_TOKENS = 64  # of the sample: fewer do not decide anything
 _OWN_TOKENS = 32  # after so many, an expert's variances count as much as those of all
@@ -86,9 +87,13 @@ def shrink(h: Tensor, shrinkage: float) -> Tensor:
 
 
 def _damped(h: Tensor) -> Tensor:
-    """H with a share of its mean diagonal added in place; H = 0 becomes the identity."""
-    mean = float(h.diagonal().mean())
-    h.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+    """H with more on its diagonal, in place; H = 0 becomes the identity.
+
+    A share of each channel's own variance: a share of the mean would be the largest channels' doing.
+    """
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    diagonal.mul_(1 + _DAMPING).add_(_DEAD * mean if mean > 0 else 1.0)
     return h
 
 

@@ -42,9 +42,9 @@ FOLDED = frozenset({"none", "smoothquant", "awq"})  # nothing is left to do at r
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
     """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that T
-    and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v, up
-    or layer): nothing can be learned about it, and nothing is lost. Raises GgmlExtError for an unknown name or
-    type and for statistics with NaN or Inf."""
+    and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v or
+    up, say): nothing can be learned about it, and nothing is lost. Raises GgmlExtError for an unknown name
+    or type and for statistics with NaN or Inf."""
     if request.name not in _SOLVERS:
         raise GgmlExtError(f"no transform {request.name}; there are: {', '.join(NAMES)}")
     if not bool(torch.isfinite(stats.hessian).all() and torch.isfinite(stats.absmax).all()):
