@@ -60,7 +60,7 @@ def ratio(samples: Sequence[float], reference: Sequence[float]) -> float:
 
 def command(model: Path, *, prompt: int, generate: int, threads: int | None) -> list[str]:
     """The llama-bench call of one round."""
-    args = ["-m", str(model.absolute()), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
+    args = ["-m", str(model), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
     return [str(tools.find("llama-bench").absolute()), *args, "-t", str(threads or physical_cores())]
 
 
@@ -73,7 +73,7 @@ def parse(output: str) -> tuple[float, float]:
 
 def _measure(model: Path, prompt: int, generate: int, threads: int | None) -> tuple[float, float]:
     """One llama-bench run. Raises GgmlExtError with its last line of output if it fails."""
-    call = command(model, prompt=prompt, generate=generate, threads=threads)
+    call = command(model.absolute(), prompt=prompt, generate=generate, threads=threads)
     done = subprocess.run(
         call,
         cwd=paths.bin_dir(),  # llama-bench loads backends that lie in the current folder

@@ -41,7 +41,7 @@ def trust_no_code(transformers: Any) -> None:
         return bool(has_remote_code and not has_local_code)
 
     def get_class(class_reference: Any, *_: Any, **__: Any) -> NoReturn:
-        repository, _, reference = str(class_reference).rpartition("--")
+        repository, _dashes, reference = str(class_reference).rpartition("--")
         raise RemoteCode(f"{reference.rpartition('.')[0]}.py" + (f" of {repository}" if repository else ""))
 
     def get_file(_folder: Any, module_file: Any = "a module", *_: Any, **__: Any) -> NoReturn:

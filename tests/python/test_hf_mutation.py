@@ -25,7 +25,7 @@ from ggml_ext.hf_files import DTYPE_BITS
 from ggml_ext.skeleton import open_skeleton
 
 N_HEADERS = int(os.environ.get("GGML_EXT_MUTANTS", 600))
-N_CONFIGS = int(os.environ.get("GGML_EXT_MUTANTS", 200))
+N_CONFIGS = int(os.environ.get("GGML_EXT_MUTANTS", 120))
 
 ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308]
 ODD += [float("nan"), float("inf"), "", "x", "\ud800", "\n\x1b[31m", "a" * 5000, "F16", "BF16", "F64", "I64"]
