@@ -166,11 +166,13 @@ def test_parts_with_too_few_tensors(tmp_path: Path) -> None:
         open_gguf(parts[0])
 
 
-def test_names_that_look_like_parts(whole: Path, tmp_path: Path) -> None:
+def test_names_that_look_like_parts(whole: Path, text: Path, tmp_path: Path) -> None:
     """A whole model may be called so; only its keys say that there are more."""
     named = tmp_path / "m-00001-of-00002.gguf"
     shutil.copy(whole, named)
     assert inspect(named).parameters == N_WEIGHTS
+    with Evaluation(named, [], text, ctx=64, threads=1) as evaluation:
+        assert len(evaluation._facts(named)) == 1
     assert named_parts(Path("x-00001-of-00002.gguf")) == [
         Path("x-00001-of-00002.gguf"),
         Path("x-00002-of-00002.gguf"),
