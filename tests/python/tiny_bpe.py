@@ -74,7 +74,7 @@ def write(path: Path, pre: str = "gpt-2", weights: Tensors | None = None) -> Pat
 
 
 def write_split(folder: Path, *, first_empty: bool = False, stem: str = "m") -> list[Path]:
-    """The model in three files, as llama-gguf-split cuts it: the first has the keys, and may have no tensor."""
+    """The model in three files, as llama-gguf-split cuts it: the keys are in the first, tensors maybe not."""
     folder.mkdir(parents=True, exist_ok=True)
     items = list(tensors().items())
     cuts = (0, 0, 5, len(items)) if first_empty else (0, 5, 9, len(items))
