@@ -142,7 +142,7 @@ class Evaluation:
         return len(self._journal.windows(self._facts(path)))
 
     def _facts(self, path: Path) -> list[Any]:
-        return [identity(part) for part in named_parts(path)]
+        return [identity(part) for part in named_parts(path) if part.exists()]
 
     def run(self) -> list[Result]:
         """Score everything that the journal lacks. Results: the base, then the models in their order."""

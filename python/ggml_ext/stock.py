@@ -39,7 +39,8 @@ def quantize(
     command: list[str | Path] = [tools.find("llama-quantize")]
     if overrides:
         listing = work / "tensor-types.txt"
-        listing.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in overrides.items()))
+        lines = "".join(f"^{re.escape(name)}$={kind}\n" for name, kind in overrides.items())
+        listing.write_text(lines, encoding="utf-8")
         command += ["--tensor-type-file", listing.resolve()]
     if importances is not None:
         command += ["--imatrix", importances.name]  # by name: the path lands in the file's metadata

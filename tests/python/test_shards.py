@@ -124,8 +124,10 @@ def test_any_part_changes_the_identity_of_importances(
     assert made[0] != made[1]
 
 
-NAMES = ("first.gguf", "m-00001-of-00003.GGUF", "m-00001-of-00003(1).gguf", "m-00001-of-00003 (1).gguf", "m-1-of-3.gguf",
-         "m-00001-of-00002.gguf", "m-00002-of-00003.gguf")  # fmt: skip
+NAMES = (
+    "first.gguf", "m-00001-of-00003.GGUF", "m-00001-of-00003(1).gguf", "m-00001-of-00003 (1).gguf",
+    "m-1-of-3.gguf", "m-00001-of-00002.gguf", "m-00002-of-00003.gguf",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,7 +145,7 @@ def test_a_first_part_under_another_name(name: str, parts: list[Path], tmp_path:
 
 def test_another_part_than_the_first(parts: list[Path]) -> None:
     for read in (inspect, open_gguf):
-        with pytest.raises(GgmlExtError, match="not the first part .*-00001-of-"):
+        with pytest.raises(GgmlExtError, match=r"not the first part .*-00001-of-"):
             read(parts[1])
 
 
@@ -162,15 +164,17 @@ def test_parts_with_too_few_tensors(tmp_path: Path) -> None:
     data = parts[0].read_bytes()
     assert data.count(key) == 1
     parts[0].write_bytes(data.replace(key + struct.pack("<i", 12), key + struct.pack("<i", 13)))
-    with pytest.raises(GgmlExtError, match="hold 12 tensors .* in place of 13"):
+    with pytest.raises(GgmlExtError, match=r"hold 12 tensors .* in place of 13"):
         open_gguf(parts[0])
 
 
-def test_names_that_look_like_parts(whole: Path, tmp_path: Path) -> None:
+def test_names_that_look_like_parts(whole: Path, text: Path, tmp_path: Path) -> None:
     """A whole model may be called so; only its keys say that there are more."""
     named = tmp_path / "m-00001-of-00002.gguf"
     shutil.copy(whole, named)
     assert inspect(named).parameters == N_WEIGHTS
+    with Evaluation(named, [], text, ctx=64, threads=1) as evaluation:
+        assert len(evaluation._facts(named)) == 1
     assert named_parts(Path("x-00001-of-00002.gguf")) == [
         Path("x-00001-of-00002.gguf"),
         Path("x-00002-of-00002.gguf"),

@@ -74,7 +74,7 @@ def write(path: Path, pre: str = "gpt-2", weights: Tensors | None = None) -> Pat
 
 
 def write_split(folder: Path, *, first_empty: bool = False, stem: str = "m") -> list[Path]:
-    """The model in three files, as llama-gguf-split cuts it: the first has all keys, and may have no tensor."""
+    """The model in three files, as llama-gguf-split cuts it: the keys are in the first, tensors maybe not."""
     folder.mkdir(parents=True, exist_ok=True)
     items = list(tensors().items())
     cuts = (0, 0, 5, len(items)) if first_empty else (0, 5, 9, len(items))
@@ -91,7 +91,7 @@ def write_split(folder: Path, *, first_empty: bool = False, stem: str = "m") -> 
 
 
 def write_imatrix(path: Path, zero: Sequence[tuple[str, slice]] = (), tiny: float = 0.0) -> Path:
-    """Importances of the block's matrices, those of ``zero`` (tensor, columns) ``tiny`` and the others about 1."""
+    """Importances of the block's matrices: about 1, but ``tiny`` in the columns that ``zero`` names."""
     random = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "")
     writer.add_string("general.type", "imatrix")
