@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ggml_ext import calibration_plan as plans
 from ggml_ext import given, hf, recipes, transforms
+from ggml_ext import plan as cost
 from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
@@ -39,7 +40,7 @@ from ggml_ext.outputs import check_folder
 from ggml_ext.progress import track
 from ggml_ext.recipes import Method
 from ggml_ext.rounding.learned import Learned, Matrix, refine_block
-from ggml_ext.samples import windows
+from ggml_ext.samples import enough, few_tokens, windows
 from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
 from ggml_ext.skeleton import open_skeleton
 from ggml_ext.source import Source, open_gguf
@@ -93,7 +94,11 @@ def calibrate(
     hf.check(request.source)
     for line in hf.remarks(request.source):
         warn(line)
-    open_skeleton(request.source)  # an unknown family is refused before the model is converted
+    skeleton = open_skeleton(request.source)  # an unknown family is refused before the model is converted
+    widest = cost.widest(skeleton)
+    if not request.method.samples:
+        method = replace(request.method, samples=enough(request.ctx, widest))
+        request = replace(request, method=method)
     content = read_text(request.text)
     sha256 = hashlib.sha256(content).hexdigest()
     torch.manual_seed(request.seed)
@@ -122,6 +127,9 @@ def calibrate(
             plans.require_equal(found, plan, folder)
         for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
             warn(line)
+        remark = few_tokens(tokens.size, request.ctx, widest)
+        if remark is not None and plan.rounding in ("gptq", "learned"):
+            warn(remark)
         if plan.without_grid:
             kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
             warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
@@ -175,6 +183,7 @@ def _run(
         done.remove()  # left by a run that was killed before it could
     if missing == []:
         return errors
+    matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks)
     try:
         if missing[0] == 0 and not states[0].exists():
             with states[0].writing() as put:
@@ -182,7 +191,7 @@ def _run(
                     put(model.embed(batch))
         with track(len(missing), "calibration", "blocks") as advance:
             for index in missing:
-                found = _block(request, folder, plan, source, model.load(index), states)
+                found = _block(request, folder, plan, source, model.load(index), states, matrices)
                 errors.append(list(found.values()))
                 worst = max(found, key=lambda name: found[name])
                 advance(
@@ -205,7 +214,13 @@ def batch_size(ctx: int) -> int:
 
 
 def _block(
-    request: Request, folder: Path, plan: Plan, source: Source, block: Block, states: Sequence[Hidden]
+    request: Request,
+    folder: Path,
+    plan: Plan,
+    source: Source,
+    block: Block,
+    states: Sequence[Hidden],
+    matrices: given.Matrices | None,
 ) -> dict[str, float]:
     """Calibrates one block, writes its file, and returns the errors of its matrices."""
     before, after = states[block.index], states[block.index + 1]
@@ -214,11 +229,11 @@ def _block(
     with after.writing() as put:
         stats = block.collect(before.batches(size), put)
     device = torch.device(plan.device)
-    if request.matrices is not None:
-        solved = given.sites(request.matrices, block, plan.blocks, clips=plan.activation is not None)
+    if matrices is not None:
+        solved = given.sites(matrices, block, clips=plan.activation is not None)
     else:
         solved = _solve(plan, block, stats)
-    if request.matrices is None and trains(request.method):
+    if matrices is None and trains(request.method):
         wanted = _transform_request(plan)
         solved = transforms.train(block, solved, before.on(device, 1), after.on(device, 1), wanted)
 
@@ -235,8 +250,8 @@ def _block(
     learned = refine if plan.rounding == "learned" else None
     job = Job(plan.types, plan.rounding, request.threads, learned)
     packed, findings = encode_block(block.sites, stats, solved, source, job)
-    if request.matrices is not None:
-        packed |= given.cache_tensors(request.matrices, block)
+    if matrices is not None:
+        packed |= given.cache_tensors(matrices, block)
     save(block_path(folder, block.index), packed, findings)
     before.remove()
     if block.index == plan.blocks - 1:

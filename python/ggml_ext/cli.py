@@ -145,7 +145,8 @@ CalibrationCtxOption = Annotated[
     int, typer.Option("--ctx", min=16, help="Tokens per window of the calibration text.")
 ]
 SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help="Windows of the calibration text; 128 by default.")
+    int | None,
+    typer.Option(min=1, help="Windows of the calibration text; by default 128, or more for wide matrices."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 TrainStepsOption = Annotated[

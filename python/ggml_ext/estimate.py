@@ -23,7 +23,9 @@ from ggml_ext.hidden import free_bytes
 from ggml_ext.mixes import BODY
 from ggml_ext.rounding import round_matrix
 from ggml_ext.rounding.hessian import Hessian
+from ggml_ext.samples import enough
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats
+from ggml_ext.skeleton import open_skeleton
 
 _N = 512  # order of the matrices that rates are measured on
 _LEARNED_STEPS = 200  # rounding.learned's default
@@ -93,7 +95,7 @@ def estimate(request: Request, folder: Path) -> Estimate:
     dtype = DTYPES[request.dtype]
     found = plan.plan(
         request.source,
-        samples=method.samples,
+        samples=method.samples or enough(request.ctx, plan.widest(open_skeleton(request.source))),
         context=request.ctx,
         batch=batch_size(request.ctx),
         dtype=dtype,

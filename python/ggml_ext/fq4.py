@@ -97,8 +97,8 @@ class _Choice:
 def quantize(rows: NDArray[Any], imatrix: NDArray[Any] | None = None) -> Bytes:
     """rows [n, k], k a multiple of 256, importances [k] >= 0 or None -> uint8 [n, k / 256 * 138].
 
-    A block with a NaN, with weights beyond 6e6, or with importances that make the error overflow a float, gets
-    d = NaN. Raises ValueError for a row length that is no
+    A block with a NaN, with weights beyond 6e6, or with importances that make the error overflow a float,
+    gets d = NaN. Raises ValueError for a row length that is no
     multiple of 256.
     """
     n, k = rows.shape

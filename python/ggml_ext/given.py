@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +17,43 @@ from ggml_ext.sites import SiteKind, SiteTransform
 from ggml_ext.transforms.official import load_official, load_official_kv
 
 
-def sites(matrices: Path, block: Block, n_blocks: int, *, clips: bool) -> dict[SiteKind, SiteTransform]:
+@dataclass(frozen=True)
+class Matrices:
+    """``path``: the file. ``transforms``: of every block. ``cache``: P of k' = k P of each block, or None."""
+
+    path: Path
+    transforms: list[dict[SiteKind, SiteTransform]]
+    cache: list[Tensor | None]
+
+
+def load(path: Path, n_blocks: int) -> Matrices:
+    """Reads the file for a model of ``n_blocks``. Raises GgmlExtError for a file that is none
+    (transforms/official.py), or another model's."""
+    transforms = load_official(path)
+    if len(transforms) != n_blocks:
+        raise GgmlExtError(
+            f"{path}: transforms of {len(transforms)} blocks for a model of {n_blocks}; give this model's"
+        )
+    return Matrices(path, transforms, load_official_kv(path))
+
+
+def sites(matrices: Matrices, block: Block, *, clips: bool) -> dict[SiteKind, SiteTransform]:
     """The transforms of the block's sites.
 
     clips: keep the clips of activations. They were learned for activations of few bits; at 8 bits they would
-    only cut. Raises GgmlExtError for a file that is none (transforms/official.py), or another model's.
+    only cut. Raises GgmlExtError for another model's.
     """
-    saved = load_official(matrices)
-    if len(saved) != n_blocks:
-        raise GgmlExtError(
-            f"{matrices}: transforms of {len(saved)} blocks for a model of {n_blocks}; give this model's"
-        )
-    found = saved[block.index]
+    found = matrices.transforms[block.index]
     for kind, site in block.sites.items():
         if found[kind].n != site.n:
             raise GgmlExtError(
-                f"{matrices}: block {block.index}: {kind} has {found[kind].n} channels, the model {site.n}; "
-                "give this model's transforms"
+                f"{matrices.path}: block {block.index}: {kind} has {found[kind].n} channels, the model "
+                f"{site.n}; give this model's transforms"
             )
     return found if clips else {kind: replace(its, clip=1.0) for kind, its in found.items()}
 
 
-def cache_tensors(matrices: Path, block: Block) -> dict[str, Packed]:
+def cache_tensors(matrices: Matrices, block: Block) -> dict[str, Packed]:
     """The transform of the K cache and its inverse for the queries (fq_h in docs/gguf.md); empty if the file
     has none.
 
@@ -46,13 +61,13 @@ def cache_tensors(matrices: Path, block: Block) -> dict[str, Packed]:
     columns need not, since the queries get the inverse of the same matrix. Raises GgmlExtError for another
     head size.
     """
-    p = load_official_kv(matrices)[block.index]
+    p = matrices.cache[block.index]
     if p is None:
         return {}
     order = block.head_order()
     if len(p) != len(order):
         raise GgmlExtError(
-            f"{matrices}: block {block.index}: its K cache has heads of {len(p)}, the model's have "
+            f"{matrices.path}: block {block.index}: its K cache has heads of {len(p)}, the model's have "
             f"{len(order)} channels; give this model's transforms"
         )
     keys = p[torch.from_numpy(order)]

@@ -14,7 +14,7 @@ from ggml_ext.sites import SiteStats
 MAX_EXPERT_BYTES = 2**31
 """Second moments per expert are left out where all experts of a site would take more."""
 
-LARGEST_TOKEN = 16.0
+LARGEST_TOKEN = 64.0
 """A token counts at most as much as so many median ones (``tempered``); docs/rounding.md has the figures."""
 
 PANEL = 1024

@@ -107,6 +107,11 @@ def plan(
     )
 
 
+def widest(skeleton: Skeleton) -> int:
+    """Channels of the widest matrix in a block: down's, in most models."""
+    return max(n for n, _ in _shape(skeleton).sites)
+
+
 def _stored_experts(n: int, experts: int) -> int:
     """Experts of a site that second moments are kept for."""
     return experts if experts * n * n * 4 <= MAX_EXPERT_BYTES else 0

@@ -39,22 +39,21 @@ ACTIVATIONS: dict[str, tuple[int, int] | None] = {
 
 _DIAGONAL = ("smoothquant", "awq", "flatquant")
 _FP4 = ("nvfp4", "mxfp4")
-_DEFAULT_SAMPLES = 128
 
 
 @dataclass(frozen=True)
 class Method:
     """``type_name``: a ggml type or a mix. ``transform``, ``rounding``, ``activation``: names of the tuples
     above. ``transform_bits``: bits per weight that online factors may take, None for no limit. ``samples``:
-    windows of the calibration text. ``train_steps``: steps that train flatquant's transforms on each block's
-    output after they were solved."""
+    windows of the calibration text, 0 for as many as the widest matrix asks for. ``train_steps``: steps that
+    train flatquant's transforms on each block's output after they were solved."""
 
     type_name: str = "fq4"
     transform: str = "none"
     rounding: str = "rtn"
     activation: str = "a8"
     transform_bits: float | None = None
-    samples: int = _DEFAULT_SAMPLES
+    samples: int = 0
     train_steps: int = 0
 
     @property

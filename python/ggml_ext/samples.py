@@ -12,6 +12,29 @@ from numpy.typing import NDArray
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
 
+FEWEST_WINDOWS = 128
+TOKENS_PER_CHANNEL = 8
+"""Of the widest matrix, where nobody says how many windows to take; docs/rounding.md has the figures."""
+
+_FEW_PER_CHANNEL = 4.0  # fewer are worth a remark
+
+
+def enough(ctx: int, widest: int) -> int:
+    """Windows of ``ctx`` tokens that calibrate matrices of up to ``widest`` channels."""
+    return max(FEWEST_WINDOWS, -(-TOKENS_PER_CHANNEL * widest // ctx))
+
+
+def few_tokens(n_tokens: int, ctx: int, widest: int) -> str | None:
+    """A remark where ``n_tokens`` are few for matrices of ``widest`` channels, None where they are not."""
+    per_channel = n_tokens / widest
+    if per_channel >= _FEW_PER_CHANNEL:
+        return None
+    return (
+        f"only {per_channel:.2g} calibration tokens per channel of the widest matrix ({widest} channels), so "
+        f"rounding relies on little more than importances; a longer text and --samples {enough(ctx, widest)} "
+        f"give {TOKENS_PER_CHANNEL} or more"
+    )
+
 
 def windows(
     model: Path,
