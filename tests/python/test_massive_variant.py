@@ -1,15 +1,15 @@
-"""scripts/massive_variant.py: a massive first token that no diagonal undoes, in a model that stays what it was."""
+"""scripts/massive_variant.py: a massive first token that no diagonal undoes; the model stays what it was."""
 
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pydoc_data.topics
 import pytest
 import sentencepiece
 import torch
