@@ -4,8 +4,8 @@ The weights are real ones. The outlier variant is the same function with a diago
 whoever folds a diagonal rightly undoes it, and the loss must stay what it is without: a test of folding that
 says nothing about the outliers of large models (test_massive_variant.py has those). Rounding alone loses an
 order of magnitude there. What would break this: a diagonal or a factor that is not folded, transformed or
-applied where it should be, statistics taken in the wrong basis; and the bounds, a transform or a rounding that
-does nothing.
+applied where it should be, statistics taken in the wrong basis; the bounds also a transform or a rounding
+that does nothing.
 """
 
 from __future__ import annotations
