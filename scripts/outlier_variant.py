@@ -2,10 +2,11 @@
 """Makes a model whose activations have outlier channels and whose function is that of SRC_DIR in float32.
 
 It tests that diagonals are folded right, no more: the variant is a diagonal applied to the weights, which any
-transform with a diagonal undoes. scripts/massive_variant.py makes outliers that none can. 2 % of the channels that the attention and the feed-forward part read are 20 to 50 times
-larger: the gains of both norms are multiplied, the columns of the matrices that read them divided. So are the
-rows of the up-projection and the columns of the down-projection. For Hugging Face folders of the Llama family
-without biases (Llama, Mistral, Qwen3; experts are refused), whose norms multiply by their gain.
+transform with a diagonal undoes. scripts/massive_variant.py makes outliers that none can. 2 % of the channels
+that the attention and the feed-forward part read are 20 to 50 times larger: the gains of both norms are
+multiplied, the columns of the matrices that read them divided. So are the rows of the up-projection and the
+columns of the down-projection. For Hugging Face folders of the Llama family without biases (Llama, Mistral,
+Qwen3; experts are refused), whose norms multiply by their gain.
 
     scripts/outlier_variant.py SRC_DIR OUT_DIR [--share 0.02] [--seed 0]
 """

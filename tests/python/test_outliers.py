@@ -1,10 +1,11 @@
-"""Every recipe on the first block of the demo model: a bound on its loss, and folding where channels are large.
+"""Every recipe on the first block of the demo model: a bound on its loss, and folding of large channels.
 
 The weights are real ones. The outlier variant is the same function with a diagonal applied to the weights, so
-whoever folds a diagonal rightly undoes it, and its loss must stay what it is without: a test of folding, which
-says nothing about the outliers of large models (test_massive_variant.py). Rounding alone loses an order of
-magnitude there. What would break this: a diagonal or a factor that is not folded, transformed or applied where
-it should be, statistics taken in the wrong basis; the bounds: a transform or a rounding that does nothing.
+whoever folds a diagonal rightly undoes it, and the loss must stay what it is without: a test of folding that
+says nothing about the outliers of large models (test_massive_variant.py has those). Rounding alone loses an
+order of magnitude there. What would break this: a diagonal or a factor that is not folded, transformed or
+applied where it should be, statistics taken in the wrong basis; the bounds also a transform or a rounding
+that does nothing.
 """
 
 from __future__ import annotations
