@@ -72,8 +72,8 @@ def test_every_target_on_a_mixture(target: str, base: Path, tmp_path: Path) -> N
 def test_types_of_adapters(
     kind: gguf.GGMLQuantizationType, llama: Path, folded: Path, tmp_path: Path
 ) -> None:
-    """What is mapped becomes F32, so that it is rounded no further; what llama.cpp multiplies with Q8_0 has its
-    other factor rounded to 8 bits."""
+    """What is mapped becomes F32, so that it is rounded no further; what llama.cpp multiplies with
+    Q8_0 has its other factor rounded to 8 bits."""
     shapes = folds.shapes_of(llama, folds.TARGETS)
     adapter = folds.write_adapter(tmp_path / "a.gguf", shapes, kind=kind, rank=32)
     assert_same(llama, folded, [(adapter, 0.5)], 1e-6 if kind == F16 else 1e-3)
