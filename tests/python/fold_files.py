@@ -115,8 +115,8 @@ def shapes_of(path: Path, targets: Sequence[str]) -> dict[str, list[int]]:
 
 
 class AdapterModel:
-    """A model in this process: its log-probabilities of PROMPT with whatever adapters are asked for. The cache
-    is F32: values folded by 0.3 or by 3 round differently in F16."""
+    """A model in this process: its log-probabilities of PROMPT with whatever adapters are asked for. The
+    cache is F32: values folded by 0.3 or by 3 round differently in F16."""
 
     def __init__(self, path: Path) -> None:
         self._model = Model(path, threads=1)

@@ -45,10 +45,10 @@ def folded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model.write(tmp_path_factory.mktemp("folded") / "folded.gguf")
 
 
-def assert_same(original: Path, other: Path, adapters: folds.Adapters) -> None:
+def assert_same(original: Path, other: Path, adapters: folds.Adapters, at_most: float = 1e-6) -> None:
     with folds.AdapterModel(original) as a, folds.AdapterModel(other) as b:
         expected = a.log_probabilities(adapters)
-        assert folds.divergence(expected, b.log_probabilities(adapters)) <= 1e-6
+        assert folds.divergence(expected, b.log_probabilities(adapters)) <= at_most
         assert folds.divergence(expected, a.log_probabilities()) > 1e-3, "the adapter hardly acts"
 
 
@@ -72,10 +72,11 @@ def test_every_target_on_a_mixture(target: str, base: Path, tmp_path: Path) -> N
 def test_types_of_adapters(
     kind: gguf.GGMLQuantizationType, llama: Path, folded: Path, tmp_path: Path
 ) -> None:
-    """What is mapped becomes F32, so that it is rounded no further."""
+    """What is mapped becomes F32, so that it is rounded no further; what llama.cpp multiplies with
+    Q8_0 has its other factor rounded to 8 bits."""
     shapes = folds.shapes_of(llama, folds.TARGETS)
     adapter = folds.write_adapter(tmp_path / "a.gguf", shapes, kind=kind, rank=32)
-    assert_same(llama, folded, [(adapter, 0.5)])
+    assert_same(llama, folded, [(adapter, 0.5)], 1e-6 if kind == F16 else 1e-3)
 
 
 def test_two_adapters_and_other_scales_later(llama: Path, folded: Path, tmp_path: Path) -> None:
