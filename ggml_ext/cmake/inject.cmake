@@ -5,6 +5,8 @@
 #   ggml_ext/**/*-cpu.{c,cpp} every CPU backend: ggml-cpu, or ggml-cpu-<tag> with GGML_CPU_ALL_VARIANTS
 #   ggml_ext/**/*.{c,cpp}     ggml-base
 #   cuda/*.{cu,cpp}           ggml-cuda, where that is built
+#
+# Files named *-x86*, *-avx* are SIMD chosen at run time, see ops/x86.h.
 
 get_filename_component(GGML_EXT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
 
@@ -22,6 +24,14 @@ function(ggml_ext_include target)
         "${GGML_EXT_ROOT}/ggml_ext" "${GGML_EXT_ROOT}/ggml_ext/include")
 endfunction()
 
+# SIMD chosen at run time has the instructions of its function attributes and no others, whatever processor the rest is
+# compiled for. Both options are needed: -march does not take back a single -mavx512f, as upstream's variants have it.
+set(GGML_EXT_SIMD_OPTIONS "")
+if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8
+        AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT CMAKE_OSX_ARCHITECTURES)
+    set(GGML_EXT_SIMD_OPTIONS -march=x86-64 -mno-sse3 -mno-bmi2)
+endif()
+
 function(ggml_ext_inject target)
     ggml_ext_include(${target})
     target_sources(${target} PRIVATE ${ARGN})
@@ -31,7 +41,11 @@ function(ggml_ext_inject target)
         if (source MATCHES "\\.cu$")
             set(warnings ${GGML_EXT_CUDA_WARNINGS})
         endif()
-        set_property(SOURCE "${source}" TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS ${warnings})
+        set(simd "")
+        if (source MATCHES "/[^/]+-(x86|avx)[^/]*$")
+            set(simd ${GGML_EXT_SIMD_OPTIONS})
+        endif()
+        set_property(SOURCE "${source}" TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS ${warnings} ${simd})
     endforeach()
     set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} PROPERTY SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()
@@ -46,8 +60,12 @@ list(REMOVE_ITEM GGML_EXT_BASE_SOURCES ${GGML_EXT_CPU_SOURCES} ${GGML_EXT_LLAMA_
 file(GLOB GGML_EXT_CUDA_SOURCES CONFIGURE_DEPENDS "${GGML_EXT_ROOT}/cuda/*.cu" "${GGML_EXT_ROOT}/cuda/*.cpp")
 
 ggml_ext_inject(ggml-base ${GGML_EXT_BASE_SOURCES})
-ggml_ext_inject(llama ${GGML_EXT_LLAMA_SOURCES})
-ggml_ext_include(llama-common)
+if (TARGET llama)
+    ggml_ext_inject(llama ${GGML_EXT_LLAMA_SOURCES})
+endif()
+if (TARGET llama-common)
+    ggml_ext_include(llama-common)
+endif()
 
 get_property(GGML_EXT_GGML_TARGETS DIRECTORY "${GGML_EXT_LLAMA_DIR}/ggml/src" PROPERTY BUILDSYSTEM_TARGETS)
 foreach(target IN LISTS GGML_EXT_GGML_TARGETS)
@@ -68,11 +86,20 @@ if (TARGET ggml-cuda AND GGML_EXT_CUDA_SOURCES)
     target_include_directories(ggml-cuda PRIVATE "${GGML_EXT_ROOT}/cuda" "${GGML_EXT_LLAMA_DIR}/ggml/src/ggml-cuda")
 endif()
 
+# Both compile upstream's ggml-cuda.cu, whose patched lines ask for ext-cuda.h.
+foreach(target ggml-hip ggml-musa)
+    if (TARGET ${target})
+        target_include_directories(${target} PRIVATE "${GGML_EXT_ROOT}/cuda/stub")
+    endif()
+endforeach()
+
 # The same token for the same seed, whatever the processor: the paths of the sampler give the same bits.
-set(GGML_EXT_SAMPLER_SOURCES ${GGML_EXT_LLAMA_SOURCES})
-list(FILTER GGML_EXT_SAMPLER_SOURCES INCLUDE REGEX "/sampler[^/]*\\.cpp$")
-set_property(SOURCE ${GGML_EXT_SAMPLER_SOURCES} TARGET_DIRECTORY llama
-    APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
+if (TARGET llama)
+    set(GGML_EXT_SAMPLER_SOURCES ${GGML_EXT_LLAMA_SOURCES})
+    list(FILTER GGML_EXT_SAMPLER_SOURCES INCLUDE REGEX "/sampler[^/]*\\.cpp$")
+    set_property(SOURCE ${GGML_EXT_SAMPLER_SOURCES} TARGET_DIRECTORY llama
+        APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
+endif()
 
 # The encoder's results are part of the format's definition: the same bits from every compiler.
 file(GLOB GGML_EXT_TYPE_SOURCES "${GGML_EXT_ROOT}/ggml_ext/types/*.c")

@@ -20,10 +20,15 @@ struct ggml_ext_act_round_path {
     void (*round)(int64_t n, float scale, float q_max, const float * x, float * y);
 };
 
-// Fastest first; the last entry is the generic path, plain C, the reference of the others: all paths
-// give the same bits.
-GGML_API const struct ggml_ext_act_round_path ggml_ext_act_round_paths[];
-GGML_API const int                            ggml_ext_act_round_n_paths;
+// Plain C, always available: the reference of the others, which give the same bits. The x86 paths are in
+// act_round-x86-cpu.c.
+extern const struct ggml_ext_act_round_path ggml_ext_act_round_generic;
+extern const struct ggml_ext_act_round_path ggml_ext_act_round_avx512;
+extern const struct ggml_ext_act_round_path ggml_ext_act_round_avx2;
+
+// Fastest first; the last entry is the generic path.
+GGML_API const struct ggml_ext_act_round_path * const ggml_ext_act_round_paths[];
+GGML_API const int                                    ggml_ext_act_round_n_paths;
 
 #ifdef __cplusplus
 }

@@ -220,13 +220,9 @@ TARGET static void accumulate(const struct ggml_ext_attention_dims * dims, const
     WITH_CONSTANTS(rows->n_rows, dims->planes, accumulate_rows, dims, tile, rows);
 }
 
-static bool available(void) {
-    return ggml_ext_has_avx2();
-}
-
 const struct ggml_ext_attention_path ggml_ext_attention_avx2 = {
     .name       = "avx2",
-    .available  = available,
+    .available  = ggml_ext_has_avx2,
     .quantize   = ggml_ext_attention_quantize_avx2,
     .scales     = ggml_ext_attention_scales_avx2,
     .levels     = ggml_ext_attention_levels_avx2,

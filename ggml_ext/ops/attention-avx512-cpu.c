@@ -7,10 +7,6 @@
 
 #ifdef GGML_EXT_X86
 
-static bool available(void) {
-    return ggml_ext_has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-}
-
 // One load for all rows: GCC would load again in every vpdpbusd.
 EXPAND __m512i load_once(const void * x) {
     __m512i v = _mm512_load_si512(x);
@@ -266,7 +262,7 @@ TARGET static void accumulate(const struct ggml_ext_attention_dims * dims, const
 
 const struct ggml_ext_attention_path ggml_ext_attention_avx512 = {
     .name       = "avx512-vnni",
-    .available  = available,
+    .available  = ggml_ext_has_avx512_vbmi,
     .quantize   = ggml_ext_attention_quantize_avx512,
     .scales     = ggml_ext_attention_scales_avx2,
     .levels     = ggml_ext_attention_levels_avx512,

@@ -7,7 +7,7 @@
 
 #ifdef GGML_EXT_X86
 
-#    define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
+#    define TARGET GGML_EXT_AVX512_VBMI
 // As in struct ggml_ext_attention_path.
 float ggml_ext_attention_quantize_avx512(int n, int n_pad, const float * x, int8_t * codes);
 bool  ggml_ext_attention_levels_avx512(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate);

@@ -3,6 +3,7 @@
 #include "attention-cpu.h"
 #include "ggml-cpu.h"
 #include "ggml-quants.h"
+#include "x86.h"
 #define GGML_COMMON_IMPL_C
 #include "ggml-common.h"
 
@@ -174,7 +175,7 @@ struct ggml_ext_attention_source ggml_ext_attention_source_of(enum ggml_type typ
 // --- paths ---
 
 const struct ggml_ext_attention_path * const ggml_ext_attention_paths[] = {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef GGML_EXT_X86
     &ggml_ext_attention_avx512,
     &ggml_ext_attention_avx2,
 #endif

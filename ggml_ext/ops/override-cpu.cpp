@@ -30,7 +30,15 @@ size_t alignment(ggml_backend_buffer_type_t) {
     return 64;
 }
 
-// The buffer type whose entry in upstream's list lets us in. The loader puts FQ4 weights there.
+// The bytes are the file's, at their addresses: so llama.cpp locks them with --mlock, counts them as host memory, and
+// a GPU takes them as it takes a mapped file's.
+bool is_host(ggml_backend_buffer_type_t) {
+    return true;
+}
+
+// The buffer type whose entry in upstream's list lets us in. The loader puts FQ4 weights there. The list is made when
+// it is first asked for: a loader opens every variant of the library to ask what it needs, and code that runs on opening
+// would run on processors that lack it.
 class override_buffer_type : public ggml::cpu::extra_buffer_type {
   public:
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
@@ -56,19 +64,15 @@ class override_buffer_type : public ggml::cpu::extra_buffer_type {
     override_traits attention{ ggml_ext_cpu_attention };
 };
 
-override_buffer_type overrides;
-
-ggml_backend_buffer_type buffer_type = {
-    /* .iface   = */ { buffer_type_name, ggml_ext_fq4_buffer_alloc, alignment, nullptr, nullptr, nullptr },
-    /* .device  = */
-    nullptr,
-    /* .context = */ &overrides,
-};
-
-// After upstream's own entries, so that weights in a repacked buffer stay with the buffer's own code.
-const bool registered = [] {
-    ggml_backend_cpu_get_extra_buffer_types().push_back(&buffer_type);
-    return true;
-}();
-
 }  // namespace
+
+ggml_backend_buffer_type_t ggml_ext_cpu_buffer_type(void) {
+    static override_buffer_type     overrides;
+    static ggml_backend_buffer_type type = {
+        /* .iface   = */ { buffer_type_name, ggml_ext_fq4_buffer_alloc, alignment, nullptr, nullptr, is_host },
+        /* .device  = */
+        nullptr,
+        /* .context = */ &overrides,
+    };
+    return &type;
+}

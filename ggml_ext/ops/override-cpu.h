@@ -1,11 +1,11 @@
 // Upstream ops that ggml-ext computes on the CPU in place of upstream's code: products of FQ4 weights,
 // attention over a quantised cache. They are taken through upstream's list of extra buffer types, which every
-// op passes before the big switch of ggml_compute_forward (traits.cpp); no line of upstream is changed.
+// op passes before the big switch of ggml_compute_forward (traits.cpp).
 
 #ifndef GGML_EXT_OVERRIDE_CPU_H
 #define GGML_EXT_OVERRIDE_CPU_H
 
-#include "ggml.h"
+#include "ggml-backend.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -28,6 +28,9 @@ struct ggml_ext_cpu_override {
 // One per feature, in the feature's own file.
 extern const struct ggml_ext_cpu_override ggml_ext_cpu_fq4_mul_mat;  // MUL_MAT and MUL_MAT_ID
 extern const struct ggml_ext_cpu_override ggml_ext_cpu_attention;    // FLASH_ATTN_EXT
+
+// The entry that upstream's list gets, after its own: weights in a repacked buffer stay with that buffer's code.
+ggml_backend_buffer_type_t ggml_ext_cpu_buffer_type(void);
 
 #ifdef __cplusplus
 }

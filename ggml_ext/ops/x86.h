@@ -1,8 +1,11 @@
-// x86 SIMD of the ops, chosen at run time: function attributes give each path its instructions,
-// whatever flags the file is compiled with. Included by *-cpu.c and llama/sampler-*.cpp only.
+// x86 SIMD, chosen at run time: function attributes give each path its instructions. An attribute adds to what the
+// command line allows, and the compiler then uses all of it: files with these attributes are named *-x86*, *-avx*, and
+// cmake/inject.cmake compiles them for plain x86-64. Included by *-cpu.c and llama/sampler-*.cpp only.
 
 #ifndef GGML_EXT_X86_H
 #define GGML_EXT_X86_H
+
+#include "x86-features.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -11,17 +14,19 @@
 #    define GGML_EXT_X86 1
 #    include <immintrin.h>
 
-#    define GGML_EXT_AVX2   __attribute__((target("avx2,fma,f16c")))
-#    define GGML_EXT_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
+#    define GGML_EXT_ISA_AVX2        "avx2,fma,f16c,popcnt"
+#    define GGML_EXT_ISA_AVX512      GGML_EXT_ISA_AVX2 ",avx512f,avx512bw,avx512vl,avx512dq"
+#    define GGML_EXT_ISA_AVX512_VNNI GGML_EXT_ISA_AVX512 ",avx512vnni"
 
-static inline bool ggml_ext_has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+#    define GGML_EXT_AVX2        __attribute__((target(GGML_EXT_ISA_AVX2)))
+#    define GGML_EXT_AVX512      __attribute__((target(GGML_EXT_ISA_AVX512)))
+#    define GGML_EXT_AVX512_VNNI __attribute__((target(GGML_EXT_ISA_AVX512_VNNI)))
+#    define GGML_EXT_AVX512_VBMI __attribute__((target(GGML_EXT_ISA_AVX512_VNNI ",avx512vbmi")))
 
-static inline bool ggml_ext_has_avx512(void) {
-    return ggml_ext_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
+// Compilers know AVX-VNNI from GCC 11 and Clang 12 on.
+#    if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#        define GGML_EXT_AVX_VNNI __attribute__((target(GGML_EXT_ISA_AVX2 ",avxvnni")))
+#    endif
 
 // The first `count` lanes, all for 16 and more.
 static inline uint16_t ggml_ext_mask16(int64_t count) {

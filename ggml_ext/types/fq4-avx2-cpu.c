@@ -2,11 +2,9 @@
 
 #include "fq4-paths-cpu.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef GGML_EXT_X86
 
-#    include <immintrin.h>
-
-#    define FQ4_TARGET __attribute__((target("avx2,fma,f16c")))
+#    define FQ4_TARGET GGML_EXT_AVX2
 #    define FQ4_OFFSET 0
 
 // vpmaddubsw wants an unsigned operand: |w|, its sign moved to y. Pairs stay below 2 * 127 * 127 < 2^15, so nothing
@@ -18,12 +16,7 @@ FQ4_TARGET static inline __attribute__((always_inline)) __m256i fq4_mac(__m256i 
 
 #    include "fq4-x86-256.h"
 
-static bool available(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
-const struct ggml_ext_fq4_path ggml_ext_fq4_avx2 = {
-    "avx2", available, fq4_quantize, fq4_dots, fq4_decode, fq4_multiply
-};
+const struct ggml_ext_fq4_path ggml_ext_fq4_avx2 = { "avx2",   ggml_ext_has_avx2, fq4_quantize,
+                                                     fq4_dots, fq4_decode,        fq4_multiply };
 
 #endif

@@ -1,5 +1,4 @@
-// FQ4 products for AVX-512 with VNNI, chosen at run time: function attributes give each path its instructions,
-// whatever flags the file is compiled with.
+// FQ4 products for AVX-512 with VNNI.
 //
 // vpdpbusd multiplies unsigned with signed bytes: weights are decoded to T + 128, and a sum starts from the
 // activations' `start`, which takes the surplus off.
@@ -10,13 +9,12 @@
 #include "fq4-pairs-cpu.h"
 #include "fq4-paths-cpu.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef GGML_EXT_X86
 #    include <float.h>
-#    include <immintrin.h>
 #    include <math.h>
 #    include <string.h>
 
-#    define FQ4_VNNI   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#    define FQ4_VNNI   GGML_EXT_AVX512_VNNI
 #    define FQ4_INLINE static inline __attribute__((always_inline))
 
 // Bytes ahead, into the second-level cache: rows that follow each other are one stream from memory. docs/fq4.md has
@@ -24,12 +22,6 @@
 #    define FQ4_PREFETCH 6144
 
 typedef struct ggml_ext_fq4_act fq4_act;
-
-static bool has_vnni(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-}
 
 FQ4_VNNI static void quantize(int64_t k, const float * x, fq4_act * y) {
     const __m512i ones = _mm512_set1_epi8(1);
@@ -261,6 +253,8 @@ FQ4_VNNI static void decode(int n_rows, const void * x, size_t row_size, struct 
     }
 }
 
-const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni = { "avx512-vnni", has_vnni, quantize, dots, decode, multiply };
+const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni = { "avx512-vnni", ggml_ext_has_avx512_vnni,
+                                                            quantize,      dots,
+                                                            decode,        multiply };
 
 #endif

@@ -13,9 +13,9 @@
 #include <string.h>
 
 const struct ggml_ext_fq4_path * const ggml_ext_fq4_paths[] = {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef GGML_EXT_X86
     &ggml_ext_fq4_avx512_vnni,
-#    ifdef GGML_EXT_FQ4_HAS_AVXVNNI
+#    ifdef GGML_EXT_AVX_VNNI
     &ggml_ext_fq4_avxvnni,
 #    endif
     &ggml_ext_fq4_avx2,

@@ -4,11 +4,7 @@
 #define GGML_EXT_FQ4_PATHS_CPU_H
 
 #include "fq4-cpu.h"
-
-// AVX-VNNI: compilers from GCC 11 and Clang 12 on.
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
-#    define GGML_EXT_FQ4_HAS_AVXVNNI 1
-#endif
+#include "ops/x86.h"
 
 // NEON with dot products: where the file is compiled for them, or the choice at run time is possible.
 #if defined(__aarch64__) && defined(__GNUC__) && \

@@ -89,10 +89,34 @@ def _dlopen(ffi: Any, path: Path) -> Any:
         raise GgmlExtError(f"cannot load: {error}; {_REINSTALL}") from error
 
 
+def _cpu_library() -> Path:
+    """libggml-cpu; of a build with one per kind of processor (GGML_CPU_ALL_VARIANTS) the one that llama.cpp
+    would load here: the one that gives itself the highest score.
+
+    Raises GgmlExtError where there is none for this processor.
+    """
+    variants = sorted(paths.lib_dir().glob("libggml-cpu-*"))
+    if not variants:
+        return paths.library("ggml-cpu")
+    ffi = cffi.FFI()
+    ffi.cdef("int ggml_backend_score(void);")
+    scores: dict[Path, int] = {}
+    for path in variants:
+        library = _dlopen(ffi, path)
+        scores[path] = library.ggml_backend_score() if hasattr(library, "ggml_backend_score") else 0
+        ffi.dlclose(library)
+    best = max(variants, key=lambda path: scores[path])
+    if scores[best] <= 0:
+        raise GgmlExtError(
+            f"no CPU library in {paths.lib_dir()} is for this processor; build ggml-ext on this machine"
+        )
+    return best
+
+
 @lru_cache(maxsize=1)
 def _native() -> _Native:
     header = paths.include_dir() / "ggml-ext.h"
-    return _open(header, paths.library("ggml-base"), paths.library("ggml-cpu"))
+    return _open(header, paths.library("ggml-base"), _cpu_library())
 
 
 @lru_cache(maxsize=1)

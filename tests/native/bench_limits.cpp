@@ -4,6 +4,8 @@
 //
 //     bench_limits [--json] [--threads N] [--passes N] [--mib N]
 
+#include "ops/x86.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -15,13 +17,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#    define X86 1
-#    include <immintrin.h>
-#else
-#    define X86 0
-#endif
 
 #if defined(__clang__)
 #    define COMPILER "clang " __clang_version__
@@ -76,7 +71,7 @@ uint64_t read_plain(const uint8_t * p, size_t n) {
     return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
-#if X86
+#ifdef GGML_EXT_X86
 __attribute__((target("avx2"))) uint64_t read_avx2(const uint8_t * p, size_t n) {
     __m256i     sum[8];
 #    pragma GCC unroll 8
@@ -118,7 +113,7 @@ int64_t macs_scalar(int64_t n) {
     return (int64_t) acc[0] + acc[1] + acc[2] + acc[3];
 }
 
-#if X86
+#ifdef GGML_EXT_X86
 #    define EACH_CHAIN _Pragma("GCC unroll 12") for (int j = 0; j < CHAINS; j++)
 
 // A function macs_NAME for TARGET: acc, a and b are vectors of TYPE, SET1 fills one with a byte, STEP is the
@@ -147,7 +142,7 @@ MACS(avx2, "avx2", __m256i, _mm256_set1_epi8,
      _mm256_add_epi32(acc[j], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))))
 MACS(vnni256, "avx512f,avx512vl,avx512vnni", __m256i, _mm256_set1_epi8, _mm256_dpbusd_epi32(acc[j], a, b))
 MACS(vnni512, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8, _mm512_dpbusd_epi32(acc[j], a, b))
-#    if defined(__clang__) || __GNUC__ >= 11
+#    ifdef GGML_EXT_AVX_VNNI
 MACS(avxvnni, "avxvnni", __m256i, _mm256_set1_epi8, _mm256_dpbusd_avx_epi32(acc[j], a, b))
 #    endif
 #    undef MACS
@@ -163,7 +158,7 @@ struct MacPath {
 // What this processor can run; the first is the yardstick unless another is faster.
 std::vector<MacPath> mac_paths() {
     std::vector<MacPath> paths;
-#if X86
+#ifdef GGML_EXT_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni")) {
         paths.push_back({ "vpdpbusd-512", 64 * CHAINS, macs_vnni512 });
@@ -171,8 +166,8 @@ std::vector<MacPath> mac_paths() {
             paths.push_back({ "vpdpbusd-256", 32 * CHAINS, macs_vnni256 });
         }
     }
-#    if defined(__clang__) || __GNUC__ >= 11
-    if (__builtin_cpu_supports("avxvnni")) {
+#    ifdef GGML_EXT_AVX_VNNI
+    if (ggml_ext_has_avx_vnni()) {
         paths.push_back({ "vpdpbusd-avx", 32 * CHAINS, macs_avxvnni });
     }
 #    endif
@@ -235,7 +230,7 @@ Options parse(int argc, char ** argv) {
 // Bytes per second, one figure per pass over the buffer.
 std::vector<double> read_rates(const Options & o) {
     uint64_t (*read)(const uint8_t *, size_t) = read_plain;
-#if X86
+#ifdef GGML_EXT_X86
     if (__builtin_cpu_supports("avx2")) {
         read = read_avx2;
     }

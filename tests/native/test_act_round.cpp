@@ -93,11 +93,11 @@ void check(int64_t n, std::vector<int64_t> rows, int bits, int group, bool gaps,
 
 // Each path of this machine, called directly, against the generic one.
 void test_paths() {
-    const ggml_ext_act_round_path & ref = ggml_ext_act_round_paths[ggml_ext_act_round_n_paths - 1];
+    const ggml_ext_act_round_path & ref = *ggml_ext_act_round_paths[ggml_ext_act_round_n_paths - 1];
     CHECK(std::strcmp(ref.name, "generic") == 0 && ref.available(), "the last path is generic");
     std::normal_distribution<float> dist;
     for (int i = 0; i < ggml_ext_act_round_n_paths; i++) {
-        const ggml_ext_act_round_path & path = ggml_ext_act_round_paths[i];
+        const ggml_ext_act_round_path & path = *ggml_ext_act_round_paths[i];
         if (!path.available()) {
             std::printf("path %s: not on this machine\n", path.name);
             continue;
@@ -125,9 +125,9 @@ void test_ties() {
     const float want[] = { 0.0f, 2.0f, 2.0f, 0.0f, -2.0f, 126.0f, 127.0f, -127.0f };
     for (int i = 0; i < ggml_ext_act_round_n_paths; i++) {
         float got[8];
-        if (ggml_ext_act_round_paths[i].available()) {
-            ggml_ext_act_round_paths[i].round(8, 1.0f, q_max, x, got);
-            CHECK(std::equal(want, want + 8, got), "%s: ties go to even", ggml_ext_act_round_paths[i].name);
+        if (ggml_ext_act_round_paths[i]->available()) {
+            ggml_ext_act_round_paths[i]->round(8, 1.0f, q_max, x, got);
+            CHECK(std::equal(want, want + 8, got), "%s: ties go to even", ggml_ext_act_round_paths[i]->name);
         }
     }
 }

@@ -1,12 +1,12 @@
 """Program: the logits of a model under the llama.cpp of a folder, as raw float32.
 
     python logits.py LIB_DIR MODEL OUT.npy [--flash] [--rpc ADDRESS] [--cache K V] [--lora GGUF] [--shift]
-        [--no-repack] [--save STATE]
+        [--no-repack] [--save STATE] [--lock]
 
 Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
 process of its own, since a process holds one llama.cpp. --cache: ggml types of K and V.
 --shift: moves the cache by one position before the last token, the way a context shift does. --no-repack: the
-weights stay in the mapped file. --save: the context's state after the last token.
+weights stay in the mapped file. --save: the context's state after the last token. --lock: as the tools' --mlock; prints the process's locked memory in KiB.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import cffi
 import numpy as np
@@ -45,9 +46,14 @@ def compute(model_path: str, options: argparse.Namespace) -> NDArray[np.float32]
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 99
     model_params.use_extra_bufts = not options.no_repack
+    if options.lock:
+        model_params.load_mode = api.llama_load_mode_from_str(b"mlock")
     model = api.llama_model_load_from_file(model_path.encode(), model_params)
     if not model:
         sys.exit(1)
+    if options.lock:
+        status = Path("/proc/self/status").read_text()
+        print(next(line for line in status.splitlines() if line.startswith("VmLck")).split()[1])
     params = api.llama_context_default_params()
     params.n_ctx = 64
     params.n_threads = params.n_threads_batch = 2
@@ -100,6 +106,7 @@ def main() -> None:
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--save")
     parser.add_argument("--no-repack", action="store_true")
+    parser.add_argument("--lock", action="store_true")
     options = parser.parse_args()
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = options.lib_dir
     if options.rpc:

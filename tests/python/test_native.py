@@ -6,6 +6,7 @@ trusts, a stock library taken for a patched one.
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from pathlib import Path
 
@@ -181,3 +182,26 @@ def test_header_of_another_version_is_refused(tmp_path: Path) -> None:
     other.write_text(header().read_text().replace("GGML_EXT_FORMAT_VERSION 1", "GGML_EXT_FORMAT_VERSION 2"))
     with pytest.raises(GgmlExtError, match="versions differ"):
         native._open(other, paths.library("ggml-base"), paths.library("ggml-cpu"))
+
+
+VARIANT = "int ggml_backend_score(void); int ggml_backend_score(void) { return %d; }\n"
+
+
+def variants(folder: Path, monkeypatch: pytest.MonkeyPatch, **scores: int) -> None:
+    """A folder like that of a build with GGML_CPU_ALL_VARIANTS, in the place of the installed libraries."""
+    for name, score in scores.items():
+        source, library = folder / f"{name}.c", folder / f"libggml-cpu-{name}.so"
+        source.write_text(VARIANT % score)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setenv("GGML_EXT_LIB_DIR", str(folder))
+
+
+def test_the_best_variant_of_the_cpu_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants(tmp_path, monkeypatch, haswell=64, x64=1, zen4=0)
+    assert native._cpu_library() == tmp_path / "libggml-cpu-haswell.so"
+
+
+def test_variants_for_other_processors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants(tmp_path, monkeypatch, skylakex=0, zen4=0)
+    with pytest.raises(GgmlExtError, match=r"no CPU library in .* is for this processor; build"):
+        native._cpu_library()

@@ -15,6 +15,12 @@ MAX_FILES = 20
 # Hunks with short context could land in the wrong function of another release: file -> part of a hook line ->
 # the function or struct that it belongs to.
 HOME = {
+    "ggml/src/ggml-blas/ggml-blas.cpp": {
+        "GGML_TYPE_FQ4": "ggml_backend_blas_device_supports_op(",
+    },
+    "ggml/src/ggml-cpu/ggml-cpu.cpp": {
+        "ggml_ext_cpu_buffer_type": "ggml_backend_cpu_get_extra_buffer_types(",
+    },
     "ggml/src/ggml-cuda/ggml-cuda.cu": {
         "ggml_ext_cuda_free": "ggml_backend_cuda_context::~ggml_backend_cuda_context(",
         "ggml_ext_cuda_owns(tensor)": "ggml_cuda_should_fuse_mul_mat_vec_q(",
