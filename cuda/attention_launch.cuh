@@ -47,7 +47,13 @@ cudaError_t attention_launch_window(const attention_prefill & p, cudaStream_t st
         dim3(n_tiles * (attention_tile / p.layout.tokens), p.n_heads), dim3(attention_prepare_threads),
         p.full ? p.layout.tokens * (sizeof(float) + p.d) : 0, stream, p);
     if (error == cudaSuccess) {
-        error = prefill(p, stream);
+        // The kernel, which has no register to spare, numbers steps from the cache's first on.
+        attention_prefill window = p;
+        window.end_tile          = p.first_tile + n_tiles;
+        window.steps =
+            reinterpret_cast<char *>(reinterpret_cast<uintptr_t>(p.steps) -
+                                     uintptr_t(p.first_tile) * (attention_tile / p.layout.tokens) * p.layout.bytes);
+        error = prefill(window, stream);
     }
     if (error == cudaSuccess && p.parts() > 0) {
         error = ggml_ext_cuda_launch(attention_merge_kernel,

@@ -26,7 +26,7 @@ __device__ __forceinline__ void attention_copy(unsigned thread, char * to, const
     }
 }
 
-// Asks for a step, numbered from the window's first.
+// Asks for a step. p.steps stands where the cache's first step would be.
 template <class S> __device__ __forceinline__ void attention_load(const attention_prefill & p, int step, char * to) {
     constexpr attention_step L    = S::LAYOUT;
     const unsigned           t    = opaque(threadIdx.x);
@@ -157,9 +157,8 @@ template <class S> __device__ __forceinline__ void attention_end(const attention
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) attention_prefill_kernel(attention_prefill p) {
     GGML_EXT_DYNAMIC_SHARED(char, shared);
-    constexpr int PER_TILE = attention_tile / S::STEP;
-    const int     first    = p.first_tile * PER_TILE;
-    const int     end_tile = min(min(p.n_tiles, p.first_tile + p.window), p.first_tile + int(blockIdx.z + 1) * p.chunk);
+    constexpr int      PER_TILE = attention_tile / S::STEP;
+    const int          end_tile = min(p.end_tile, p.first_tile + int(blockIdx.z + 1) * p.chunk);
     attention_state<S> w;
     attention_begin<S>(w);
     attention_load_q<S>(p, w);
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) attention_prefill_kerne
     int step = attention_next_tile(p, p.first_tile + int(blockIdx.z) * p.chunk, end_tile) * PER_TILE;
     int here = 0;  // where the step is in shared memory
     if (step < end_tile * PER_TILE) {
-        attention_load<S>(p, step - first, shared);
+        attention_load<S>(p, step, shared);
         cp_async_commit();
     }
     while (step < end_tile * PER_TILE) {
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) attention_prefill_kerne
         cp_async_wait<0>();
         __syncthreads();  // this step is there, and no thread is in the one before any more
         if (next < end_tile * PER_TILE) {
-            attention_load<S>(p, next - first, shared + (S::STEP_BYTES - here));
+            attention_load<S>(p, next, shared + (S::STEP_BYTES - here));
             cp_async_commit();
         }
         if constexpr (S::RELOAD_Q) {

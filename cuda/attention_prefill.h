@@ -95,7 +95,7 @@ struct attention_prefill {
     float *         partial_meta;  // [parts()][heads][padded_rows][2]: maximum and sum
 
     // --- of a launch ---
-    int first_tile;  // of the window
+    int first_tile, end_tile;  // of the window
 
     int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
 };

@@ -1,5 +1,5 @@
-// test-backend-ops: attention with many queries (cuda/attention_prefill.cuh) over upstream's own test_flash_attn_ext. For
-// f16 caches set GGML_EXT_ATTN=half/f16, for 8-bit weights full; else those are upstream's kernels.
+// test-backend-ops: attention with many queries (cuda/attention_prefill.cuh) over upstream's own test_flash_attn_ext. Set
+// GGML_EXT_ATTN: half or full for quantised caches, half/f16 or full/f16 for f16 ones too; else those are upstream's kernels.
 
 #pragma once
 

@@ -1,4 +1,5 @@
 // Attention for few query tokens over a quantised cache: cases for upstream's test-backend-ops beside its own.
+// Set GGML_EXT_ATTN=half; else those are upstream's kernels.
 
 #pragma once
 

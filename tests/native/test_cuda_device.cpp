@@ -31,7 +31,7 @@ ggml_context_ptr new_context() {
 
 void check_answer(const char * what, const ggml_tensor * op, ggml_ext_cuda_answer want) {
     const ggml_ext_cuda_answer answer = ggml_ext_cuda_supports(0, op);
-    CHECK(answer == want, "%s: %s, not %s", what, answers[answer], answers[want]);
+    CHECK(answer == want, "%s: %s, wanted %s", what, answers[answer], answers[want]);
 }
 
 // The scheduler asks for each weight of a graph, and for views of it. Upstream says yes to all of them.
