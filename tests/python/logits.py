@@ -6,7 +6,7 @@
 Decodes a prompt of 40 tokens in one batch, then 8 tokens one by one; OUT holds [48, n_vocab]. Each run is a
 process of its own, since a process holds one llama.cpp. --cache: ggml types of K and V.
 --shift: moves the cache by one position before the last token, the way a context shift does. --no-repack: the
-weights stay in the mapped file. --save: the context's state after the last token. --lock: as the tools' --mlock;
+weights stay in the mapped file. --save: the context's state after the last token. --lock: as --mlock;
 prints the process's locked memory in KiB.
 """
 

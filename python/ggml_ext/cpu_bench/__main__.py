@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ggml_ext import native, paths
+from ggml_ext import cpus, paths
 from ggml_ext.atomic import write_text
 from ggml_ext.cpu_bench import limits, plan, report, runs
 from ggml_ext.cpu_bench.models import SHAPES, TYPES
@@ -70,7 +70,7 @@ def _builds(options: argparse.Namespace) -> runs.Builds:
     patched = options.patched or (built if (built / "llama-bench").is_file() else paths.bin_dir())
     stock = options.stock or options.repository / "build" / "stock" / "bin"
     program = options.limits or built / "bench_limits"
-    builds = runs.Builds(stock, patched, program, options.threads or native.processors())
+    builds = runs.Builds(stock, patched, program, options.threads or cpus.processors())
     builds.check()
     return builds
 

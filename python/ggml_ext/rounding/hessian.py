@@ -72,7 +72,7 @@ class Hessian:
             inverse = torch.cholesky_inverse(factor)
             del factor
             u = torch.linalg.cholesky(inverse, upper=True)
-        except torch.linalg.LinAlgError as exc:
+        except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
             raise GgmlExtError(
                 "rounding gptq: the activations' second moments are not positive; use --rounding imatrix"
             ) from exc

@@ -50,7 +50,7 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
         optimiser.zero_grad()
         try:
             loss.surrogate(factors, clip.sigmoid()).backward()
-        except torch.linalg.LinAlgError:  # a factor became singular: no way back from there
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a factor became singular: no way back from there
             break
         optimiser.step()
         schedule.step()
@@ -88,7 +88,7 @@ def _value(loss: Loss, site: Site, candidate: SiteTransform, clip: float) -> flo
     """The loss of a candidate; infinite where it cannot be computed."""
     try:
         value = loss.value(Factors(site, candidate), clip)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return math.inf
     return value if math.isfinite(value) else math.inf
 

@@ -61,7 +61,7 @@ def train(
         optimiser.zero_grad()
         try:
             _relative_error(state.run(batches[index]), targets[index]).backward()
-        except torch.linalg.LinAlgError:  # a factor became singular: no way back from there
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a factor became singular: no way back from there
             break
         optimiser.step()
         schedule.step()
