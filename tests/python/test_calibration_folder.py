@@ -19,7 +19,7 @@ from ggml_ext.hidden import hidden_path
 
 def plan() -> Plan:
     return Plan(
-        source=[], text="", samples=1, windows=1, ctx=16, seed=0, base="fq4", types={}, fallbacks={},
+        source={}, text="", samples=1, windows=1, ctx=16, seed=0, base="fq4", types={}, fallbacks={},
         without_effect=[], transform="none", transform_bits=None, train_steps=0, matrices=None,
         rounding="gptq", activation=None, blocks=2, hidden=64, device="cpu", dtype="f32",
     )  # fmt: skip

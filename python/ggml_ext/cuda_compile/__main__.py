@@ -1,6 +1,7 @@
-"""Compiles every cuda/*.cu for the five architectures, warnings as errors, and reports registers and spills;
-then builds the whole patched ggml-cuda and test-backend-ops for one. Where nvcc or cuBLAS is missing it says
-so and ends with status 0."""
+"""Compiles every cuda/*.cu for one architecture, or with --all for the five, warnings as errors, and reports
+registers and spills; then builds the patched ggml-cuda and test-backend-ops for one, with --all including
+llama.cpp's own attention kernels, which take half of the time. Where nvcc or cuBLAS is missing it says so and
+ends with status 0."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,10 +29,12 @@ def say(text: str) -> None:
     print(f"cuda-compile: {text}", flush=True)
 
 
-def compile_kernels(repository: Path, build: Path) -> list[tuple[str, Kernel]]:
-    """All our kernels on all architectures, with the names of their source files."""
+def compile_kernels(
+    repository: Path, build: Path, architectures: Sequence[str]
+) -> list[tuple[str, Kernel]]:
+    """All our kernels on the architectures, with the names of their source files."""
     sources = tree.our_sources(repository, build)
-    jobs = [(source, arch) for source in sources for arch in cuda.ARCHITECTURES]
+    jobs = [(source, arch) for source in sources for arch in architectures]
     with ThreadPoolExecutor(int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)) as pool:
         outputs = pool.map(lambda job: tree.compile_for(job[0], job[1], repository, build), jobs)
         found = [
@@ -67,7 +71,7 @@ def whole_build(build: Path) -> dict[str, int]:
     return {str(ops): n_cases(program, ops) for kernel in KERNELS for ops in kernel.ops}
 
 
-def check(repository: Path) -> None:
+def check(repository: Path, *, everything: bool) -> None:
     compiler = cuda.nvcc()
     if compiler is None:
         say(f"no {cuda.nvcc_name()}: no CUDA source was compiled; install the CUDA toolkit")
@@ -75,13 +79,14 @@ def check(repository: Path) -> None:
     build = repository / "build" / "cuda"
     version = cuda.nvcc_version(compiler)
     try:
-        tree.configure(repository, build, version)
+        tree.configure(repository, build, version, attention=everything)
     except tree.NoCublas as error:
         say(f"{error}: no CUDA source was compiled")
         return
     start = time.monotonic()
-    kernels = compile_kernels(repository, build)
-    print(report.table([kernel for _, kernel in kernels], cuda.ARCHITECTURES))
+    architectures = cuda.ARCHITECTURES if everything else (tree.WHOLE,)
+    kernels = compile_kernels(repository, build, architectures)
+    print(report.table([kernel for _, kernel in kernels], architectures))
     say(f"{len(kernels)} kernels compiled by nvcc {version} in {time.monotonic() - start:.0f}s")
     cold = ptxas.parse_cold((repository / "cuda" / "cold-kernels.txt").read_text())
     wrong = ptxas.complaints((kernel for _, kernel in kernels), cold)
@@ -102,8 +107,10 @@ def check(repository: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="cuda-compile", description=__doc__)
     parser.add_argument("--repository", type=Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--all", action="store_true", help="all architectures, and the whole of ggml-cuda")
+    options = parser.parse_args()
     try:
-        check(parser.parse_args().repository.resolve())
+        check(options.repository.resolve(), everything=options.all)
     except GgmlExtError as error:
         print(f"cuda-compile: error: {error}", file=sys.stderr)
         return 1

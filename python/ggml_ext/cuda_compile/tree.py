@@ -17,7 +17,7 @@ from pathlib import Path
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.upstream import cache_dir
 
-# The architecture of the whole build; kernels of ours are compiled for all.
+# The architecture of the whole build.
 WHOLE = "90a"
 
 
@@ -33,19 +33,24 @@ class Source:
     command: list[str]
 
 
-def configure(repository: Path, build: Path, nvcc_version: str) -> None:
-    """Configures the patched ggml-cuda in ``build``; cuBLAS comes from a wheel where CMake finds none."""
-    status, output = _configure(repository, build, "")
+def configure(repository: Path, build: Path, nvcc_version: str, *, attention: bool) -> None:
+    """Configures the patched ggml-cuda in ``build``; cuBLAS comes from a wheel where CMake finds none.
+
+    attention: with llama.cpp's own attention kernels; ours are always there.
+    """
+    status, output = _configure(repository, build, "", attention)
     if status and "has no cuBLAS" in output:
-        status, output = _configure(repository, build, str(_cublas_wheel(nvcc_version.split(".")[0])))
+        wheel = str(_cublas_wheel(nvcc_version.split(".")[0]))
+        status, output = _configure(repository, build, wheel, attention)
     if status:
         raise GgmlExtError(f"cmake failed: {build / 'configure.log'}")
 
 
-def _configure(repository: Path, build: Path, cublas: str) -> tuple[int, str]:
+def _configure(repository: Path, build: Path, cublas: str, attention: bool) -> tuple[int, str]:
     build.mkdir(parents=True, exist_ok=True)
     options = ["-DGGML_CUDA=ON", "-DGGML_EXT_TESTS=ON", f"-DCMAKE_CUDA_ARCHITECTURES={WHOLE}-real"]
     options += [f"-DGGML_EXT_CUBLAS={cublas}", f"-DPython_EXECUTABLE={sys.executable}"]
+    options += [f"-DGGML_CUDA_FA={'ON' if attention else 'OFF'}"]
     command = ["cmake", "-S", str(repository), "-B", str(build), "-G", "Ninja", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (build / "configure.log").write_text(done.stdout)
