@@ -233,6 +233,7 @@ __attribute__((constructor)) static void run(void) {{ fclose(fopen("{ran}", "w")
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
     assert doctor._gpu().state in ("ok", "missing")
     bench.bench([models.llama_gguf(base)], prompt=2, generate=1, rounds=1, threads=1)
+    subprocess.run([tools.find("llama-bench"), "--list-devices"], env=tools.environment(), check=True)
     assert not ran.exists()
 
 
