@@ -4,25 +4,23 @@
 #include <map>
 #include <mutex>
 
-namespace {
-
 struct all_states {
     std::mutex                                                       mutex;
     std::map<const ggml_backend_cuda_context *, ggml_ext_cuda_state> of;  // nodes never move
 };
 
 // Never destroyed: a context may outlive the destructors of static variables.
-all_states & states() {
+static all_states & states() {
     static all_states & all = *new all_states;
     return all;
 }
 
-bool same(const struct ggml_ext_attention_setting & a, const struct ggml_ext_attention_setting & b) {
+static bool same(const struct ggml_ext_attention_setting & a, const struct ggml_ext_attention_setting & b) {
     return a.mode == b.mode && a.f16 == b.f16 && a.smooth == b.smooth && a.fast == b.fast;
 }
 
 // Makes upstream look at the nodes again, find another graph, and capture anew when that has come twice.
-void forget_captured([[maybe_unused]] ggml_backend_cuda_context & ctx) {
+static void forget_captured([[maybe_unused]] ggml_backend_cuda_context & ctx) {
 #ifdef USE_CUDA_GRAPH
     for (auto & [key, graph] : ctx.cuda_graphs) {
         graph->uid = 0;
@@ -30,8 +28,6 @@ void forget_captured([[maybe_unused]] ggml_backend_cuda_context & ctx) {
     }
 #endif
 }
-
-}  // namespace
 
 ggml_ext_cuda_state & ggml_ext_cuda_state_of(const ggml_backend_cuda_context & ctx) {
     std::lock_guard<std::mutex> lock(states().mutex);

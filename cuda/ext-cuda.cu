@@ -9,6 +9,9 @@ static const ggml_ext_cuda_feature * const features[] = {
 };
 
 static const ggml_ext_cuda_feature * find(int device, const ggml_tensor * op) {
+    if (op->op == GGML_OP_EXT && ggml_ext_op_fault(op)) {
+        return nullptr;  // it came over RPC, and no constructor of ours made it
+    }
     for (const ggml_ext_cuda_feature * feature : features) {
         if (feature->applies(device, op)) {
             return feature;
