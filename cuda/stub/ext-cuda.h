@@ -26,6 +26,8 @@ static inline bool ggml_ext_cuda_owns(const ggml_tensor *) {
     return false;
 }
 
+static inline void ggml_ext_cuda_check_settings(ggml_backend_cuda_context &) {}
+
 static inline void ggml_ext_cuda_graph_begin(ggml_backend_cuda_context &) {}
 
 static inline int ggml_ext_cuda_fuse(ggml_backend_cuda_context &, ggml_cgraph *, int) {

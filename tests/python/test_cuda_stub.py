@@ -40,6 +40,7 @@ bool supports(const ggml_tensor * op) {
 
 int run(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, ggml_tensor * dst);
 int run(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, ggml_tensor * dst) {
+    ggml_ext_cuda_check_settings(ctx);
     ggml_ext_cuda_graph_begin(ctx);
     if (int following = ggml_ext_cuda_fuse(ctx, graph, 0)) { return following; }
     if (ggml_ext_cuda_owns(dst)) { return 1; }
