@@ -111,10 +111,10 @@ def quantize(rows: NDArray[Any], imatrix: NDArray[Any] | None = None) -> Bytes:
 
 def quantize_blocks(x: Floats, importances: Floats | None = None) -> Bytes:
     """x float32 [n, 256], importances [n, 256] >= 0 or None -> uint8 [n, 138]."""
-    weights = np.ones_like(x) if importances is None else _error_weights(importances)
     out = np.zeros(len(x), _DTYPE)
     # Infinite and NaN costs lose every comparison; they need no warning.
     with np.errstate(all="ignore"):
+        weights = np.ones_like(x) if importances is None else _error_weights(importances)
         for start in range(0, len(x), _STEP):
             part = slice(start, start + _STEP)
             out[part] = _encode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 import random_sites
-from ggml_ext import calibrate, native, recipes
+from ggml_ext import calibrate, fq4, native, recipes
 from ggml_ext.block_file import block_path, load
 from ggml_ext.calibration_plan import Request
 from ggml_ext.errors import GgmlExtError
@@ -22,6 +23,7 @@ from ggml_ext.hf import to_gguf
 from ggml_ext.moments import LARGEST_TOKEN, Moments, tempered
 from ggml_ext.rounding import round_matrix
 from ggml_ext.rounding.hessian import Hessian, choose_shrinkage, noise_left, shrink
+from ggml_ext.rounding.kernels import gptq_fq4
 from ggml_ext.sites import ActivationSpec, SiteStats
 from ggml_ext.transforms import NAMES, TransformRequest, flatquant, solve
 from ggml_ext.transforms.training import _relative_error
@@ -96,6 +98,19 @@ def test_importances_of_nothing_are_equal() -> None:
         assert np.square(native.dequantize("q4_k", data, 256) - w).mean() < 0.02 * np.square(w).mean()
 
 
+@pytest.mark.parametrize("importance", [3e38, 1e36])
+def test_importances_beyond_a_float_are_refused(importance: float) -> None:
+    """FQ4's block sum, or the cost of every candidate, is then infinite: no zeros without a word."""
+    w = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32) * 1e3
+    importances = np.full(256, importance, np.float32)
+    with pytest.raises(GgmlExtError, match="too large for the type in row"):
+        native.quantize("fq4", w, importances)
+    assert np.isnan(fq4.dequantize(fq4.quantize(w, importances))).all()
+    u = np.eye(256, dtype=np.float32) * 1e-30
+    with pytest.raises(GgmlExtError, match="GGML_EXT_E_FINITE"):
+        gptq_fq4(w, u, np.linalg.inv(u), 1)
+
+
 def test_moments_that_are_none_are_refused_in_a_line() -> None:
     w = np.ones((2, 256), np.float32)
     with pytest.raises(GgmlExtError, match="second moments are not positive; use"):
@@ -153,6 +168,7 @@ def test_zeroed_matrices_and_a_zeroed_layer(tmp_path: Path, tmp_path_factory: py
     to_gguf(folder, converted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out: shutil.copyfile(converted, out))
+        patch.setattr(calibrate, "TransformRequest", partial(TransformRequest, steps=4))
         for name in recipes.names():
             method = replace(recipes.load(name).method, samples=2)
             out = tmp_path / name
@@ -160,6 +176,5 @@ def test_zeroed_matrices_and_a_zeroed_layer(tmp_path: Path, tmp_path_factory: py
             calibrate.calibrate(request, out, warn=lambda _line: None)
             stored, findings = load(block_path(out, 0))
             assert np.isfinite(list(findings.errors.values())).all()
-            data = stored["blk.0.attn_q.weight"]
-            values = native.dequantize(data.type_name, data.data, data.dims[0])
-            assert values.any()
+            query = stored["blk.0.attn_q.weight"]
+            assert native.dequantize(query.type_name, query.read(), query.dims[0]).any()
