@@ -18,7 +18,9 @@ import logits
 def main() -> None:
     lib_dir, *paths = sys.argv[1:]
     os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = lib_dir
-    options = argparse.Namespace(flash=False, cache=None, lora=None, shift=False, no_repack=False)
+    options = argparse.Namespace(
+        flash=False, cache=None, lora=None, shift=False, no_repack=False, lock=False, save=None
+    )
     alone = [logits.compute(path, options) for path in paths]
     with ThreadPoolExecutor(2 * len(paths)) as pool:
         together = list(pool.map(lambda path: logits.compute(path, options), 2 * paths))

@@ -153,7 +153,7 @@ def test_upstreams_cases(mode: str, cases: str, test_bin_dir: Path, monkeypatch:
 
 def perplexity(bin_dir: Path, model: Path, text: Path, cache: str, *, ours: bool) -> float:
     """ours: whether the attention is to be ours, which the log tells."""
-    options = ["-c", "512", "-fa", "on", "-ctk", cache, "-ctv", cache, "--chunks", str(WINDOWS)]
+    options = ["-c", "512", "-fa", "on", "-ctk", cache, "-ctv", cache, "--chunks", str(WINDOWS), "-lv", "4"]
     for _ in range(5):
         result = run(bin_dir / "llama-perplexity", "-m", model, "-f", text, *options)
         assert result.returncode == 0, result.stderr[-2000:]

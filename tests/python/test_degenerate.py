@@ -167,7 +167,7 @@ def test_zeroed_matrices_and_a_zeroed_layer(tmp_path: Path, tmp_path_factory: py
     converted = tmp_path / "m.gguf"
     to_gguf(folder, converted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out: shutil.copyfile(converted, out))
+        patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out, **_: shutil.copyfile(converted, out))
         patch.setattr(calibrate, "TransformRequest", partial(TransformRequest, steps=4))
         for name in recipes.names():
             method = replace(recipes.load(name).method, samples=2)

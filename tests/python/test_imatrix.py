@@ -278,7 +278,7 @@ def test_outputs_in_the_models_folder_do_not_make_it_another_model(
     models.write_safetensors(folder / "model.safetensors", {"a": np.ones((2, 2), np.float32)})
     (folder / "tokenizer.json").write_text("{}")
 
-    def converted(_folder: Path, out: Path) -> None:
+    def converted(_folder: Path, out: Path, **_: object) -> None:
         models.write_gguf(out, {"a.weight": np.ones((2, 256), np.float32)})
 
     monkeypatch.setattr(convert.hf, "to_gguf", converted)
