@@ -108,7 +108,9 @@ def home_of(text: str, part: str) -> str:
     """The line that begins the function or struct around the only line with ``part``."""
     lines = text.splitlines()
     (place,) = [number for number, line in enumerate(lines) if part in line]
-    return next(line for line in reversed(lines[:place]) if re.match(r"\w.*[({]$", line))
+    # Not the last line of a list of parameters that begins in the first column.
+    begins = (line for line in reversed(lines[:place]) if re.match(r"\w.*[({]$", line))
+    return next(line for line in begins if not re.match(r"[^(]*\)", line))
 
 
 @pytest.mark.parametrize("version", upstream.PINNED)

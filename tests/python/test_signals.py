@@ -21,6 +21,12 @@ from ggml_ext.signals import Terminated, as_interrupts
 _MAIN = "import sys; from ggml_ext.cli import main; sys.exit(main())"
 
 
+def _hear_signals() -> None:
+    """Also where the tests run under nohup, or in the background of a shell."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", _MAIN, *arguments],
@@ -28,6 +34,7 @@ def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        preexec_fn=_hear_signals,
     )
 
 
