@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ggml_ext import paths
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.journal import Journal, identity
-from ggml_ext.llama import Model
+from ggml_ext.llama import Model, interruptible
 from ggml_ext.progress import Advance, track
 from ggml_ext.scoring import (
     SCORE,
@@ -213,7 +213,9 @@ class Evaluation:
                 continue  # scored before the interruption; only its logits were needed again
             targets = self.windows[window, plan.first + 1 + row : plan.first + 1 + end]
             base = None if base_rows is None else base_rows(window, row)
-            scores[row:end] = score(logits, targets, base, threads=min(THREADS, model.threads))
+            # An interrupt while a thread starts would leave it running, on memory that is then freed.
+            with interruptible():
+                scores[row:end] = score(logits, targets, base, threads=min(THREADS, model.threads))
             if end == plan.rows:
                 if not (np.isfinite(scores["nll"]).all() and np.isfinite(scores["kld"]).all()):
                     raise GgmlExtError(

@@ -190,7 +190,7 @@ def converted(base: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out: out.write_bytes(llama.read_bytes()))
+        patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out, **_: out.write_bytes(llama.read_bytes()))
         for transform in ("none", "hadamard", "flatquant", "awq", "smoothquant"):
             plain = transform == "none"
             convert(
