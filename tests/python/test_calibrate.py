@@ -352,7 +352,7 @@ def test_transformed_matrices_can_be_brought_back(base: Path, text: Path) -> Non
         job = blockwise.Job(dict.fromkeys(weights, "fq4"), "learned")
         data = {name: np.zeros((0, 0), np.uint8) for name in weights}
         linears = {linear.tensor: linear for site in block.sites.values() for linear in site.linears}
-        for matrix in blockwise._matrices(block.sites, transforms, weights, data, job):
+        for matrix in blockwise._for_learning(block.sites, transforms, weights, data, job):
             back = matrix.original(matrix.wanted)
             torch.testing.assert_close(back, linears[matrix.tensor].weight, rtol=1e-4, atol=1e-5)
         before, after = block.run(hidden), block.run(hidden, weights={n: linears[n].weight for n in linears})
