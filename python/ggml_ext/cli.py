@@ -538,8 +538,13 @@ def _escape_output() -> None:
 def main() -> None:
     """Run the command line; exits with its status."""
     _escape_output()
-    with as_interrupts():
-        app()
+    with as_interrupts() as came:
+        try:
+            app()
+        except SystemExit:
+            if came:  # also where it came outside a command, which typer takes for Ctrl-C
+                sys.exit(128 + came[-1])
+            raise
 
 
 if __name__ == "__main__":

@@ -25,18 +25,22 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def as_interrupts() -> Iterator[None]:
+def as_interrupts() -> Iterator[list[int]]:
     """Raise Terminated where one of ENDING comes; one that was ignored before (nohup) stays ignored.
+
+    Yields the numbers of the signals that came.
 
     Only in the main thread. A closed terminal sends several at once: more of them within a second do not
     disturb the cleaning up that the first has begun.
     """
     latest = -math.inf
+    came: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal latest
         if time.monotonic() - latest > 1:
             latest = time.monotonic()
+            came.append(number)
             raise Terminated(number)
 
     previous = {
@@ -45,7 +49,7 @@ def as_interrupts() -> Iterator[None]:
         if signal.getsignal(number) is signal.SIG_DFL
     }
     try:
-        yield
+        yield came
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -97,7 +97,7 @@ def test_weights_that_are_being_rounded(tmp_path: Path, number: signal.Signals) 
 def test_a_measurement_that_is_ended_goes_on(tmp_path: Path) -> None:
     """Within a long call of llama.cpp, where Python's own handlers do not run."""
     text = tmp_path / "text.txt"
-    text.write_text(text_of(60_000))
+    text.write_text(text_of(300_000))
     arguments = ["perplexity", make_model(tmp_path / "m.gguf", vocabulary=8000), "-f", text, "--ctx", "256"]
     cache = tmp_path / "cache"
     child = start(*arguments, "-t", "1", GGML_EXT_CACHE=str(cache))
