@@ -133,7 +133,7 @@ std::string compute(const std::function<Node(Tensors &)> & make) {
             const int32_t id   = node.op;
             node.dst->op       = GGML_OP_EXT;
             std::memcpy(node.dst->op_params, &id, sizeof(id));
-            std::memcpy(node.dst->op_params + 1, node.params.data(), node.params.size() * sizeof(int32_t));
+            std::copy(node.params.begin(), node.params.end(), node.dst->op_params + 1);
             std::copy(node.src.begin(), node.src.end(), node.dst->src);
             ggml_set_name(node.dst, "crafted");
             ggml_cgraph * graph = ggml_new_graph(t.ctx);
