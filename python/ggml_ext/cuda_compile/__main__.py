@@ -1,6 +1,6 @@
 """Compiles every cuda/*.cu for one architecture, or with --all for the five, warnings as errors, and reports
-registers and spills; with --all it then builds the whole patched ggml-cuda and test-backend-ops for one. Where
-nvcc or cuBLAS is missing it says so and ends with status 0."""
+registers and spills; with --all it then builds the whole patched ggml-cuda and test-backend-ops for one.
+Where nvcc or cuBLAS is missing it says so and ends with status 0."""
 
 from __future__ import annotations
 
