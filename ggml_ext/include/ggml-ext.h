@@ -146,6 +146,67 @@ GGML_EXT_API bool ggml_ext_layers_eval(struct ggml_tensor * tensor, bool ask, vo
 // GGML_EXT_E_SHAPE if one was no contiguous F32 [n_embd, tokens] or came twice. [llama]
 GGML_EXT_API int32_t ggml_ext_layers_sums(const struct ggml_ext_layers * layers, double * error, double * signal);
 
+// Observes a model: which activations its matrices read, and sums over the tokens of a text (docs/observe.md). The object
+// is the user data of ggml_ext_observer_eval, which goes into llama_context_params.cb_eval. One context at a time.
+//
+// A site is what some matrices of the model read: the values (activations of a graph) that share a reader, together.
+struct ggml_ext_observer;
+
+enum { GGML_EXT_MOMENT_PANEL = 256 };  // rows of a second moment that are stored from the diagonal on
+
+// What a site's sums go into. The caller's arrays; they stay valid until the next ggml_ext_observer_sums.
+//
+// A block of sums, `size` floats: tokens [1 + n_experts]; the moment sum x^T x in panels: rows i .. i + PANEL - 1 (or to
+// n - 1) of columns i .. n - 1, row after row; where n_experts > 0 then the diagonals [n_experts][n], sums of x^2 over the
+// tokens that each expert got; and if own_moments, n_experts moments in panels.
+struct ggml_ext_site_sums {
+    const float * before;         // the sums until now, NULL for zeros; may be `after`
+    float *       after;          // before + the sums of the decode; NULL: the site is not observed
+    float *       absmax;         // [n] in and out: largest |x| of each channel
+    float *       sample;         // [..][n]: row r of the text, r a multiple of sample_stride, at r / sample_stride
+    int64_t       sample_stride;  // >= 1
+    int32_t       own_moments;
+};
+
+// n_threads: of the sums. NULL without memory or a CPU backend. [llama]
+GGML_EXT_API struct ggml_ext_observer * ggml_ext_observer_new(int32_t n_threads);
+
+// [llama]
+GGML_EXT_API void ggml_ext_observer_free(struct ggml_ext_observer * observer);
+
+// The sites of the graph that was built last, as JSON, and what becomes of all other weights; docs/observe.md has the
+// fields. NULL before a context has been made. The text is valid until the next graph is built. [llama]
+GGML_EXT_API const char * ggml_ext_observer_table(const struct ggml_ext_observer * observer);
+
+// Floats of a block of sums, or an error. [llama]
+GGML_EXT_API int64_t ggml_ext_observer_size(int64_t n, int64_t n_experts, int32_t own_moments);
+
+// Where the sums of the next decodes go: one for each site of the table, in its order. Returns 0 or GGML_EXT_E_SHAPE for
+// another number of sites. [llama]
+GGML_EXT_API int32_t ggml_ext_observer_sums(struct ggml_ext_observer * observer, int64_t n_sites,
+                                            const struct ggml_ext_site_sums * sums);
+
+// Prepares one llama_decode of n_tokens tokens in one micro-batch, all of them with logits, so that the last block
+// computes all of them. first_token: how many tokens of the text came before. largest: a token counts at most as much as
+// so many median ones (its x is scaled down), 0 for no limit. weights: [n_tokens], how much each token counts, or NULL.
+// Returns 0 or an error. [llama]
+GGML_EXT_API int32_t ggml_ext_observer_begin(struct ggml_ext_observer * observer, int64_t first_token, int64_t n_tokens,
+                                             float largest, const float * weights);
+
+// A ggml_backend_sched_eval_callback. [llama]
+GGML_EXT_API bool ggml_ext_observer_eval(struct ggml_tensor * tensor, bool ask, void * observer);
+
+// Whether all sites of the decode have been seen: a ggml_abort_callback, which ends the graph before the logits are
+// computed; llama_decode then returns 2. [llama]
+GGML_EXT_API bool ggml_ext_observer_done(void * observer);
+
+// Ends what begin began. Returns the number of sites that were summed, GGML_EXT_E_FINITE for NaN or Inf in one,
+// GGML_EXT_E_SHAPE for a site of another form than in the table, or GGML_EXT_E_MEMORY. [llama]
+GGML_EXT_API int64_t ggml_ext_observer_end(struct ggml_ext_observer * observer);
+
+// The anchor of the site that an error of ggml_ext_observer_end is about, or "". [llama]
+GGML_EXT_API const char * ggml_ext_observer_culprit(const struct ggml_ext_observer * observer);
+
 // Fused sampler (docs/sampling.md): top-k, locally typical, top-p, min-p and temperature in any order, and the draw, as
 // one llama_sampler. Logit bias, penalties and grammars stay upstream's and run before it in a chain.
 struct llama_sampler;
