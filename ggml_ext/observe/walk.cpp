@@ -2,6 +2,7 @@
 
 #include "walk.h"
 
+#include "folds.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -21,19 +22,6 @@ bool is_product(node_t node) {
 bool is_view(node_t node) {
     return node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE ||
            node->op == GGML_OP_TRANSPOSE;
-}
-
-// The activation behind reshapes, copies and views of all of it: its elements in the same order.
-node_t origin(node_t x) {
-    for (;;) {
-        const bool same = x->op == GGML_OP_RESHAPE || (x->op == GGML_OP_CONT && ggml_is_contiguous(x->src[0])) ||
-                          (x->op == GGML_OP_VIEW && x->view_offs == x->src[0]->view_offs && ggml_is_contiguous(x) &&
-                           ggml_is_contiguous(x->src[0]) && ggml_nelements(x) == ggml_nelements(x->src[0]));
-        if (!same) {
-            return x;
-        }
-        x = x->src[0];
-    }
 }
 
 // A weight, or all of it behind a reshape; null for anything else, a part of a weight included.
@@ -73,6 +61,7 @@ class walker {
         join_routed();
         join_weights();
         number();
+        ggml_ext_find_folds(gf, weights, table);
     }
 
     ggml_ext_graph_table table;
@@ -106,7 +95,8 @@ class walker {
         node_t        x   = product->src[1];
         const bool    id  = product->op == GGML_OP_MUL_MAT_ID;
         const int64_t n   = product->src[0]->ne[2];
-        const key     its = { origin(x), x->ne[0], id ? origin(product->src[2]) : nullptr, id || n == 1 ? 0 : n };
+        const key     its = { ggml_ext_origin(x), x->ne[0], id ? ggml_ext_origin(product->src[2]) : nullptr,
+                          id || n == 1 ? 0 : n };
         size_t        at  = found.size();
         if (const auto known = index.find(its); known != index.end()) {
             at = known->second;
@@ -287,10 +277,24 @@ std::string ggml_ext_table_json(const ggml_ext_graph_table & table) {
         return "{\"tensor\":" + quoted(its.weight) + ",\"op\":" + quoted(ggml_op_name(its.op)) +
                ",\"online\":" + (its.online ? "true" : "false") + "}";
     };
+    const auto fold = [](const ggml_ext_fold_place & its) {
+        if (its.kind.empty()) {
+            return "{\"reason\":" + quoted(its.reason) + "}";
+        }
+        std::string text = "{\"kind\":" + quoted(its.kind) + ",\"tensor\":" + quoted(its.tensor) +
+                           ",\"bias\":" + quoted(its.bias) + ",\"first\":" + std::to_string(its.first) +
+                           ",\"n\":" + std::to_string(its.n);
+        if (its.head_dim) {
+            text += ",\"n_head\":" + std::to_string(its.n_head) + ",\"n_head_kv\":" + std::to_string(its.n_head_kv) +
+                    ",\"head_dim\":" + std::to_string(its.head_dim) +
+                    ",\"mixes_heads\":" + (its.mixes_heads ? "true" : "false");
+        }
+        return text + "}";
+    };
     const auto site = [&](const ggml_ext_observed & its) {
         return "{\"anchor\":" + quoted(its.anchor) + ",\"n\":" + std::to_string(its.n) +
                ",\"experts\":" + std::to_string(its.n_experts) + ",\"readers\":" + list(its.readers, reader) +
-               ",\"values\":" + list(its.values, quoted) + "}";
+               ",\"values\":" + list(its.values, quoted) + ",\"fold\":" + fold(its.fold) + "}";
     };
     const auto other = [](const std::pair<std::string, std::string> & its) {
         return "{\"tensor\":" + quoted(its.first) + ",\"use\":" + quoted(its.second) + "}";

@@ -29,6 +29,16 @@ struct ggml_ext_value {
     size_t              site;
 };
 
+// Where the offline part of a site's transform goes (folds.h). kind: "gain", a vector of n; "rows", rows first to
+// first + n - 1 of a matrix; "heads", the same for the rows of v, which attention hands on head by head; empty: nowhere, for
+// `reason`. mixes_heads: whether a matrix over the channels of a head is exact too, not only a diagonal.
+struct ggml_ext_fold_place {
+    std::string kind, tensor, bias, reason;
+    int64_t     first = 0, n = 0;
+    int64_t     n_head = 0, n_head_kv = 0, head_dim = 0;
+    bool        mixes_heads = false;
+};
+
 // What some matrices read: the values that share a reader. n: length of a row. n_experts: matrices that each get a part of
 // the rows, by MUL_MAT_ID's ids or by index (one matrix per head, say); 0 for a matrix that gets all.
 struct ggml_ext_observed {
@@ -37,6 +47,7 @@ struct ggml_ext_observed {
     int64_t                      n_experts = 0;
     std::vector<ggml_ext_reader> readers;
     std::vector<std::string>     values;
+    ggml_ext_fold_place          fold;
 };
 
 struct ggml_ext_graph_table {
