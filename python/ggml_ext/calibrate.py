@@ -30,13 +30,14 @@ from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
-from ggml_ext.calibration_folder import Held, held
+from ggml_ext.calibration_folder import held
 from ggml_ext.calibration_plan import Plan, Request
 from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.hidden import Hidden
 from ggml_ext.importance import read_text
 from ggml_ext.outputs import check_folder
+from ggml_ext.owned_folder import SOURCE, Held
 from ggml_ext.progress import track
 from ggml_ext.recipes import Method
 from ggml_ext.rounding.learned import Learned, Matrix, refine_block
@@ -156,7 +157,7 @@ def discard(folder: Path) -> None:
 
 def _float_model(origin: Path, mine: Held, *, trust_remote_code: bool) -> Source:
     """The model as float GGUF, made once per plan."""
-    path = mine.folder / plans.SOURCE
+    path = mine.folder / SOURCE
     with _named_as(path, origin):
         if plans.load(mine.folder) is None or not path.is_file():
             with atomic_path(path) as temporary:

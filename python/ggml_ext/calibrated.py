@@ -10,6 +10,7 @@ from ggml_ext.block_file import Folded, Stored, block_path, load
 from ggml_ext.calibration_plan import Plan
 from ggml_ext.encode import Prepared
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.owned_folder import SOURCE
 from ggml_ext.rules import STOCK_MIXES
 from ggml_ext.source import Source, open_gguf
 
@@ -62,4 +63,4 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         # One block that an older version made leaves the record incomplete, and then there is none.
         folds=None if None in folds else [its for its in folds if its is not None],
     )
-    return Calibrated(plan, open_gguf(folder / plans.SOURCE), prepared)
+    return Calibrated(plan, open_gguf(folder / SOURCE), prepared)
