@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ggml_ext.header import value
+from ggml_ext.errors import listed
 from ggml_ext.observe import sites as observed
 from ggml_ext.rules import FLOAT_TYPES
 from ggml_ext.sites import Fold, Linear, Site, SiteKind
@@ -49,12 +49,6 @@ class ModelSites:
     types: Mapping[str, str]
 
     @cached_property
-    def n_blocks(self) -> int:
-        """Blocks by the file's own count."""
-        key = f"{self.source.arch}.block_count"
-        return int(str(value(self.source.keys[key]))) if key in self.source.keys else 0
-
-    @cached_property
     def _tensors(self) -> dict[str, tuple[int, ...]]:
         return {tensor.name: tensor.dims for tensor in self.source.tensors}
 
@@ -69,10 +63,31 @@ class ModelSites:
                     found[built.anchor] = built
         return found
 
-    def unobserved(self) -> list[str]:
-        """Matrices that are to be rounded and that no site has a moment for."""
+    def marks(self, index: int) -> bool:
+        """Whether block ``index`` has to hold a stored factor: the first that can have a transform, in a file
+        without a type that stock llama.cpp refuses."""
+        first = min(
+            (
+                block
+                for site in self.table.sites
+                if (block := _block_of(site.anchor + ".weight")) is not None
+                and self._place(block, [reader.tensor for reader in site.readers])[0]
+            ),
+            default=None,
+        )
+        return first == index and "fq4" not in self.types.values()
+
+    def remarks(self) -> list[str]:
+        """One line for each reason why matrices get less than all that there is."""
         rounded = [name for name in self._tensors if _block_of(name) is not None and self._rounds(name)]
-        return [name for name in rounded if self.table.site_of(name) is None]
+        unseen = [name for name in rounded if self.table.site_of(name) is None]
+        lines = []
+        if unseen:
+            uses = sorted({self.table.others.get(name, "never") for name in unseen})
+            lines.append(
+                f"nothing is known of what reads {listed(unseen)} ({', '.join(uses)}): rounded to nearest"
+            )
+        return lines
 
     def read(self, name: str) -> Tensor:
         """A tensor of the file, float32, dimensions in C order."""
