@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext import __version__
+from ggml_ext.cli_observe import observe
 from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError, one_line
 from ggml_ext.signals import Terminated, as_interrupts
@@ -300,6 +301,9 @@ def calibrate(
         print(found.summary())
         return
     print(run_calibrate(request, out).summary())
+
+
+app.command()(observe)
 
 
 def _bound_threads(threads: int | None) -> None:

@@ -27,10 +27,12 @@ OWN_MOMENT_TOKENS = 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site's figures lie. ``own_moments``: whether there is a moment of each expert. ``stride``: of
-    ``sample_rows`` kept rows. ``sums``, ``absmax``, ``sample``: bytes from the start of each file."""
+    """Where a site's figures lie. ``rows``: per token, at most. ``own_moments``: whether there is a moment of
+    each expert. ``stride``: of ``sample_rows`` kept rows. ``sums``, ``absmax``, ``sample``: bytes from the
+    start of each file."""
 
     anchor: str
+    rows: int
     own_moments: bool
     stride: int
     sample_rows: int
@@ -81,11 +83,11 @@ def lay_out(table: Table, n_tokens: int, used: int) -> Layout:
     places = []
     sums = absmax = sample = 0
     for site in table.sites:
-        rows = n_tokens * rows_per_token(site, used)
+        rows = rows_per_token(site, used)
         own = keeps_moments(site, n_tokens, used)
-        stride = sample_stride(rows, rows_per_token(site, used))
-        kept = -(-rows // stride)
-        places.append(Place(site.anchor, own, stride, kept, sums, absmax, sample))
+        stride = sample_stride(n_tokens * rows, rows)
+        kept = -(-n_tokens * rows // stride)
+        places.append(Place(site.anchor, rows, own, stride, kept, sums, absmax, sample))
         sums += _aligned(FLOAT * block_floats(site, own))
         absmax += _aligned(FLOAT * site.n)
         sample += _aligned(FLOAT * site.n * kept)

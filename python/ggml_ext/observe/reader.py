@@ -87,7 +87,8 @@ class Observation:
         """The same over the rows of each expert, float32 [experts, n], 0 for one that got none."""
         start = 1 + site.experts + moment_floats(site.n)
         sums = self._block(site)[start : start + site.experts * site.n].reshape(site.experts, site.n)
-        return sums / np.maximum(self.expert_rows(site), np.float32(1))[:, None]
+        means: Floats = np.divide(sums, np.maximum(self.expert_rows(site), 1)[:, None], dtype=np.float32)
+        return means
 
     def has_expert_moments(self, site: Site) -> bool:
         """Whether the experts got enough rows for second moments of their own."""

@@ -4,7 +4,6 @@ with. docs/observe.md describes the folder.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,11 +56,7 @@ class Observed:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def _warn(line: str) -> None:
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
-
-
-def observe(request: Request, folder: Path, *, temporary: bool = False, warn: Warn = _warn) -> Observed:
+def observe(request: Request, folder: Path, *, temporary: bool = False, warn: Warn) -> Observed:
     """Observes into ``folder``, made if need be, or goes on with what it holds.
 
     temporary: convert makes the folder and removes it with ``discard``. Killed at any moment, the same call
