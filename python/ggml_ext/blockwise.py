@@ -26,8 +26,9 @@ Bytes = NDArray[np.uint8]
 @dataclass(frozen=True)
 class Job:
     """What to do with every block. ``types``: GGUF tensor -> type. ``rounding``: as in rounding.NAMES.
-    ``read``: a tensor of the float model by its name, for norms, biases and routers. ``marked``: the file needs
-    a stored factor, or stock llama.cpp would run it without its transforms. ``threads``: 0 for all."""
+    ``read``: a tensor of the float model by its name, for norms, biases and routers. ``marked``: the file
+    needs a stored factor, or stock llama.cpp would run it without its transforms. ``threads``: 0 for
+    all."""
 
     types: Mapping[str, str]
     rounding: str
@@ -44,8 +45,8 @@ def encode_block(
 ) -> tuple[dict[str, Packed], Findings]:
     """Folds the transforms into the block's tensors and rounds its matrices.
 
-    sites, transforms: by anchor. stats: a site's statistics, asked for once. Raises GgmlExtError for a matrix that its
-    type cannot hold.
+    sites, transforms: by anchor. stats: a site's statistics, asked for once. Raises GgmlExtError for a
+    matrix that its type cannot hold.
     """
     transforms = {anchor: _on_cpu(transform) for anchor, transform in transforms.items()}
     weights, others = transformed(sites, transforms, job.read)
@@ -84,7 +85,7 @@ def transformed(
     changed: set[str] = set()
     for anchor, site in sites.items():
         changed |= fold(site, transforms[anchor], tensors)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for anchor, site in sites.items():
         for linears, its in (
             (site.linears, transforms[anchor]),
@@ -179,7 +180,8 @@ def _matrices(weight: Tensor) -> list[tuple[int | None, NDArray[np.float32]]]:
 def _rounded(
     weights: Mapping[str, Tensor], hessians: _Hessians, job: Job
 ) -> tuple[dict[str, Bytes], dict[str, float]]:
-    """The encodings of matrices that read one site, and their errors: the means over the experts if there are several.
+    """The encodings of matrices that read one site, and their errors: the means over the experts if there
+    are several.
 
     Expert by expert: all matrices that read the same inputs share their moments' factors.
     """

@@ -1,11 +1,11 @@
 """ggml-ext calibrate: solves and rounds a model block by block, in a folder that can be gone on with.
 
-llama.cpp runs the model once over the text and sums what its matrices read (observe/). From these figures and the
-weights of the float GGUF file each block's transforms are solved, folded, and its matrices rounded. What comes of it
-is one file per block. Memory holds one block.
+llama.cpp runs the model once over the text and sums what its matrices read (observe/). From these figures
+and the weights of the float GGUF file each block's transforms are solved, folded, and its matrices rounded.
+What comes of it is one file per block. Memory holds one block.
 
-The folder: plan.json (calibration_plan.py), source.gguf (of a Hugging Face folder the float model), observation/,
-block-NNN.safetensors (block_file.py), lock.
+The folder: plan.json (calibration_plan.py), source.gguf (of a Hugging Face folder the float model),
+observation/, block-NNN.safetensors (block_file.py), lock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ggml_ext import given, hf, recipes, transforms
 from ggml_ext.atomic import atomic_path
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blockwise import Job, encode_block
-from ggml_ext.calibration_folder import OBSERVATION, Held, held
+from ggml_ext.calibration_folder import OBSERVATION, held
 from ggml_ext.calibration_plan import Plan, Request
 from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
@@ -37,6 +37,7 @@ from ggml_ext.observe import prepare, run
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import named_as
 from ggml_ext.outputs import check_folder
+from ggml_ext.owned_folder import SOURCE, Held
 from ggml_ext.progress import track
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
 from ggml_ext.source import Source, open_gguf
@@ -109,6 +110,20 @@ def calibrate(
     return CalibrateResult(folder, plan, windows, done, mean, time.monotonic() - started)
 
 
+def observation_of(request: Request, source: Path) -> prepare.Request:
+    """What a calibration observes, on the float GGUF file ``source``."""
+    return prepare.Request(
+        source,
+        request.text,
+        samples=request.method.samples or None,
+        ctx=request.ctx,
+        seed=request.seed,
+        threads=request.threads or None,
+        parse_special=request.parse_special,
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
 def discard(folder: Path) -> None:
     """Removes the folder of a finished calibration if convert made it and no other run uses it."""
     with suppress(GgmlExtError, OSError):
@@ -121,7 +136,7 @@ def _float_model(request: Request, mine: Held) -> Source:
     """The model as float GGUF: the source itself, or made once per plan."""
     if not request.source.is_dir():
         return open_gguf(request.source)
-    path = mine.folder / plans.SOURCE
+    path = mine.folder / SOURCE
     with named_as(path, request.source):
         if plans.load(mine.folder) is None or not path.is_file():
             with atomic_path(path) as temporary:
@@ -134,17 +149,8 @@ def _run(
     request: Request, folder: Path, plan: Plan, source: Source, warn: Warn
 ) -> tuple[list[list[float]], int]:
     """Does the blocks that are missing; returns the errors of their matrices, and the number of windows."""
-    wanted = prepare.Request(
-        source.path,
-        request.text,
-        samples=request.method.samples or None,
-        ctx=request.ctx,
-        seed=request.seed,
-        threads=request.threads or None,
-        parse_special=request.parse_special,
-    )
     with named_as(source.path, request.source):
-        run.observe(wanted, folder / OBSERVATION, temporary=True, warn=warn)
+        run.observe(observation_of(request, source.path), folder / OBSERVATION, temporary=True, warn=warn)
     seen = Observation(folder / OBSERVATION)
     model = ModelSites(source, seen.table, plan.types)
     for line in model.remarks():

@@ -25,11 +25,11 @@ from ggml_ext.transforms import official
 
 @dataclass(frozen=True)
 class Request:
-    """A calibration of a Hugging Face folder or a float GGUF file. ``text``: the calibration text. ``ctx``: tokens per
-    window. ``device``: "cpu" or "cuda", where transforms are solved.
-    ``threads``: 0 for all; the result does not depend on it where sums do not. ``matrices``: transforms that the
-    official FlatQuant code saved, a file flat_matrices.pth or its folder, to use instead of solved ones.
-    ``parse_special``: see samples.windows. ``trust_remote_code``: see hf.to_gguf."""
+    """A calibration of a Hugging Face folder or a float GGUF file. ``text``: the calibration text. ``ctx``:
+    tokens per window. ``device``: "cpu" or "cuda", where transforms are solved. ``threads``: 0 for all; the
+    result does not depend on it where sums do not. ``matrices``: transforms that the official FlatQuant
+    code saved, a file flat_matrices.pth or its folder, to use instead of solved ones. ``parse_special``:
+    see samples.windows. ``trust_remote_code``: see hf.to_gguf."""
 
     source: Path
     text: Path
@@ -47,12 +47,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """``source``: see model_files.of. ``text``: SHA-256. ``samples``: windows of ``ctx`` tokens, 0 for as many as the
-    widest matrix asks for. ``base``: the type or
-    mix that was asked for. ``types``: tensor -> type, all tensors of the model. ``fallbacks``: tensor -> type
-    that did not fit its rows. ``without_effect``: tensors that --type-for names in vain.
-    ``matrices``: SHA-256 of the transforms that were given, None where they are solved. ``activation``:
-    bits and group, None for llama.cpp's own. ``versions``: of the programs involved."""
+    """``source``: see model_files.of. ``text``: SHA-256. ``samples``: windows of ``ctx`` tokens, 0 for as
+    many as the widest matrix asks for. ``base``: the type or mix that was asked for. ``types``: tensor ->
+    type, all tensors of the model. ``fallbacks``: tensor -> type that did not fit its rows.
+    ``without_effect``: tensors that --type-for names in vain. ``matrices``: SHA-256 of the transforms that
+    were given, None where they are solved. ``activation``: bits and group, None for llama.cpp's own.
+    ``versions``: of the programs involved."""
 
     source: dict[str, str]
     text: str

@@ -22,8 +22,8 @@ from ggml_ext.transforms.official import load_official, load_official_kv
 @dataclass(frozen=True)
 class Matrices:
     """``path``: the file. ``transforms``: of every block. ``cache``: P of k' = k P of each block, or None.
-    ``adjacent``: whether llama.cpp's RoPE turns adjacent channels of the model's heads, where Hugging Face's turns
-    channels half a head apart."""
+    ``adjacent``: whether llama.cpp's RoPE turns adjacent channels of the model's heads, where Hugging
+    Face's turns channels half a head apart."""
 
     path: Path
     transforms: list[dict[SiteKind, SiteTransform]]
@@ -47,7 +47,8 @@ def load(path: Path, n_blocks: int, model: Path) -> Matrices:
 def sites(
     matrices: Matrices, index: int, block: Mapping[str, Site], *, clips: bool
 ) -> dict[str, SiteTransform]:
-    """The transforms of the sites of block ``index``, by anchor; the identity for those that have no place in a file.
+    """The transforms of the sites of block ``index``, by anchor; the identity for those that have no place
+    in a file.
 
     clips: keep the clips of activations. They were learned for activations of few bits; at 8 bits they would
     only cut. Raises GgmlExtError for another model's.
@@ -62,7 +63,7 @@ def sites(
             raise GgmlExtError(f"{where}: {kind} has {n} channels, {has}; give this model's transforms")
         if not _fits(site, found[kind]):
             raise GgmlExtError(
-                f"{where}: {site.anchor} cannot take the transform of {kind}: llama.cpp's graph has no place for it; "
+                f"{where}: llama.cpp's graph has no place for the transform of {kind}; "
                 "calibrate without --matrices"
             )
     kept = found if clips else {kind: replace(its, clip=1.0) for kind, its in found.items()}
@@ -76,8 +77,8 @@ def _fits(site: Site, transform: SiteTransform) -> bool:
 
 
 def cache_tensors(matrices: Matrices, index: int) -> dict[str, Packed]:
-    """The transform of block ``index``'s K cache and its inverse for the queries (fq_h in docs/gguf.md); empty if the
-    file has none.
+    """The transform of block ``index``'s K cache and its inverse for the queries (fq_h in docs/gguf.md);
+    empty if the file has none.
 
     P of the file is for heads with Hugging Face's order of channels. In GGUF's order its rows move; its
     columns need not, since the queries get the inverse of the same matrix.

@@ -1,8 +1,9 @@
 """The sites of a model's blocks: the observer's table, and the weights of a float GGUF file.
 
-What the graph allows at a site and what a file can say of it (docs/gguf.md) decide together. A site degrades, it is
-never refused: without a fold its diagonal is 1, without ``online`` there is no Kronecker product, and without a place
-in the file there is no transform at all; its matrices are rounded by what was observed in any case.
+What the graph allows at a site and what a file can say of it (docs/gguf.md) decide together. A site
+degrades, it is never refused: without a fold its diagonal is 1, without ``online`` there is no Kronecker
+product, and without a place in the file there is no transform at all; its matrices are rounded by what was
+observed in any case.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ _LAYOUTS: Sequence[tuple[SiteKind, tuple[str, ...], str]] = (
     ("ffn_mid", ("ffn_down",), ""),
     ("ffn_mid", ("ffn_down_exps",), ""),
 )
-"""Kind, the matrices that read it, its anchor first, and a matrix beside which the row does not hold: the table of
-docs/gguf.md, and of ggml_ext/llama/transform-load.cpp."""
+"""Kind, the matrices that read it, its anchor first, and a matrix beside which the row does not hold: the
+table of docs/gguf.md, and of ggml_ext/llama/transform-load.cpp."""
 
 _MAKERS = {"attn_out": ("attn_v", "attn_qkv"), "ffn_mid": ("ffn_up", "ffn_up_exps")}
 """The matrices whose last rows a file's record of folds can speak of."""
@@ -53,8 +55,8 @@ class ModelSites:
         return {tensor.name: tensor.dims for tensor in self.source.tensors}
 
     def block(self, index: int) -> dict[str, Site]:
-        """The sites of block ``index`` by anchor, with their weights: those with a place in the file, and others
-        that a matrix reads which is to be rounded."""
+        """The sites of block ``index`` by anchor, with their weights: those with a place in the file, and
+        others that a matrix reads which is to be rounded."""
         found: dict[str, Site] = {}
         for site in self.table.sites:
             if _block_of(site.anchor + ".weight") == index:
@@ -126,9 +128,9 @@ class ModelSites:
             mixes_heads=heads.mixes_heads if heads else False,
         )
 
-    def _place(self, index: int, names: Sequence[str]) -> tuple[SiteKind | str, list[str]]:
-        """The kind and the matrices of the layout that ``names`` fit; "" where none does, or where the block has
-        two of a kind, which a file cannot tell apart."""
+    def _place(self, index: int, names: Sequence[str]) -> tuple[SiteKind | Literal[""], list[str]]:
+        """The kind and the matrices of the layout that ``names`` fit; "" where none does, or where the
+        block has two of a kind, which a file cannot tell apart."""
 
         def tensor(matrix: str) -> str:
             return f"blk.{index}.{matrix}.weight"
@@ -143,12 +145,13 @@ class ModelSites:
                 return (kind, wanted) if [row[0] for row in rows].count(kind) == 1 else ("", [])
         return "", []
 
-    def _fold(self, index: int, kind: SiteKind | str, found: observed.FoldPlace | None) -> Fold | None:
+    def _fold(self, index: int, kind: SiteKind, found: observed.FoldPlace | None) -> Fold | None:
         """What the graph found, where the file can record it."""
         if found is None:
             return None
         if kind in ("attn_in", "ffn_in"):
-            return Fold(found.tensor, rows=False, n=found.n, bias=found.bias) if found.kind == "gain" else None
+            gain = found.kind == "gain"
+            return Fold(found.tensor, rows=False, n=found.n, bias=found.bias) if gain else None
         if found.kind != ("heads" if kind == "attn_out" else "rows"):
             return None
         makers = [f"blk.{index}.{name}.weight" for name in _MAKERS[kind]]

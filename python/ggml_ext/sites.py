@@ -1,9 +1,9 @@
 """The vocabulary of calibration: sites, their statistics, and what a transform does to them.
 
-A site is what some weight matrices of a block read, as llama.cpp's graph says (observe/). Four kinds of them have a
-place in a file for what runs online (docs/gguf.md): ``attn_in`` (read by q, k, v), ``attn_out`` (the attention
-output's projection), ``ffn_in`` (gate, up) and ``ffn_mid`` (down). Activations are row vectors x of n channels; a
-linear layer computes y = x W^T with W [n_out, n].
+A site is what some weight matrices of a block read, as llama.cpp's graph says (observe/). Four kinds of
+them have a place in a file for what runs online (docs/gguf.md): ``attn_in`` (read by q, k, v), ``attn_out``
+(the attention output's projection), ``ffn_in`` (gate, up) and ``ffn_mid`` (down). Activations are row
+vectors x of n channels; a linear layer computes y = x W^T with W [n_out, n].
 
 A transform replaces x by x' = x T and W by W' = W T^-T, so that x' W'^T = x W^T, with
 
@@ -15,6 +15,7 @@ mathematics, docs/gguf.md the layout in a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -27,8 +28,8 @@ SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix that reads a site. ``tensor``: its GGUF name. ``weight``: float32 [n_out, n], or [experts, n_out, n],
-    rows in the file's order."""
+    """A matrix that reads a site. ``tensor``: its GGUF name. ``weight``: float32 [n_out, n], or [experts,
+    n_out, n], rows in the file's order."""
 
     tensor: str
     weight: Tensor
@@ -38,8 +39,9 @@ class Linear:
 class Fold:
     """Where the offline part of a site's transform goes: the channels of the site are elements (``rows`` =
     False: a norm's gain, GGUF vector [n]) or output rows first .. first + n - 1 of a matrix (``rows`` =
-    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector, or [experts, n_out], that is
-    added to the same channels, or "". For attn_out the n_kv * head_dim rows of v each feed several channels."""
+    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector, or [experts, n_out],
+    that is added to the same channels, or "". For attn_out the n_kv * head_dim rows of v each feed several
+    channels."""
 
     tensor: str
     rows: bool
@@ -51,13 +53,14 @@ class Fold:
 @dataclass(frozen=True)
 class Site:
     """``anchor``: GGUF name, without ".weight", of the first matrix that reads the site; transform tensors
-    are named after it. ``kind``: its place in the file, "" where it has none; then there is no transform. ``n``:
-    channels. ``linears``: the matrices that read the site behind the online part. ``folded``: those that are rounded
-    too, but read it in front of the online part (shared experts), so only the folded part concerns them. ``also``:
-    GGUF names of matrices that stay in float and read it there (the router of a mixture). ``online``: whether
-    the graph lets a Kronecker product run before ``linears``. ``fold`` is None where nothing can be folded.
-    ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0 elsewhere. ``mixes_heads``: whether what reads v's
-    rows is linear in all channels of a head together, so that ``SiteTransform.head`` can be folded."""
+    are named after it. ``kind``: its place in the file, "" where it has none; then there is no transform.
+    ``n``: channels. ``linears``: the matrices that read the site behind the online part. ``folded``: those
+    that are rounded too, but read it in front of the online part (shared experts), so only the folded part
+    concerns them. ``also``: GGUF names of matrices that stay in float and read it there (the router of a
+    mixture). ``online``: whether the graph lets a Kronecker product run before ``linears``. ``fold`` is
+    None where nothing can be folded. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0 elsewhere.
+    ``mixes_heads``: whether what reads v's rows is linear in all channels of a head together, so that
+    ``SiteTransform.head`` can be folded."""
 
     kind: SiteKind | Literal[""]
     anchor: str
@@ -77,15 +80,15 @@ class Site:
 class SiteStats:
     """What calibration saw at a site, all float32. ``hessian`` [n, n]: mean of x^T x over tokens.
     ``absmax`` [n]: largest |x| per channel. ``sample`` [m, n]: some tokens' activations, drawn evenly.
-    ``expert_hessian``: [experts, n, n], mean over the tokens routed to each expert, or None for dense
-    sites and where too few tokens reach an expert; ``expert_diagonal`` [experts, n]: its diagonals, also there;
-    ``expert_tokens`` int64 [experts]."""
+    ``expert_hessian``: [n, n] of each expert, mean over the tokens routed to each expert, or None for dense
+    sites and where too few tokens reach an expert; ``expert_diagonal`` [experts, n]: its diagonals, also
+    there; ``expert_tokens`` int64 [experts]."""
 
     hessian: Tensor
     absmax: Tensor
     sample: Tensor
     n_tokens: int
-    expert_hessian: Tensor | None = None
+    expert_hessian: Sequence[Tensor] | None = None
     expert_diagonal: Tensor | None = None
     expert_tokens: Tensor | None = None
 

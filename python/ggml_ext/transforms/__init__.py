@@ -40,11 +40,11 @@ FOLDED = frozenset({"none", "smoothquant", "awq"})  # nothing is left to do at r
 
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
-    """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that T
-    and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v or
-    up, say): nothing can be learned about it, and nothing is lost. The identity too where the graph has no place for
-    any part of a transform. Raises GgmlExtError for an unknown name
-    or type and for statistics with NaN or Inf."""
+    """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that
+    T and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v
+    or up, say): nothing can be learned about it, and nothing is lost. The identity too where the graph has
+    no place for any part of a transform. Raises GgmlExtError for an unknown name or type and for statistics
+    with NaN or Inf."""
     if not site.online:  # a clip is done online too
         request = replace(request, search_clip=False)
     if request.name not in _SOLVERS:
