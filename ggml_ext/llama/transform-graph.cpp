@@ -1,8 +1,10 @@
 // Transforms in a graph: inserted where weights are multiplied, and checked once the graph is complete.
 
 #include "llama-arch.h"
+#include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
+#include "observe/observer.h"
 #include "ops/ext-op.h"
 #include "ops/kron.h"
 #include "transform.h"
@@ -30,8 +32,11 @@ const ggml_ext_weight * find(const ggml_ext_model & ext, const ggml_tensor * w) 
 
 }  // namespace
 
-ggml_ext_graph::ggml_ext_graph(const llama_model & model, bool observed) :
-    model(model), observed(observed), ext(model.ggml_ext), outer(innermost) {
+ggml_ext_graph::ggml_ext_graph(const llama_model & model, const llama_cparams & cparams) :
+    model(model), observed(cparams.cb_eval != nullptr),
+    observer(cparams.cb_eval == ggml_ext_observer_eval ? static_cast<ggml_ext_observer *>(cparams.cb_eval_user_data) :
+                                                         nullptr),
+    ext(model.ggml_ext), outer(innermost) {
     innermost = this;
 }
 
@@ -44,6 +49,9 @@ ggml_ext_graph * ggml_ext_graph::current() {
 }
 
 ggml_tensor * ggml_ext_graph::input(ggml_context * ctx, ggml_tensor * w, ggml_tensor * x) {
+    if (observer) {
+        asked.emplace(ggml_ext_root(w), x);
+    }
     const ggml_ext_weight * weight = ext ? find(*ext, w) : nullptr;
     if (!weight || x->type != GGML_TYPE_F32 || (weight->site && weight->site->n != x->ne[0])) {
         return x;  // check() refuses the product of a weight in the map with an input that stayed as it was
@@ -90,6 +98,9 @@ void ggml_ext_graph::check_weights(const ggml_tensor * node) const {
 }
 
 bool ggml_ext_graph::check(ggml_cgraph * gf) const {
+    if (observer) {
+        observer->walk(model, gf, asked);
+    }
     if (!ext) {
         return true;
     }

@@ -11,10 +11,12 @@
 #include <utility>
 
 struct ggml_ext_model;
+struct ggml_ext_observer;
 struct ggml_ext_site;
 class llama_io_read_i;
 class llama_io_write_i;
 struct llama_adapter_lora;
+struct llama_cparams;
 struct llama_model;
 struct llama_model_loader;
 
@@ -30,8 +32,7 @@ void ggml_ext_llama_load(llama_model_loader & ml, llama_model & model);
 // long as its construction. Outside of it they change nothing.
 class ggml_ext_graph {
   public:
-    // observed: an evaluation callback sees the nodes.
-    ggml_ext_graph(const llama_model & model, bool observed);
+    ggml_ext_graph(const llama_model & model, const llama_cparams & cparams);
     ~ggml_ext_graph();
     ggml_ext_graph(const ggml_ext_graph &)             = delete;
     ggml_ext_graph & operator=(const ggml_ext_graph &) = delete;
@@ -55,13 +56,15 @@ class ggml_ext_graph {
     void check_caches(const ggml_tensor * node) const;
 
     const llama_model &                   model;
-    const bool                            observed;
+    const bool                            observed;  // an evaluation callback sees the nodes
+    ggml_ext_observer * const             observer;  // whose callback it is, or null
     std::shared_ptr<const ggml_ext_model> ext;
     ggml_ext_graph * const                outer;
 
     std::map<std::pair<const ggml_tensor *, const ggml_ext_site *>, ggml_tensor *> transformed;  // by input
     std::map<const ggml_tensor *, ggml_tensor *>                                   rounded;      // by input
     std::set<std::pair<const ggml_tensor *, const ggml_tensor *>> products;            // weight, what it multiplies
+    std::set<std::pair<const ggml_tensor *, const ggml_tensor *>> asked;               // the same, of all weights
     std::set<const ggml_tensor *>                                 k_caches, v_caches;  // of transformed rows
     std::set<const ggml_tensor *>                                 queries;             // transformed
     std::set<const ggml_tensor *>                                 results;             // of attention, before P_v^-1
