@@ -56,9 +56,12 @@ class Observed:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def observe(request: Request, folder: Path, *, temporary: bool = False, warn: Warn) -> Observed:
+def observe(
+    request: Request, folder: Path, *, warn: Warn, temporary: bool = False, content: bytes | None = None
+) -> Observed:
     """Observes into ``folder``, made if need be, or goes on with what it holds.
 
+    content: the text's bytes if they have been read, since a pipe can be read once.
     temporary: convert makes the folder and removes it with ``discard``. Killed at any moment, the same call
     goes on and leaves the same figures, byte for byte on the same machine with one thread. Raises
     GgmlExtError for what cannot be done and for a folder with other files or another plan, or that another
@@ -71,7 +74,7 @@ def observe(request: Request, folder: Path, *, temporary: bool = False, warn: Wa
         hf.check(request.source)
         for line in hf.remarks(request.source):
             warn(line)
-    content = read_text(request.text)
+    content = read_text(request.text) if content is None else content
     with held(folder, KIND, temporary=temporary) as mine:
         model = _float_model(request, mine) if request.source.is_dir() else request.source
         with named_as(model, request.source):
