@@ -27,6 +27,7 @@ from ggml_ext import calibration_folder, cli_observe, hf
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe import estimate as estimates
 from ggml_ext.observe import prepare, run, store
+from ggml_ext.observe.observer import Observer
 from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import Observed, observe
@@ -289,6 +290,20 @@ def test_nan_names_the_site(tmp_path: Path, text: Path) -> None:
             tensor.data[3, 3] = np.nan
     request = Request(model, text, samples=4, ctx=CTX, threads=1)
     refused(request, tmp_path / "o", r"m\.gguf: blk\.1\.attn_output: reads NaN or Inf")
+
+
+def test_matrices_that_are_never_read_are_named(
+    request_of: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not vectors, such as the scales that few files have."""
+    parts = {"others": {"blk.0.attn_norm.weight": "never", "token_embd.weight": "never"}}
+    table = Observer.table
+    monkeypatch.setattr(Observer, "table", lambda self: replace(table(self), **parts))
+    lines: list[str] = []
+    observe(request_of, tmp_path / "o", warn=lines.append)
+    assert lines == [
+        "no text makes llama.cpp read 1 tensor: token_embd.weight; there are no figures for them"
+    ]
 
 
 def test_memory_bounds_the_batch(

@@ -24,6 +24,7 @@ from ggml_ext.observe.store import FILES, Store, load_state
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.progress import track
+from ggml_ext.source import open_gguf
 
 COMMIT_SECONDS = 60.0
 """About how much work a kill costs; a batch at least."""
@@ -126,9 +127,11 @@ def _float_model(request: Request, mine: Held) -> Path:
 
 
 def _remark(prepared: Prepared, warn: Warn) -> None:
-    never = [tensor for tensor, use in prepared.table.others.items() if use == "never"]
+    uses = prepared.table.others
+    matrices = [tensor.name for tensor in open_gguf(prepared.model).tensors if tensor.n_rows > 1]
+    never = [name for name in matrices if uses.get(name) == "never"]
     if never:
-        warn(f"llama.cpp reads {listed(never)} on no text; there are no figures for them")
+        warn(f"no text makes llama.cpp read {listed(never)}; there are no figures for them")
 
 
 def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
