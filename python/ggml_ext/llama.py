@@ -30,13 +30,13 @@ from ggml_ext.signals import ENDING
 
 _ffi = cffi.FFI()
 
-LOG_WARN, LOG_ERROR, LOG_CONT = 3, 4, 5
+LOG_DEBUG, LOG_WARN, LOG_ERROR, LOG_CONT = 1, 3, 4, 5
 """Values of enum ggml_log_level."""
 
 _F32 = 0  # of enum ggml_type
 
 _log: deque[tuple[int, str]] = deque(maxlen=400)
-"""Level and text of llama.cpp's latest log lines."""
+"""Level and text of llama.cpp's latest log lines, but for those that only its developers need."""
 
 _ABORTED = 2
 """llama_decode's status where the abort callback ended the graph."""
@@ -72,6 +72,8 @@ def _log_callback(api: Any) -> Any:
         line = text.decode("utf-8", "replace").rstrip("\n")
         if level == LOG_CONT and _log:
             _log[-1] = (_log[-1][0], _log[-1][1] + line)
+            return
+        if level == LOG_DEBUG:  # hundreds of lines for every graph
             return
         _log.append((level, line))
         if level in (LOG_WARN, LOG_ERROR) and line.startswith(("ggml_ext", "ggml-ext")):

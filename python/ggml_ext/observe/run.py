@@ -24,6 +24,7 @@ from ggml_ext.observe.store import FILES, Store, load_state
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.progress import track
+from ggml_ext.source import open_gguf
 
 COMMIT_SECONDS = 60.0
 """About how much work a kill costs; a batch at least."""
@@ -56,9 +57,12 @@ class Observed:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def observe(request: Request, folder: Path, *, temporary: bool = False, warn: Warn) -> Observed:
+def observe(
+    request: Request, folder: Path, *, warn: Warn, temporary: bool = False, content: bytes | None = None
+) -> Observed:
     """Observes into ``folder``, made if need be, or goes on with what it holds.
 
+    content: the text's bytes if they have been read, since a pipe can be read once.
     temporary: convert makes the folder and removes it with ``discard``. Killed at any moment, the same call
     goes on and leaves the same figures, byte for byte on the same machine with one thread. Raises
     GgmlExtError for what cannot be done and for a folder with other files or another plan, or that another
@@ -71,7 +75,7 @@ def observe(request: Request, folder: Path, *, temporary: bool = False, warn: Wa
         hf.check(request.source)
         for line in hf.remarks(request.source):
             warn(line)
-    content = read_text(request.text)
+    content = read_text(request.text) if content is None else content
     with held(folder, KIND, temporary=temporary) as mine:
         model = _float_model(request, mine) if request.source.is_dir() else request.source
         with named_as(model, request.source):
@@ -123,9 +127,11 @@ def _float_model(request: Request, mine: Held) -> Path:
 
 
 def _remark(prepared: Prepared, warn: Warn) -> None:
-    never = [tensor for tensor, use in prepared.table.others.items() if use == "never"]
+    uses = prepared.table.others
+    matrices = [tensor.name for tensor in open_gguf(prepared.model).tensors if tensor.n_rows > 1]
+    never = [name for name in matrices if uses.get(name) == "never"]
     if never:
-        warn(f"llama.cpp reads {listed(never)} on no text; there are no figures for them")
+        warn(f"no text makes llama.cpp read {listed(never)}; there are no figures for them")
 
 
 def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
