@@ -1,6 +1,6 @@
 """Tiny random models of every architecture that upstream's test-llama-archs can save, and of Gemma 4.
 
-The tokenizer is upstream's "test": every five bytes of a text make one token, their hash modulo the vocabulary.
+The tokenizer is upstream's "test": every BYTES_PER_TOKEN bytes of a text are one token.
 """
 
 from __future__ import annotations
@@ -13,29 +13,33 @@ import gguf
 import numpy as np
 
 SEED, STDEV = 1, 0.1
+BYTES_PER_TOKEN = 5
 
-SAVED = """
+_SAVED = """
 afmoe-moe arcee-dense arctic-moe baichuan-dense bailingmoe-moe bailingmoe2-moe bailingmoe3-moe bloom-dense
 chatglm-dense codeshell-dense cogvlm-dense cohere2-dense cohere2moe-moe command-r-dense dbrx-moe deci-dense
 deepseek-moe deepseek2-moe deepseek32-moe deepseek4-moe dots1-moe dots3note-moe dream-dense ernie4_5-moe
-ernie4_5-moe-moe exaone-dense exaone-moe-moe exaone4-dense falcon-dense falcon-h1-dense gemma-dense gemma2-dense
-gemma3-dense glm-dsa-moe glm4-dense glm4moe-moe glm5-next-moe gpt-oss-moe gpt2-dense gptneox-dense granite-dense
-granite-moe granite_swa-dense granitehybrid-dense granitemoe-dense granitemoe-moe grok-moe grovemoe-moe
-hrm_text-dense hunyuan-dense-dense hunyuan-moe-moe hunyuan_vl-dense hy_v3-moe hy_v4-moe internlm2-dense jais-dense
-jais2-dense jamba-dense kimi-k3-moe kimi-linear-moe laguna-moe lfm2-dense lfm2moe-moe llada-dense llada-moe-moe
-llama-dense llama-moe llama4-moe maincoder-dense mamba-dense mamba2-dense maple-moe mellum-moe mimo2-moe
-minicpm-dense minicpm-moe minicpm3-dense minimax-01-moe minimax-m2-moe minimax-m3-moe mistral3-dense mistral3-moe
-mistral4-moe mpt-dense muse-glimmer-dense nanbeige-dense nemotron-dense nemotron_h-dense nemotron_h_moe-dense
-olmo-dense olmo2-dense olmoe-moe openelm-dense orion-dense paddleocr-moe pangu-embedded-dense phi2-dense phi3-dense
-phimoe-moe plamo-dense plamo2-dense plamo3-dense pockettts-dense qwen-dense qwen2-dense qwen2moe-moe qwen2vl-dense
-qwen3-dense qwen35-dense qwen35moe-moe qwen3moe-moe qwen3next-moe qwen3tts-dense qwen3vl-dense qwen3vlmoe-moe
-qwen4exp-moe refact-dense refact-moe rnd1-moe seed_oss-dense smallthinker-moe smollm3-dense spark2_5-dense
-stablelm-dense starcoder-dense starcoder2-dense talkie-dense xverse-dense
-""".split()
+ernie4_5-moe-moe exaone-dense exaone-moe-moe exaone4-dense falcon-dense falcon-h1-dense gemma-dense
+gemma2-dense gemma3-dense glm-dsa-moe glm4-dense glm4moe-moe glm5-next-moe gpt-oss-moe gpt2-dense
+gptneox-dense granite-dense granite-moe granite_swa-dense granitehybrid-dense granitemoe-dense
+granitemoe-moe grok-moe grovemoe-moe hrm_text-dense hunyuan-dense-dense hunyuan-moe-moe hunyuan_vl-dense
+hy_v3-moe hy_v4-moe internlm2-dense jais-dense jais2-dense jamba-dense kimi-k3-moe kimi-linear-moe
+laguna-moe lfm2-dense lfm2moe-moe llada-dense llada-moe-moe llama-dense llama-moe llama4-moe maincoder-dense
+mamba-dense mamba2-dense maple-moe mellum-moe mimo2-moe minicpm-dense minicpm-moe minicpm3-dense
+minimax-01-moe minimax-m2-moe minimax-m3-moe mistral3-dense mistral3-moe mistral4-moe mpt-dense
+muse-glimmer-dense nanbeige-dense nemotron-dense nemotron_h-dense nemotron_h_moe-dense olmo-dense
+olmo2-dense olmoe-moe openelm-dense orion-dense paddleocr-moe pangu-embedded-dense phi2-dense phi3-dense
+phimoe-moe plamo-dense plamo2-dense plamo3-dense pockettts-dense qwen-dense qwen2-dense qwen2moe-moe
+qwen2vl-dense qwen3-dense qwen35-dense qwen35moe-moe qwen3moe-moe qwen3next-moe qwen3tts-dense qwen3vl-dense
+qwen3vlmoe-moe qwen4exp-moe refact-dense refact-moe rnd1-moe seed_oss-dense smallthinker-moe smollm3-dense
+spark2_5-dense stablelm-dense starcoder-dense starcoder2-dense talkie-dense xverse-dense
+"""
+
+SAVED = _SAVED.split()
 """Files that upstream's program saves: <architecture>-dense, or <architecture>-moe with experts."""
 
 WRITTEN = ["gemma4-dense", "gemma4-shared", "gemma4-moe"]
-"""Files that are written here: upstream's program leaves Gemma 4 out, and its saver forgets some of its tensors."""
+"""Files that are written here: upstream's program leaves Gemma 4 out, and its saver some tensors of it."""
 
 NAMES = [*SAVED, *WRITTEN]
 
@@ -49,7 +53,7 @@ class ArchModel(NamedTuple):
 
 
 def save(folder: Path, program: Path) -> dict[str, ArchModel]:
-    """Makes all models in ``folder``; ``program``: upstream's test-llama-archs. 900 MB, most of them in few files."""
+    """Makes all models, 900 MB, in ``folder``. ``program``: upstream's test-llama-archs."""
     command = [program, "-s", str(SEED), "-d", str(STDEV), "-o", folder]
     subprocess.run(command, check=True, capture_output=True)
     gemma4(folder / "gemma4-dense.gguf")
@@ -60,7 +64,7 @@ def save(folder: Path, program: Path) -> dict[str, ArchModel]:
 
 
 class _Gemma4:
-    """Keys and sizes as in upstream's fixture (get_gguf_ctx), whose pattern of the layers is an array here, as
+    """Keys and sizes as in upstream's fixture (get_gguf_ctx); but which layers have a window is an array, as
     llama.cpp wants it."""
 
     width, heads, head, ffn, layers, vocabulary, per_layer, experts_ffn = 128, 2, 64, 192, 5, 128, 64, 96
@@ -95,8 +99,8 @@ class _Gemma4:
         writer.add_token_scores([0.0] * self.vocabulary)
 
     def shapes(self, shared_kv: int, experts: int) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape, rows first. Layers that share another's cache have no k and v; with experts the layer
-        without a window takes k for v."""
+        """Tensor -> shape, rows first. Layers that share another's cache have no K and V; with experts the
+        layer without a window takes K for V."""
         width, attention = self.width, self.heads * self.head
         found: dict[str, tuple[int, ...]] = {"token_embd": (self.vocabulary, width), "output_norm": (width,)}
         found["rope_freqs"] = (self.head // 2,)
@@ -110,8 +114,9 @@ class _Gemma4:
                 block.update(attn_k=(attention, width), attn_k_norm=(self.head,))
                 if not experts or layer < self.layers - 1:
                     block["attn_v"] = (attention, width)
-            block.update(attn_q_norm=(self.head,), attn_output=(width, attention), post_attention_norm=(width,))
-            block.update(ffn_norm=(width,), ffn_gate=(self.ffn, width), ffn_up=(self.ffn, width))
+            block.update(attn_q_norm=(self.head,), attn_output=(width, attention))
+            block.update(post_attention_norm=(width,), ffn_norm=(width,))
+            block.update(ffn_gate=(self.ffn, width), ffn_up=(self.ffn, width))
             block.update(ffn_down=(width, self.ffn), post_ffw_norm=(width,))
             if experts:
                 block.update(ffn_gate_inp=(experts, width), pre_ffw_norm_2=(width,))
@@ -119,7 +124,8 @@ class _Gemma4:
                 block["ffn_gate_up_exps"] = (experts, 2 * self.experts_ffn, width)
                 block["ffn_down_exps"] = (experts, width, self.experts_ffn)
             else:
-                block.update(inp_gate=(self.per_layer, width), proj=(width, self.per_layer), post_norm=(width,))
+                block.update(inp_gate=(self.per_layer, width), proj=(width, self.per_layer))
+                block["post_norm"] = (width,)
             found.update({f"blk.{layer}.{name}": shape for name, shape in block.items()})
         shapes = {f"{name}.weight": shape for name, shape in found.items()}
         if experts:
@@ -128,8 +134,8 @@ class _Gemma4:
 
 
 def gemma4(path: Path, *, shared_kv: int = 0, experts: int = 0) -> Path:
-    """A Gemma 4 of five layers, one of them without a window. Without experts with an embedding per layer (as E2B),
-    of which the last ``shared_kv`` layers have no K and V of their own; with them without (as 26B)."""
+    """A Gemma 4 of five layers: without experts with an embedding per layer, as E2B, where the last
+    ``shared_kv`` layers have no K and V of their own; with experts as 26B."""
     model, random = _Gemma4(), np.random.default_rng(SEED)
     writer = gguf.GGUFWriter(path, "gemma4")
     model.keys(writer, shared_kv, experts)

@@ -1,4 +1,4 @@
-"""Drives the observer of ggml-ext.h over a model, for tests: the table of sites, and the sums of some windows."""
+"""Drives the observer of ggml-ext.h over a model: the table of sites, and the sums of some windows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SiteSums:
-    """One site's block of sums, as struct ggml_ext_site_sums lays it out.
+    """A block of sums, see struct ggml_ext_site_sums.
 
-    ``tokens``: rows that were summed; ``by_expert`` [experts]. ``diagonal`` [n]: of the second moment of all rows;
-    ``diagonals`` [experts][n].
+    ``diagonal`` [n]: of the moment of all rows, of which there are ``tokens``. ``by_expert`` [experts] and
+    ``diagonals`` [experts][n]: the same of the rows of each expert.
     """
 
     tokens: float
@@ -69,7 +69,10 @@ class ObservedModel:
             its.absmax, its.sample_stride = self._ffi.from_buffer("float[]", absmax), 1
         assert library.ggml_ext_observer_sums(self._observer, len(sites), into) == 0
         for i, window in enumerate(windows):
-            assert library.ggml_ext_observer_begin(self._observer, i * self.ctx, self.ctx, 0.0, self._ffi.NULL) == 0
+            status = library.ggml_ext_observer_begin(
+                self._observer, i * self.ctx, self.ctx, 0.0, self._ffi.NULL
+            )
+            assert status == 0
             self.decode(window)
             seen = library.ggml_ext_observer_end(self._observer)
             culprit = self._ffi.string(library.ggml_ext_observer_culprit(self._observer)).decode()
