@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import runpy
 import string
 import subprocess
 from collections.abc import Iterator
@@ -95,11 +96,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Observed(NamedTuple):
-    """The ``sites`` of the observer's table, their sums over the text, and the ``others``: weight -> use."""
+    """The observer's table, and the sums of its sites over the text."""
 
-    sites: list[dict[str, Any]]
+    table: dict[str, Any]
     sums: list[SiteSums]
-    others: dict[str, str]
+
+    @property
+    def sites(self) -> list[dict[str, Any]]:
+        sites: list[dict[str, Any]] = self.table["sites"]
+        return sites
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Weight that is at no site -> what else reads it."""
+        return {other["tensor"]: other["use"] for other in self.table["others"]}
 
     def readers(self) -> Iterator[tuple[str, str, SiteSums]]:
         """Every weight in a site, the op that reads for it, and the site's sums."""
@@ -115,7 +125,7 @@ def observed(model: ArchModel, text: Path) -> Observed:
         table = loaded.table()
         sums = loaded.sums(tokens.reshape(WINDOWS, CTX))
         assert loaded.table() == table
-    return Observed(table["sites"], sums, {other["tensor"]: other["use"] for other in table["others"]})
+    return Observed(table, sums)
 
 
 def test_no_weight_is_unaccounted(model: ArchModel, observed: Observed) -> None:
@@ -125,6 +135,13 @@ def test_no_weight_is_unaccounted(model: ArchModel, observed: Observed) -> None:
     assert {tensor.name for tensor in open_gguf(model.path).tensors} <= set(read) | set(observed.others)
     anchors = [site["anchor"] for site in observed.sites]
     assert len(set(anchors)) == len(anchors)
+
+
+def test_the_committed_table(model: ArchModel, observed: Observed, repo_root: Path) -> None:
+    row = runpy.run_path(str(repo_root / "scripts" / "arch_table.py"))["row"]
+    line = row(model.name, observed.table, open_gguf(model.path).tensors)
+    committed = (repo_root / "docs" / "architectures.md").read_text().splitlines()
+    assert line in committed, "write it anew with scripts/arch_table.py"
 
 
 def test_every_matrix_of_a_block_has_a_site_or_a_reason(model: ArchModel, observed: Observed) -> None:
