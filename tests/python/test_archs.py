@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 import runpy
+import shutil
 import string
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from arch_models import BYTES_PER_TOKEN, NAMES, WRITTEN, ArchModel
+from fold_probe import fold_all
 from ggml_ext import imatrix, tools
 from ggml_ext.convert import convert
 from ggml_ext.llama import Model
@@ -27,6 +29,9 @@ from observed import Float, ObservedModel, SiteSums
 CTX, WINDOWS = 64, 2
 TOKENS = CTX * WINDOWS
 EXPERTS_USED = 2
+
+UNCHANGED = 1e-4
+"""Of logits: sums in another order, rounded to half precision in places."""
 IMATRIX_CRASHES = {"glm5-next-moe"}
 """llama-imatrix reads the name of a node's first source, and here are nodes that have none."""
 
@@ -70,8 +75,12 @@ def logits_of(path: Path) -> Float:
         return logits.copy()
 
 
-def test_it_gives_finite_logits(model: ArchModel) -> None:
-    logits = logits_of(model.path)
+@pytest.fixture(scope="module")
+def logits(model: ArchModel) -> Float:
+    return logits_of(model.path)
+
+
+def test_it_gives_finite_logits(logits: Float) -> None:
     assert np.isfinite(logits).all()
     assert np.ptp(logits) > 0.1
 
@@ -166,6 +175,19 @@ def test_every_site_counts_all_tokens(observed: Observed) -> None:
             assert (sums.by_expert == TOKENS).all(), site["anchor"]
 
 
+def changed(path: Path, sites: list[dict[str, Any]], before: Float, copy: Path) -> float:
+    """Largest difference of the logits from ``before``, relative to the largest, after folds at ``sites``."""
+    shutil.copyfile(path, copy)
+    fold_all(copy, sites)
+    return float(np.abs(logits_of(copy) - before).max() / np.abs(before).max())
+
+
+def test_folds_change_nothing(model: ArchModel, observed: Observed, logits: Float, tmp_path: Path) -> None:
+    assert changed(model.path, observed.sites, logits, tmp_path / "folded.gguf") < UNCHANGED
+    for site in observed.sites:
+        assert "kind" in site["fold"] or site["fold"]["reason"], site["anchor"]
+
+
 def importances(model: Path, text: Path, out: Path) -> dict[str, Float]:
     """What llama-imatrix finds: weight -> mean squares [experts * n], float32."""
     size = str(CTX)
@@ -193,3 +215,16 @@ def test_sums_are_those_of_llama_imatrix(
         np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=weight)
         seen.add(weight)
     assert seen == set(entries)
+
+
+def test_a_wrong_fold_is_noticed(architectures: dict[str, ArchModel], tmp_path: Path) -> None:
+    """A reader left out, and another norm's gain."""
+    path, copy = architectures["llama-dense"].path, tmp_path / "folded.gguf"
+    with ObservedModel(path, CTX) as loaded:
+        site = next(s for s in loaded.table()["sites"] if s["anchor"] == "blk.0.attn_q")
+    before = logits_of(path)
+    assert len(site["readers"]) == 3
+    assert changed(path, [site], before, copy) < UNCHANGED
+    assert changed(path, [{**site, "readers": site["readers"][:2]}], before, copy) > 10 * UNCHANGED
+    elsewhere = {**site["fold"], "tensor": "blk.0.ffn_norm.weight"}
+    assert changed(path, [{**site, "fold": elsewhere}], before, copy) > 10 * UNCHANGED
