@@ -119,7 +119,9 @@ def until(child: subprocess.Popen[str], holds: Callable[[], bool]) -> None:
 def test_a_folder_holds_one_generation_when_it_is_done(request_of: Request, finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {"lock", "plan.json", "state.json", "sums-0.bin", ABSMAX, SAMPLES}
+    (finished / "sums-1.bin").write_text("left by a run that was killed at its end")
     again = quiet(request_of, finished)
+    assert not (finished / "sums-1.bin").exists()
     assert (again.done, again.windows) == (0, WINDOWS)
     assert "60 windows of 16 tokens, 0 of them observed now" in again.summary()
 

@@ -20,7 +20,7 @@ from ggml_ext.llama import Model
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
-from ggml_ext.observe.store import FILES, Store, load_state
+from ggml_ext.observe.store import FILES, Store, drop_other_generation, load_state
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.progress import track
@@ -137,8 +137,13 @@ def _remark(prepared: Prepared, warn: Warn) -> None:
 def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
     """Observes the windows that are missing and returns how many there were."""
     first, last = load_state(folder).windows, len(prepared.tokens)
-    if first >= last:
-        return 0
+    if first < last:
+        _add_missing(prepared, folder, request, warn)
+    drop_other_generation(folder)
+    return last - first
+
+
+def _add_missing(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> None:
     threads = request.threads or physical_cores()
     with (
         Observer(threads) as observer,
@@ -154,10 +159,10 @@ def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
             _batches(prepared, observer, model, store)
         except KeyboardInterrupt:
             done = store.state.windows
-            warn(f"{folder}: {done} of {last} windows are done; the same command goes on there")
+            warn(
+                f"{folder}: {done} of {len(prepared.tokens)} windows are done; the same command goes on there"
+            )
             raise
-        store.finish()
-    return last - first
 
 
 def _batches(prepared: Prepared, observer: Observer, model: Model, store: Store) -> None:
