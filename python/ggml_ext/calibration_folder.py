@@ -9,14 +9,15 @@ from pathlib import Path
 from ggml_ext import calibration_plan as plans
 from ggml_ext import owned_folder
 from ggml_ext.block_file import block_path
-from ggml_ext.hidden import hidden_path
 from ggml_ext.owned_folder import Held, Kind
+
+OBSERVATION = "observation"
+"""The folder within it that observe fills; it has an owner's lock of its own."""
 
 
 def _made(folder: Path) -> Iterator[Path]:
     plan = plans.load(folder)
     assert plan is not None
-    yield from (hidden_path(folder, index) for index in range(plan.blocks + 1))
     yield from (block_path(folder, index) for index in range(plan.blocks))
 
 

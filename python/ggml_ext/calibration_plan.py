@@ -25,10 +25,11 @@ from ggml_ext.transforms import official
 
 @dataclass(frozen=True)
 class Request:
-    """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
-    ``dtype``: "f32" or "bf16", what the model computes in. ``threads``: 0 for all; the result does not depend
-    on it where sums do not. ``matrices``: transforms that the official FlatQuant code saved, a file
-    flat_matrices.pth or its folder, to use instead of solved ones. ``trust_remote_code``: see hf.to_gguf."""
+    """A calibration of a Hugging Face folder or a float GGUF file. ``text``: the calibration text. ``ctx``:
+    tokens per window. ``device``: "cpu" or "cuda", where transforms are solved. ``threads``: 0 for all; the
+    result does not depend on it where sums do not. ``matrices``: transforms that the official FlatQuant
+    code saved, a file flat_matrices.pth or its folder, to use instead of solved ones. ``parse_special``:
+    see samples.windows. ``trust_remote_code``: see hf.to_gguf."""
 
     source: Path
     text: Path
@@ -38,42 +39,38 @@ class Request:
     ctx: int = 512
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "f32"
     threads: int = 0
     matrices: Path | None = None
+    parse_special: bool = False
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``source``: see model_files.of_folder. ``text``: SHA-256.
-    ``windows``: sequences of ``ctx`` tokens that the text gave, at most ``samples``. ``base``: the type or
-    mix that was asked for. ``types``: tensor -> type, all tensors of the model. ``fallbacks``: tensor -> type
-    that did not fit its rows. ``without_effect``: tensors that --type-for names in vain.
-    ``matrices``: SHA-256 of the transforms that were given, None where they are solved. ``activation``:
-    bits and group, None for llama.cpp's own. ``dtype``: of the hidden states. ``versions``: of the
-    programs involved."""
+    """``source``: see model_files.of. ``text``: SHA-256. ``samples``: windows of ``ctx`` tokens, 0 for as
+    many as the widest matrix asks for. ``base``: the type or mix that was asked for. ``types``: tensor ->
+    type, all tensors of the model. ``fallbacks``: tensor -> type that did not fit its rows.
+    ``without_effect``: tensors that --type-for names in vain. ``matrices``: SHA-256 of the transforms that
+    were given, None where they are solved. ``activation``: bits and group, None for llama.cpp's own.
+    ``versions``: of the programs involved."""
 
     source: dict[str, str]
     text: str
     samples: int
-    windows: int
     ctx: int
     seed: int
+    parse_special: bool
     base: str
     types: dict[str, str]
     fallbacks: dict[str, str]
     without_effect: list[str]
     transform: str
     transform_bits: float | None
-    train_steps: int
     matrices: str | None
     rounding: str
     activation: list[int] | None
     blocks: int
-    hidden: int
     device: str
-    dtype: str
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -83,7 +80,7 @@ class Plan:
     @property
     def without_grid(self) -> list[str]:
         """Matrices of blocks whose type has no levels to choose from; importances round them instead."""
-        if self.rounding not in ("gptq", "learned"):
+        if self.rounding != "gptq":
             return []
         return [
             name
@@ -97,9 +94,9 @@ class Plan:
 
 
 def require_model(plan: Plan, model: Path, folder: Path) -> None:
-    """Raises GgmlExtError, naming what differs, unless ``model`` is the Hugging Face folder of the plan in
+    """Raises GgmlExtError, naming what differs, unless ``model`` is the folder or file of the plan in
     ``folder``, unchanged."""
-    changed = model_files.changed(plan.source, model_files.of_folder(model))
+    changed = model_files.changed(plan.source, model_files.of(model))
     if changed:
         raise GgmlExtError(
             f"{folder}: a calibration of another model than {model} ({changed}); give the one it was made "
@@ -107,8 +104,8 @@ def require_model(plan: Plan, model: Path, folder: Path) -> None:
         )
 
 
-def make(request: Request, sha256: str, n_windows: int, source: Source, *, blocks: int, hidden: int) -> Plan:
-    """The plan of a request. sha256: of the text. source: the float model. blocks, hidden: its size.
+def make(request: Request, sha256: str, source: Source) -> Plan:
+    """The plan of a request. sha256: of the text. source: the float model.
 
     Raises GgmlExtError for patterns that match nothing and types that the rounding does not know.
     """
@@ -120,26 +117,23 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
     _check_grid(method.type_name, method.rounding)
     activation = recipes.ACTIVATIONS[method.activation]
     return Plan(
-        source=model_files.of_folder(request.source),
+        source=model_files.of(request.source),
         text=sha256,
         samples=method.samples,
-        windows=n_windows,
         ctx=request.ctx,
         seed=request.seed,
+        parse_special=request.parse_special,
         base=method.type_name,
         types=types,
         fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
         without_effect=rules.without_effect(shapes, source.arch, asked),
         transform=method.transform,
         transform_bits=method.transform_bits,
-        train_steps=method.train_steps,
         matrices=None if request.matrices is None else official.sha256(request.matrices),
         rounding=method.rounding,
         activation=None if activation is None else list(activation),
-        blocks=blocks,
-        hidden=hidden,
+        blocks=source.n_blocks,
         device=request.device,
-        dtype=request.dtype,
         versions=_versions(),
     )
 
@@ -147,7 +141,7 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
 def _check_grid(base: str, rounding: str) -> None:
     """Refuses a main type that the rounding cannot choose codes of, before anything is computed."""
     type_name = mixes.BODY.get(base, base)
-    if rounding in ("gptq", "learned") and not grid.supports(type_name):
+    if rounding == "gptq" and not grid.supports(type_name):
         raise GgmlExtError(
             f"--rounding {rounding}: knows no levels of type {type_name}; "
             f"it knows {', '.join(grid.names())}, for others use --rounding imatrix"
@@ -159,7 +153,7 @@ def _versions() -> dict[str, str]:
         "ggml-ext": __version__,
         "library": model_files.short_sha256(paths.library("ggml-base")),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("numpy", "torch", "transformers")},
+        **{name: metadata.version(name) for name in ("numpy", "torch")},
     }
 
 

@@ -199,6 +199,10 @@ class Model:
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = self._api.llama_model_n_layer(self._model)
         self.n_embd: int = self._api.llama_model_n_embd(self._model)
+        self.adjacent_rope: bool = (
+            self._api.llama_model_rope_type(self._model) == self._api.LLAMA_ROPE_TYPE_NORM
+        )
+        """Whether RoPE turns adjacent channels, not channels half a head apart."""
         self.n_ctx_train: int = self._api.llama_model_n_ctx_train(self._model)
         self.bos: int | None = (
             self._api.llama_vocab_bos(self.vocab) if self._api.llama_vocab_get_add_bos(self.vocab) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from ggml_ext import hf
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hf_files import check_weights, shown
-from ggml_ext.source import Source
+from ggml_ext.source import Source, open_gguf
 from ggml_ext.upstream import sha256_of
 
 # What llama.cpp's converter reads beside the weights, and transformers for the tokens of a text.
@@ -30,6 +30,11 @@ _SMALL = (
 )
 _SAMPLE = 4096  # bytes of every tensor
 _DIGITS = 32
+
+
+def of(model: Path) -> dict[str, str]:
+    """of_folder or of_gguf, whichever ``model`` is."""
+    return of_folder(model) if model.is_dir() else of_gguf(open_gguf(model))
 
 
 def of_folder(folder: Path) -> dict[str, str]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import arch_models
+from arch_models import ArchModel
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,6 +50,12 @@ def patched_bin_dir() -> Path:
 def test_bin_dir() -> Path:
     """Upstream's test programs of the patched build."""
     return _folder("GGML_EXT_TEST_BIN", ROOT / "build" / "patched" / "bin", "test-backend-ops")
+
+
+@pytest.fixture(scope="session")
+def architectures(test_bin_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ArchModel]:
+    """A tiny random model of every architecture, by name (arch_models.NAMES)."""
+    return arch_models.save(tmp_path_factory.mktemp("architectures"), test_bin_dir / "test-llama-archs")
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ggml_ext.hidden import hidden_path
 
 from ggml_ext import calibrate, calibration_folder, convert, owner
 from ggml_ext.block_file import block_path
 from ggml_ext.calibration_plan import Plan
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.hidden import hidden_path
 
 
 def plan() -> Plan:

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from ggml_ext.checkpoint import Checkpoint
+from ggml_ext.skeleton import open_skeleton
 
 import tiny_families as tiny
 from ggml_ext import hf
-from ggml_ext.checkpoint import Checkpoint
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hf_files import DTYPE_BITS
 from ggml_ext.model_files import of_folder
-from ggml_ext.skeleton import open_skeleton
 
 N_HEADERS = int(os.environ.get("GGML_EXT_MUTANTS", 600))
 N_CONFIGS = int(os.environ.get("GGML_EXT_MUTANTS", 120))

@@ -8,11 +8,13 @@ bounded memory; the other sites' products are in proportion to their operations.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,24 @@ from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE
-from ggml_ext.source import open_gguf
+from ggml_ext.source import Source, open_gguf
 
 _SUMS_BYTES = 512 << 20  # of the sites that are timed
 _SECONDS = 60.0  # of a timed batch, about
 _PROBE_BYTES = 64 << 20  # of the disk's rate
+_BLOCK = re.compile(r"blk\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What solving and rounding the observed matrices depend on. ``widest``: channels of a site.
+    ``squares``: sum of n^2 over the sites. ``weights``: of all matrices, ``block``: of those of the largest
+    block."""
+
+    widest: int
+    squares: int
+    weights: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Estimate:
     free: int
     seconds: float
     forward: float
+    sizes: Sizes
 
     def lines(self) -> list[str]:
         """The figures in a few lines."""
@@ -72,7 +88,7 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """The figures for --json."""
-        return {**vars(self), "folder": str(self.folder)}
+        return {**asdict(self), "folder": str(self.folder)}
 
 
 def _size(n_bytes: float) -> str:
@@ -100,7 +116,8 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
         prepared = prepare(request, model, content, warn)
         preparing, before = time.monotonic() - started, _anonymous()
         timed = _time(prepared, request.threads or physical_cores())
-        mapped = sum(path.stat().st_size for path in open_gguf(model).files)
+        source = open_gguf(model)
+        mapped = sum(path.stat().st_size for path in source.files)
     disk = {"two generations of sums": 2 * prepared.layout.sums_bytes}
     disk["samples"] = prepared.layout.sample_bytes + prepared.layout.absmax_bytes
     if request.source.is_dir():
@@ -121,6 +138,22 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
         status.f_bavail * status.f_frsize,
         preparing + timed.all + flushing,
         timed.forward,
+        _sizes(prepared, source),
+    )
+
+
+def _sizes(prepared: Prepared, source: Source) -> Sizes:
+    weights = {tensor.name: tensor.n_weights for tensor in source.tensors}
+    blocks: Counter[str] = Counter()
+    for site in prepared.table.sites:
+        for reader in site.readers:
+            block = _BLOCK.match(reader.tensor)
+            blocks[block[0] if block else ""] += weights.get(reader.tensor, 0)
+    return Sizes(
+        widest=prepared.table.widest,
+        squares=sum(site.n**2 for site in prepared.table.sites),
+        weights=blocks.total(),
+        block=max(blocks.values()),
     )
 
 

@@ -30,10 +30,28 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class FoldPlace:
+    """Where the offline part of a site's transform can go. ``kind``: "gain", a vector; "rows", rows
+    ``first`` to ``first`` + ``n`` - 1 of the matrix ``tensor``; "heads", the same for the rows of v, which
+    attention hands on head by head. ``bias``: added to the same channels, or "". ``n_head`` and so on: of
+    "heads", else 0."""
+
+    kind: str
+    tensor: str
+    bias: str
+    first: int
+    n: int
+    n_head: int = 0
+    n_head_kv: int = 0
+    head_dim: int = 0
+    mixes_heads: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """``n``: channels. ``experts``: matrices that each read a part of the rows, 0 where all rows are read by
     every reader. ``rows``: rows per token, None where the library does not say. ``values``: names of the
-    activations in llama.cpp's graph."""
+    activations in llama.cpp's graph. ``fold``: None where there is none, for ``reason``."""
 
     anchor: str
     n: int
@@ -41,6 +59,8 @@ class Site:
     readers: tuple[Reader, ...]
     values: tuple[str, ...]
     rows: int | None = None
+    fold: FoldPlace | None = None
+    reason: str = ""
 
     @property
     def routed(self) -> bool:
@@ -103,7 +123,27 @@ def _site(facts: Any) -> Site:
     if not (_count(n) and n > 0 and _count(experts) and (rows is None or (_count(rows) and rows > 0))):
         raise ValueError(f"site {facts['anchor']} has impossible sizes")
     readers = tuple(Reader(_text(r["tensor"]), _text(r["op"]), bool(r["online"])) for r in facts["readers"])
-    return Site(_text(facts["anchor"]), n, experts, readers, tuple(map(_text, facts["values"])), rows)
+    fold = facts.get("fold", {})
+    return Site(
+        _text(facts["anchor"]),
+        n,
+        experts,
+        readers,
+        tuple(map(_text, facts["values"])),
+        rows,
+        _fold(fold) if "kind" in fold else None,
+        _text(fold.get("reason", "")),
+    )
+
+
+def _fold(facts: Any) -> FoldPlace:
+    numbers = {name: facts.get(name, 0) for name in ("first", "n", "n_head", "n_head_kv", "head_dim")}
+    if not all(map(_count, numbers.values())):
+        raise ValueError(f"the fold {facts['kind']} of {facts['tensor']} has impossible sizes")
+    mixes = bool(facts.get("mixes_heads", False))
+    return FoldPlace(
+        _text(facts["kind"]), _text(facts["tensor"]), _text(facts["bias"]), mixes_heads=mixes, **numbers
+    )
 
 
 def _count(value: Any) -> bool:
