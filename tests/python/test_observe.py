@@ -26,7 +26,7 @@ from eval_models import make_model, text_of
 from ggml_ext import calibration_folder, cli_observe, hf
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe import estimate as estimates
-from ggml_ext.observe import prepare, run, store
+from ggml_ext.observe import layout, prepare, run, store
 from ggml_ext.observe.observer import Observer
 from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
@@ -306,6 +306,14 @@ def test_matrices_that_are_never_read_are_named(
     assert lines == [
         "no text makes llama.cpp read 1 tensor: token_embd.weight; there are no figures for them"
     ]
+
+
+def test_more_rows_than_there_is_room_for_are_an_error(
+    request_of: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not figures that another site has written over."""
+    monkeypatch.setattr(layout, "rows_per_token", lambda _site, _used: 1)
+    refused(request_of, tmp_path / "o", r"blk\.0\.ffn_down_exps: 64 rows of 32 tokens; please report")
 
 
 def test_memory_bounds_the_batch(
