@@ -165,9 +165,10 @@ class Store:
         write_text(self._folder / STATE, json.dumps(asdict(self.state)) + "\n")
         self._after = None
 
-    def finish(self) -> None:
-        """Removes the generation that is no longer needed."""
-        (self._folder / self.state.next_sums).unlink(missing_ok=True)
+
+def drop_other_generation(folder: Path) -> None:
+    """Removes the sums that the state does not name: all is done."""
+    (folder / load_state(folder).next_sums).unlink(missing_ok=True)
 
 
 def _part(file: _Mapped, offset: int, floats: int) -> Floats:
