@@ -31,18 +31,23 @@ What the observer finds in llama.cpp's graphs of tiny random models: of every ar
   embeddings that are the head too among them; a stack of experts or of heads is one.
 - *Online*: matrices that are multiplied where a transform can be put into the graph. Then the kinds of the
   others.
+- *Folded*: sites whose channels can be scaled offline. Then why the others cannot, the head's apart, whose
+  input is an output of the graph.
 - *Looked up*, *otherwise*, *never*: kinds of weights with two dimensions or more that are at no site, since
   they are read row by row, by another operation than a product, or not at all when a text is read. Vectors
   are left out.
 
-| Model | Sites | Matrices | Online | Not online | Looked up | Otherwise | Never |
-|---|--:|--:|--:|---|---|---|---|
+| Model | Sites | Matrices | Online | Not online | Folded | Not folded | Looked up | Otherwise | Never |
+|---|--:|--:|--:|---|--:|---|---|---|---|
 """
 
 
-def kind(weight: str) -> str:
-    """blk.3.ffn_up.weight -> ffn_up."""
-    return re.sub(r"^blk\.\d+\.", "", weight).removesuffix(".weight")
+HEADS = ("output", "token_embd")
+
+
+def kind(text: str) -> str:
+    """blk.3.ffn_up.weight -> ffn_up, also within a text."""
+    return re.sub(r"blk\.\d+\.|\.weight\b", "", text)
 
 
 def listed(kinds: Iterable[str]) -> str:
@@ -54,12 +59,15 @@ def row(name: str, table: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
     online = {reader["tensor"]: reader["online"] for site in table["sites"] for reader in site["readers"]}
     uses = {other["tensor"]: other["use"] for other in table["others"]}
     rest = [t.name for t in tensors if t.n_rows > 1 and t.name not in online]
+    unfolded = [site for site in table["sites"] if "reason" in site["fold"]]
     cells = (
         name,
         str(len(table["sites"])),
         str(len(online)),
         str(sum(online.values())),
         listed(kind(weight) for weight, its in online.items() if not its),
+        str(len(table["sites"]) - len(unfolded)),
+        listed(kind(f"{s['anchor']} ({s['fold']['reason']})") for s in unfolded if s["anchor"] not in HEADS),
         listed(kind(weight) for weight in rest if uses[weight] == "GET_ROWS"),
         listed(f"{kind(w)} ({uses[w]})" for w in rest if uses[w] not in ("GET_ROWS", "never")),
         listed(kind(weight) for weight in rest if uses[weight] == "never"),
