@@ -60,7 +60,9 @@ dealt deal(const ggml_tensor * x, const char * data, const ggml_tensor * product
                 if (n_experts && !routed && product->src[0]->ne[2] > 1) {
                     result.experts[i2 / per_one].push_back(result.all.at.size());
                 }
-                result.token.push_back(routed ? i2 : i1);
+                // Experts read [n, slots, tokens], heads [n, tokens, heads, streams], others all rows of all streams.
+                const int64_t flat = (i3 * x->ne[2] + i2) * x->ne[1] + i1;
+                result.token.push_back(routed ? i2 : product->src[0]->ne[2] > 1 ? i3 * x->ne[1] + i1 : flat);
                 result.all.at.push_back(
                     reinterpret_cast<const float *>(data + i1 * x->nb[1] + i2 * x->nb[2] + i3 * x->nb[3]));
             }

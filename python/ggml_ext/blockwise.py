@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,104 +14,107 @@ from torch import Tensor
 from ggml_ext import native
 from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.fold import fold, folded, unfold
-from ggml_ext.rounding import Rounded, grid, relative_error, round_matrix
+from ggml_ext.fold import fold, folded
+from ggml_ext.rounding import Rounded, grid, round_matrix
 from ggml_ext.rounding.hessian import Hessian, choose_shrinkage, expert_moments, expert_shrinkage
-from ggml_ext.rounding.learned import Learned, Matrix
 from ggml_ext.rules import FLOAT_TYPES
-from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteKind, SiteStats, SiteTransform
-from ggml_ext.source import Source, read_floats, reading
+from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteStats, SiteTransform
 
 Bytes = NDArray[np.uint8]
-Refine = Callable[[Sequence[Matrix]], Learned]
 
 
 @dataclass(frozen=True)
 class Job:
     """What to do with every block. ``types``: GGUF tensor -> type. ``rounding``: as in rounding.NAMES.
-    ``threads``: 0 for all. ``refine``: for learned rounding, improves what GPTQ finds, all matrices of the
-    block together."""
+    ``read``: a tensor of the float model by its name, for norms, biases and routers. ``marked``: the file
+    needs a stored factor, or stock llama.cpp would run it without its transforms. ``threads``: 0 for
+    all."""
 
     types: Mapping[str, str]
     rounding: str
+    read: Callable[[str], Tensor]
+    marked: bool = False
     threads: int = 0
-    refine: Refine | None = None
 
 
 def encode_block(
-    sites: Mapping[SiteKind, Site],
-    stats: Mapping[SiteKind, SiteStats],
-    transforms: Mapping[SiteKind, SiteTransform],
-    source: Source,
+    sites: Mapping[str, Site],
+    stats: Callable[[Site], SiteStats] | None,
+    transforms: Mapping[str, SiteTransform],
     job: Job,
 ) -> tuple[dict[str, Packed], Findings]:
     """Folds the transforms into the block's tensors and rounds its matrices.
 
-    source: the float GGUF file, which norms, biases and routers are read from. Raises GgmlExtError for a
+    sites, transforms: by anchor. stats: a site's statistics, asked for once; None where the types are those
+    of the float model, which need none. Raises GgmlExtError for a
     matrix that its type cannot hold.
     """
-    transforms = {kind: _on_cpu(transform) for kind, transform in transforms.items()}
-    weights, others = transformed(sites, transforms, source)
+    transforms = {anchor: _on_cpu(transform) for anchor, transform in transforms.items()}
+    weights, others = transformed(sites, transforms, job.read)
     data: dict[str, Bytes] = {}
     errors: dict[str, float] = {}
-    notes: dict[str, dict[str, float]] = {
-        kind: dict(transforms[kind].notes) for kind in SITE_KINDS if transforms[kind].notes
-    }
-    for kind in SITE_KINDS:
-        hessians = _Hessians(transforms[kind], stats[kind])
-        names = [linear.tensor for linear in sites[kind].linears]
-        found = _rounded({name: weights[name] for name in names}, hessians, job)
-        data |= found[0]
-        errors |= found[1]
-    if job.refine is not None:
-        learned = job.refine(_for_learning(sites, transforms, weights, data, job))
-        notes["block"] = {"learned_before": learned.before, "learned_after": learned.after}
-        for kind in SITE_KINDS:
-            hessians = _Hessians(transforms[kind], stats[kind])
-            for linear in sites[kind].linears:
-                name = linear.tensor
-                if name in learned.data:
-                    data[name] = learned.data[name]
-                    errors[name] = _error(weights[name], data[name], job.types[name], hessians)
+    for anchor, site in sites.items():
+        seen, transform = None if stats is None else stats(site), transforms[anchor]
+        for linears, its in ((site.linears, transform), (site.folded, transform.offline)):
+            names = [linear.tensor for linear in linears]
+            hessians = None if seen is None else _Hessians(its, seen)
+            found = _rounded({name: weights[name] for name in names}, hessians, job)
+            data |= found[0]
+            errors |= found[1]
     packed = {name: Packed(job.types[name], _dims(weights[name]), data[name]) for name in data}
     packed.update(_all_factors(sites, transforms, job))
     packed.update({name: _float_tensor(tensor, "f32") for name, tensor in others.items()})
+    kinds = {site.kind: transforms[anchor] for anchor, site in sites.items()}
+    placed = [kinds.get(kind) for kind in SITE_KINDS]
     findings = Findings(
-        hadamard=tuple(transforms[kind].hadamard for kind in SITE_KINDS),
-        clip=tuple(transforms[kind].clip for kind in SITE_KINDS),
+        hadamard=tuple(0 if its is None else its.hadamard for its in placed),
+        clip=tuple(1.0 if its is None else its.clip for its in placed),
         errors=errors,
-        notes=notes,
-        folded=folded(transforms),
+        notes={anchor: dict(its.notes) for anchor, its in transforms.items() if its.notes},
+        folded=folded(sites, transforms),
     )
     return packed, findings
 
 
 def transformed(
-    sites: Mapping[SiteKind, Site], transforms: Mapping[SiteKind, SiteTransform], source: Source
+    sites: Mapping[str, Site], transforms: Mapping[str, SiteTransform], read: Callable[[str], Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The block's matrices after folding and in the transformed basis, and the other tensors that folding
     changed; both float32 in GGUF's order."""
-    linears = [linear for site in sites.values() for linear in site.linears]
-    tensors = {linear.tensor: _gguf_order(linear) for linear in linears}
-    _read_others(sites, tensors, source)
+    tensors = {linear.tensor: linear.weight for site in sites.values() for linear in _all(site)}
+    for name in _others(sites) - tensors.keys():
+        tensors[name] = read(name)
     changed: set[str] = set()
-    for kind, site in sites.items():
-        changed |= fold(site, transforms[kind], tensors)
-    weights = {
-        linear.tensor: _moved(tensors.pop(linear.tensor), transforms[kind])
-        for kind in SITE_KINDS
-        for linear in sites[kind].linears
-    }
+    for anchor, site in sites.items():
+        changed |= fold(site, transforms[anchor], tensors)
+    weights: dict[str, Tensor] = {}
+    for anchor, site in sites.items():
+        for linears, its in (
+            (site.linears, transforms[anchor]),
+            (site.folded, transforms[anchor].offline),
+        ):
+            weights |= {linear.tensor: _moved(tensors.pop(linear.tensor), its) for linear in linears}
     return weights, {name: tensors[name] for name in sorted(changed & tensors.keys())}
+
+
+def _all(site: Site) -> tuple[Linear, ...]:
+    return (*site.linears, *site.folded)
+
+
+def _others(sites: Mapping[str, Site]) -> set[str]:
+    """What folding may change and is not rounded: norms, biases, routers."""
+    wanted = {name for site in sites.values() for name in site.also}
+    for site in sites.values():
+        if site.fold is not None:
+            wanted |= {site.fold.tensor, site.fold.bias} - {""}
+    return wanted
 
 
 def _moved(weight: Tensor, transform: SiteTransform) -> Tensor:
     """W T^-T, expert by expert: the arithmetic in float64 takes several times the matrix."""
     if weight.dim() == 2:
         return transform.weight(weight)
-    for expert in weight:
-        expert.copy_(transform.weight(expert))
-    return weight
+    return torch.stack([transform.weight(expert) for expert in weight])
 
 
 def _on_cpu(transform: SiteTransform) -> SiteTransform:
@@ -125,24 +128,6 @@ def _on_cpu(transform: SiteTransform) -> SiteTransform:
         left=moved(transform.left),
         right=moved(transform.right),
     )
-
-
-def _gguf_order(linear: Linear) -> Tensor:
-    return linear.weight.detach().float().cpu()[..., torch.from_numpy(linear.gguf_rows), :]
-
-
-def _read_others(sites: Mapping[SiteKind, Site], tensors: dict[str, Tensor], source: Source) -> None:
-    """Adds what folding may change and no site reads: norms, biases, routers."""
-    wanted = {name for site in sites.values() for name in site.also}
-    for site in sites.values():
-        if site.fold is not None:
-            wanted |= {site.fold.tensor, site.fold.bias} - {""}
-    by_name = {tensor.name: tensor for tensor in source.tensors}
-    for name in wanted - tensors.keys():
-        tensor = by_name[name]
-        with reading(tensor) as file:
-            rows = read_floats(file, tensor, 0, tensor.n_rows)
-        tensors[name] = torch.from_numpy(rows.reshape(tensor.dims[::-1]))
 
 
 class _Hessians:
@@ -162,12 +147,29 @@ class _Hessians:
     def of(self, expert: int | None) -> Hessian:
         """Of the tokens that an expert got; everybody's if there were none. Not kept: those of all experts
         together are large."""
-        own, tokens = self._stats.expert_hessian, self._stats.expert_tokens
-        if expert is None or own is None or tokens is None or int(tokens[expert]) == 0:
+        tokens = self._stats.expert_tokens
+        if expert is None or tokens is None or int(tokens[expert]) == 0:
+            return self.shared
+        own = self._own(expert)
+        if own is None:
             return self.shared
         count, shared = int(tokens[expert]), self.shared
-        measured = expert_moments(self._transform.hessian(own[expert].cpu()), count, shared.measured)
+        measured = expert_moments(self._transform.hessian(own), count, shared.measured)
         return Hessian(measured, expert_shrinkage(count, len(measured), shared.shrinkage))
+
+    def _own(self, expert: int) -> Tensor | None:
+        """The expert's moments; where only its diagonal is known, the correlations are everybody's."""
+        stats = self._stats
+        if stats.expert_hessian is not None:
+            return stats.expert_hessian[expert].cpu()
+        if stats.expert_diagonal is None:
+            return None
+        shared = stats.hessian.cpu()
+        ratio = (stats.expert_diagonal[expert].cpu() / shared.diagonal().clamp_min(_TINY)).sqrt()
+        return shared * ratio * ratio[:, None]
+
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def _matrices(weight: Tensor) -> list[tuple[int | None, NDArray[np.float32]]]:
@@ -178,79 +180,36 @@ def _matrices(weight: Tensor) -> list[tuple[int | None, NDArray[np.float32]]]:
 
 
 def _rounded(
-    weights: Mapping[str, Tensor], hessians: _Hessians, job: Job
+    weights: Mapping[str, Tensor], hessians: _Hessians | None, job: Job
 ) -> tuple[dict[str, Bytes], dict[str, float]]:
-    """The encodings of a site's matrices, and their errors: the means over the experts if there are several.
+    """The encodings of matrices that read one site, and their errors: the means over the experts if there
+    are several.
 
     Expert by expert: all matrices that read the same inputs share their moments' factors.
     """
     parts: dict[str, list[Rounded]] = {name: [] for name in weights}
-    for group in zip(*(_matrices(weight) for weight in weights.values()), strict=True):
-        hessian = hessians.of(group[0][0])
-        for name, (_, w) in zip(weights, group, strict=True):
-            method = "gptq" if job.rounding == "learned" else job.rounding
-            if method == "gptq" and not _has_grid(job.types[name]):
-                method = "imatrix"
-            try:
-                parts[name].append(round_matrix(w, job.types[name], method, hessian, threads=job.threads))
-            except GgmlExtError as exc:
-                raise GgmlExtError(f"{name}: {exc}") from exc
+    groups: dict[int, dict[str, list[tuple[int | None, NDArray[np.float32]]]]] = {}
+    for name, weight in weights.items():
+        matrices = _matrices(weight)
+        groups.setdefault(len(matrices), {})[name] = matrices
+    for group in groups.values():
+        for members in zip(*group.values(), strict=True):
+            hessian = None if hessians is None else hessians.of(members[0][0])
+            for name, (_, w) in zip(group, members, strict=True):
+                method = job.rounding
+                if method == "gptq" and not _has_grid(job.types[name]):
+                    method = "imatrix"
+                try:
+                    rounded = round_matrix(w, job.types[name], method, hessian, threads=job.threads)
+                except GgmlExtError as exc:
+                    raise GgmlExtError(f"{name}: {exc}") from exc
+                parts[name].append(rounded)
     data = {name: np.concatenate([part.data for part in its]) for name, its in parts.items()}
     return data, {name: float(np.mean([part.error for part in its])) for name, its in parts.items()}
 
 
 def _has_grid(type_name: str) -> bool:
     return type_name not in FLOAT_TYPES and grid.supports(type_name)
-
-
-def _error(weight: Tensor, data: Bytes, type_name: str, hessians: _Hessians) -> float:
-    """The error of an encoding, as _rounded gives it."""
-    errors, first = [], 0
-    for expert, w in _matrices(weight):
-        part = native.dequantize(type_name, data[first : first + len(w)], w.shape[1])
-        errors.append(relative_error(w, part, hessians.of(expert).measured))
-        first += len(w)
-    return float(np.mean(errors))
-
-
-def _for_learning(
-    sites: Mapping[SiteKind, Site],
-    transforms: Mapping[SiteKind, SiteTransform],
-    weights: Mapping[str, Tensor],
-    data: Mapping[str, Bytes],
-    job: Job,
-) -> list[Matrix]:
-    """The quantised matrices as learned rounding wants them."""
-    found = []
-    for kind in SITE_KINDS:
-        for linear in sites[kind].linears:
-            name = linear.tensor
-            if not _has_grid(job.types[name]):
-                continue
-            folds = [
-                (site, transforms[site.kind])
-                for site in sites.values()
-                if site.fold is not None and site.fold.tensor == name
-            ]
-            original = partial(_original, linear=linear, transform=transforms[kind], folds=folds)
-            wanted = weights[name].reshape(-1, weights[name].shape[-1])
-            found.append(Matrix(name, job.types[name], data[name], wanted, original))
-    return found
-
-
-def _original(
-    rows: Tensor,
-    *,
-    linear: Linear,
-    transform: SiteTransform,
-    folds: Sequence[tuple[Site, SiteTransform]],
-) -> Tensor:
-    """A transformed and folded matrix [rows, n], GGUF's order, as the block itself would have it."""
-    weight = transform.effective_weight(rows.cpu()).reshape(linear.weight.shape)
-    for site, its in folds:
-        weight = unfold(site, its, weight)
-    back = torch.from_numpy(np.argsort(linear.gguf_rows))
-    return weight[..., back, :].to(linear.weight.device)
 
 
 def _dims(tensor: Tensor) -> tuple[int, ...]:
@@ -263,20 +222,18 @@ def _float_tensor(tensor: Tensor, type_name: str) -> Packed:
 
 
 def _all_factors(
-    sites: Mapping[SiteKind, Site], transforms: Mapping[SiteKind, SiteTransform], job: Job
+    sites: Mapping[str, Site], transforms: Mapping[str, SiteTransform], job: Job
 ) -> dict[str, Packed]:
     factors: dict[str, Packed] = {}
-    for kind in SITE_KINDS:
-        factors.update(_factors(sites[kind], transforms[kind]))
-    rotated = [kind for kind in SITE_KINDS if transforms[kind].hadamard > 1]
-    first = sites["attn_in"].anchor.startswith("blk.0.")
-    if first and rotated and not factors and "fq4" not in job.types.values():
-        # Stock llama.cpp would run a file of its own types whose only transforms are Hadamard matrices, and
-        # wrongly (docs/gguf.md). One stored factor makes it refuse: the smallest that is an identity.
-        orders = {kind: sites[kind].n // transforms[kind].hadamard for kind in rotated}
-        kind = min(orders, key=lambda kind: orders[kind])
-        eye = torch.eye(orders[kind], dtype=torch.float64)
-        factors = _factors(sites[kind], replace(transforms[kind], left=eye))
+    for anchor, site in sites.items():
+        factors.update(_factors(site, transforms[anchor]))
+    rotated = [site for anchor, site in sites.items() if transforms[anchor].hadamard > 1]
+    if job.marked and rotated and not factors:
+        # One stored factor makes stock llama.cpp refuse the file: the smallest that is an identity.
+        orders = {site.anchor: site.n // transforms[site.anchor].hadamard for site in rotated}
+        site = min(rotated, key=lambda site: orders[site.anchor])
+        eye = torch.eye(orders[site.anchor], dtype=torch.float64)
+        factors = _factors(site, replace(transforms[site.anchor], left=eye))
     return factors
 
 

@@ -1,11 +1,12 @@
 """ggml-ext calibrate: solves and rounds a model block by block, in a folder that can be gone on with.
 
-The hidden states that enter a block lie on disk. Every block is run once on them, unrounded, which gives its
-statistics and the next block's hidden states; its transforms are solved, folded, and its matrices rounded.
-What comes of it is one file per block. Memory holds one block, disk two sets of hidden states.
+llama.cpp runs the model once over the text and sums what its matrices read (observe/). From these figures
+and the weights of the float GGUF file each block's transforms are solved, folded, and its matrices rounded.
+What comes of it is one file per block. Memory holds one block. Before the first one a random transform has
+to show that folding changes nothing (proof.py).
 
-The folder: plan.json (calibration_plan.py), source.gguf (the float model, which convert reads too),
-hidden-NNN.bin (hidden.py), block-NNN.safetensors (block_file.py), lock.
+The folder: plan.json (calibration_plan.py), source.gguf (of a Hugging Face folder the float model),
+observation/, block-NNN.safetensors (block_file.py), lock.
 """
 
 from __future__ import annotations
@@ -13,42 +14,36 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ggml_ext import calibration_plan as plans
 from ggml_ext import given, hf, recipes, transforms
-from ggml_ext import plan as cost
-from ggml_ext.atomic import atomic_path
+from ggml_ext.atomic import atomic_path, work_folder
 from ggml_ext.block_file import block_path, save
-from ggml_ext.blocks import Block, BlockModel
 from ggml_ext.blockwise import Job, encode_block
-from ggml_ext.calibration_folder import Held, held
+from ggml_ext.calibration_folder import OBSERVATION, held
 from ggml_ext.calibration_plan import Plan, Request
 from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
-from ggml_ext.hidden import Hidden
 from ggml_ext.importance import read_text
+from ggml_ext.model_sites import ModelSites
+from ggml_ext.observe import prepare, run
+from ggml_ext.observe.reader import Observation
+from ggml_ext.observe.run import named_as
 from ggml_ext.outputs import check_folder
+from ggml_ext.owned_folder import SOURCE, Held
 from ggml_ext.progress import track
-from ggml_ext.recipes import Method
-from ggml_ext.rounding.learned import Learned, Matrix, refine_block
-from ggml_ext.samples import enough, few_tokens, windows
-from ggml_ext.sites import ActivationSpec, SiteKind, SiteStats, SiteTransform
-from ggml_ext.skeleton import open_skeleton
+from ggml_ext.proof import prove
+from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
 from ggml_ext.source import Source, open_gguf
-from ggml_ext.transforms import TransformRequest, fake_quant_activation
-
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-
-_BATCH_TOKENS = 4096  # hidden states that go through a block at a time
+from ggml_ext.transforms import TransformRequest
 
 Warn = Callable[[str], None]
 
@@ -59,6 +54,7 @@ class CalibrateResult:
 
     folder: Path
     plan: Plan
+    windows: int
     done: int
     error: float | None
     seconds: float
@@ -68,7 +64,7 @@ class CalibrateResult:
         error = "" if self.error is None else f", mean relative output error {self.error:.3g}"
         return (
             f"{self.folder}: {self.plan.blocks} blocks, {self.done} of them calibrated now, on "
-            f"{self.plan.windows} windows of {self.plan.ctx} tokens{error}, {self.seconds:.1f} s"
+            f"{self.windows} windows of {self.plan.ctx} tokens{error}, {self.seconds:.1f} s"
         )
 
 
@@ -88,38 +84,17 @@ def calibrate(
     started = time.monotonic()
     hf.require(request.source)
     check_folder(folder, [request.source, request.text, request.matrices])
-    recipes.check(request.method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
+    recipes.check(request.method, request.type_for, text=True, imatrix=False)
     require_device(request.device)
     bound_threads(request.threads)
-    hf.check(request.source)
-    for line in hf.remarks(request.source):
-        warn(line)
-    skeleton = open_skeleton(request.source)  # an unknown family is refused before the model is converted
-    widest = cost.widest(skeleton)
-    if not request.method.samples:
-        method = replace(request.method, samples=enough(request.ctx, widest))
-        request = replace(request, method=method)
-    content = read_text(request.text)
-    sha256 = hashlib.sha256(content).hexdigest()
-    torch.manual_seed(request.seed)
+    if request.source.is_dir():
+        hf.check(request.source)
+        for line in hf.remarks(request.source):
+            warn(line)
+    sha256 = hashlib.sha256(read_text(request.text)).hexdigest()
     with held(folder, temporary=temporary) as mine:
-        source = _float_model(request.source, mine, trust_remote_code=request.trust_remote_code)
-        tokens = windows(
-            source.path,
-            request.text,
-            content=content,
-            ctx=request.ctx,
-            samples=request.method.samples,
-            seed=request.seed,
-            warn=warn,
-        )
-        with _named_as(source.path, request.source):
-            model = BlockModel(
-                request.source, gguf=source, device=request.device, dtype=DTYPES[request.dtype]
-            )
-        plan = plans.make(
-            request, sha256, len(tokens), source, blocks=model.n_blocks, hidden=model.hidden_size
-        )
+        source = _float_model(request, mine)
+        plan = plans.make(request, sha256, source)
         found = plans.load(folder)
         if found is None:
             plan.save(folder)
@@ -127,171 +102,179 @@ def calibrate(
             plans.require_equal(found, plan, folder)
         for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
             warn(line)
-        remark = few_tokens(tokens.size, request.ctx, widest)
-        if remark is not None and plan.rounding in ("gptq", "learned"):
-            warn(remark)
         if plan.without_grid:
             kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
             warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
-        errors = _run(request, folder, plan, source, model, tokens, warn)
+        errors, windows = _run(request, folder, plan, source, warn)
         done = len(errors)
-    mean = float(np.mean([error for block in errors for error in block])) if done else None
-    return CalibrateResult(folder, plan, done, mean, time.monotonic() - started)
+    measured = [error for block in errors for error in block]
+    mean = float(np.mean(measured)) if measured else None
+    return CalibrateResult(folder, plan, windows, done, mean, time.monotonic() - started)
 
 
-@contextmanager
-def _named_as(made: Path, origin: Path) -> Iterator[None]:
-    """Errors about a file that we made name what it was made from."""
-    try:
-        yield
-    except GgmlExtError as exc:
-        raise GgmlExtError(str(exc).replace(str(made), str(origin))) from exc
+def observation_of(request: Request, source: Path) -> prepare.Request:
+    """What a calibration observes, on the float GGUF file ``source``."""
+    return prepare.Request(
+        source,
+        request.text,
+        samples=request.method.samples or None,
+        ctx=request.ctx,
+        seed=request.seed,
+        threads=request.threads or None,
+        parse_special=request.parse_special,
+        trust_remote_code=request.trust_remote_code,
+    )
 
 
 def discard(folder: Path) -> None:
     """Removes the folder of a finished calibration if convert made it and no other run uses it."""
+    with suppress(GgmlExtError, OSError):
+        run.discard(folder / OBSERVATION)
     with suppress(GgmlExtError, OSError), held(folder, temporary=True) as mine:
         mine.discard()
 
 
-def _float_model(origin: Path, mine: Held, *, trust_remote_code: bool) -> Source:
-    """The model as float GGUF, made once per plan."""
-    path = mine.folder / plans.SOURCE
-    with _named_as(path, origin):
+def _float_model(request: Request, mine: Held) -> Source:
+    """The model as float GGUF: the source itself, or made once per plan."""
+    if not request.source.is_dir():
+        return open_gguf(request.source)
+    path = mine.folder / SOURCE
+    with named_as(path, request.source):
         if plans.load(mine.folder) is None or not path.is_file():
             with atomic_path(path) as temporary:
-                hf.to_gguf(origin, temporary, trust_remote_code=trust_remote_code)
+                hf.to_gguf(request.source, temporary, trust_remote_code=request.trust_remote_code)
                 mine.note_source(temporary)
         return open_gguf(path)
 
 
 def _run(
-    request: Request,
-    folder: Path,
-    plan: Plan,
-    source: Source,
-    model: BlockModel,
-    tokens: NDArray[np.int64],
-    warn: Warn,
-) -> list[list[float]]:
-    """Does the blocks that are missing and returns the errors of their matrices."""
+    request: Request, folder: Path, plan: Plan, source: Source, warn: Warn
+) -> tuple[list[list[float]], int]:
+    """Does the blocks that are missing; returns the errors of their matrices, and the number of windows."""
+    with named_as(source.path, request.source):
+        run.observe(observation_of(request, source.path), folder / OBSERVATION, temporary=True, warn=warn)
+    seen = Observation(folder / OBSERVATION)
+    model = ModelSites(source, seen.table, plan.types)
+    for line in model.remarks():
+        warn(line)
     missing = plan.missing(folder)
+    if plan.transform != "none" and len(missing) == plan.blocks:
+        with work_folder(folder / "proof") as work:
+            prove(model, work, online=plan.transform not in recipes.FOLDED, threads=request.threads)
     errors: list[list[float]] = []
-    shape = (plan.windows, plan.ctx, plan.hidden)
-    states = [Hidden(folder, index, shape, DTYPES[plan.dtype]) for index in range(plan.blocks + 1)]
-    for done in states[: missing[0]] if missing else states:
-        done.remove()  # left by a run that was killed before it could
-    if missing == []:
-        return errors
-    matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks)
+    matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks, source.path)
     try:
-        if missing[0] == 0 and not states[0].exists():
-            with states[0].writing() as put:
-                for batch in torch.split(torch.from_numpy(tokens), batch_size(plan.ctx)):
-                    put(model.embed(batch))
         with track(len(missing), "calibration", "blocks") as advance:
             for index in missing:
-                found = _block(request, folder, plan, source, model.load(index), states, matrices)
+                found = _block(request, folder, plan, model, seen, index, matrices)
                 errors.append(list(found.values()))
-                worst = max(found, key=lambda name: found[name])
-                advance(
-                    1,
-                    f"block {index}: mean error {np.mean(errors[-1]):.3g}, "
-                    f"worst {worst.removeprefix(f'blk.{index}.')} {found[worst]:.3g}",
-                )
+                advance(1, _progress(index, found))
     except KeyboardInterrupt:
         left = len(plan.missing(folder))
         warn(
             f"{folder}: {plan.blocks - left} of {plan.blocks} blocks are done; the same command goes on there"
         )
         raise
-    return errors
+    return errors, seen.description.windows
 
 
-def batch_size(ctx: int) -> int:
-    """Windows that go through a block at a time."""
-    return max(1, _BATCH_TOKENS // ctx)
+def _progress(index: int, errors: Mapping[str, float]) -> str:
+    if not errors:
+        return f"block {index}: nothing to round"
+    worst = max(errors, key=lambda name: errors[name])
+    return (
+        f"block {index}: mean error {np.mean(list(errors.values())):.3g}, "
+        f"worst {worst.removeprefix(f'blk.{index}.')} {errors[worst]:.3g}"
+    )
 
 
 def _block(
     request: Request,
     folder: Path,
     plan: Plan,
-    source: Source,
-    block: Block,
-    states: Sequence[Hidden],
+    model: ModelSites,
+    seen: Observation,
+    index: int,
     matrices: given.Matrices | None,
 ) -> dict[str, float]:
     """Calibrates one block, writes its file, and returns the errors of its matrices."""
-    before, after = states[block.index], states[block.index + 1]
-    size = batch_size(plan.ctx)
+    sites = model.block(index)
     torch.manual_seed(plan.seed)
-    with after.writing() as put:
-        stats = block.collect(before.batches(size), put)
-    device = torch.device(plan.device)
     if matrices is not None:
-        solved = given.sites(matrices, block, clips=plan.activation is not None)
+        solved = given.sites(matrices, index, sites, clips=plan.activation is not None)
     else:
-        solved = _solve(plan, block, stats)
-    if matrices is None and trains(request.method):
-        wanted = _transform_request(plan)
-        solved = transforms.train(block, solved, before.on(device, 1), after.on(device, 1), wanted)
-
-    def refine(matrices: Sequence[Matrix]) -> Learned:
-        return refine_block(
-            block,
-            matrices,
-            before.on(device, 1),
-            after.on(device, 1),
-            {kind: _rounding_of_inputs(transform, _activation(plan)) for kind, transform in solved.items()},
-            seed=plan.seed,
-        )
-
-    learned = refine if plan.rounding == "learned" else None
-    job = Job(plan.types, plan.rounding, request.threads, learned)
-    packed, findings = encode_block(block.sites, stats, solved, source, job)
+        solved = _solve(plan, sites, seen)
+    job = Job(plan.types, plan.rounding, model.read, model.marks(index), request.threads)
+    packed, findings = encode_block(sites, lambda site: site_stats(seen, site), solved, job)
     if matrices is not None:
-        packed |= given.cache_tensors(matrices, block)
-    save(block_path(folder, block.index), packed, findings)
-    before.remove()
-    if block.index == plan.blocks - 1:
-        after.remove()
+        packed |= given.cache_tensors(matrices, index)
+    save(block_path(folder, index), packed, findings)
     return findings.errors
 
 
-def trains(method: Method) -> bool:
-    """Whether the transforms are trained on the block's output after they have been solved."""
-    return method.transform == "flatquant" and method.train_steps > 0
+class _ExpertMoments(Sequence[Tensor]):
+    """The second moments of a site's experts, read when they are asked for: all together are large."""
+
+    def __init__(self, seen: Observation, tensor: str, experts: int) -> None:
+        self._seen, self._tensor, self._experts = seen, tensor, experts
+
+    def __len__(self) -> int:
+        return self._experts
+
+    def __getitem__(self, expert: int) -> Tensor:  # type: ignore[override]  # no slices
+        site = self._seen.site_of(self._tensor)
+        assert site is not None
+        return torch.from_numpy(self._seen.expert_moment(site, expert))
+
+
+def site_stats(seen: Observation, site: Site) -> SiteStats:
+    """What was observed at the site."""
+    tensor = (*site.linears, *site.folded)[0].tensor
+    its = seen.site_of(tensor)
+    assert its is not None, tensor
+    experts = its.experts
+    return SiteStats(
+        hessian=torch.from_numpy(seen.moment(its)),
+        absmax=torch.from_numpy(seen.absmax(its)),
+        sample=torch.from_numpy(seen.sample(its)),
+        n_tokens=round(seen.rows(its)),
+        expert_hessian=_ExpertMoments(seen, tensor, experts) if seen.has_expert_moments(its) else None,
+        expert_diagonal=torch.from_numpy(seen.expert_diagonals(its)) if experts else None,
+        expert_tokens=torch.from_numpy(np.rint(seen.expert_rows(its)).astype(np.int64)) if experts else None,
+    )
 
 
 def _activation(plan: Plan) -> ActivationSpec:
     return ActivationSpec() if plan.activation is None else ActivationSpec(*plan.activation)
 
 
-def _solve(plan: Plan, block: Block, stats: dict[SiteKind, SiteStats]) -> dict[SiteKind, SiteTransform]:
-    wanted = _transform_request(plan)
-    budgets = transforms.split_budget(block.sites, plan.transform_bits)
-    return {
-        kind: transforms.solve(site, stats[kind], replace(wanted, budget_bits=budgets[kind]))
-        for kind, site in block.sites.items()
-    }
-
-
-def _transform_request(plan: Plan) -> TransformRequest:
-    return TransformRequest(
+def _solve(plan: Plan, sites: Mapping[str, Site], seen: Observation) -> dict[str, SiteTransform]:
+    wanted = TransformRequest(
         name=plan.transform,
         types=plan.types,
         activation=_activation(plan),
         rounding=plan.rounding,
-        train_steps=plan.train_steps,
         seed=plan.seed,
     )
+    placed = {anchor: site for anchor, site in sites.items() if site.kind}
+    budgets = transforms.split_budget(placed, plan.transform_bits)
+    solved = {anchor: identity(site.n) for anchor, site in sites.items()}
+    if plan.transform == "none" and not wanted.clips:
+        return solved
+    device = torch.device(plan.device)
+    for anchor, site in placed.items():
+        its, stats = _on_device(site, site_stats(seen, site), device)
+        solved[anchor] = transforms.solve(its, stats, replace(wanted, budget_bits=budgets[anchor]))
+    return solved
 
 
-def _rounding_of_inputs(transform: SiteTransform, activation: ActivationSpec) -> Callable[[Tensor], Tensor]:
-    """What rounding activations in the transformed basis does to them in their own."""
-
-    def apply(x: Tensor) -> Tensor:
-        return transform.invert(fake_quant_activation(transform.apply(x), activation, transform.clip))
-
-    return apply
+def _on_device(site: Site, stats: SiteStats, device: torch.device) -> tuple[Site, SiteStats]:
+    if device.type == "cpu":
+        return site, stats
+    linears = tuple(Linear(linear.tensor, linear.weight.to(device)) for linear in site.linears)
+    return replace(site, linears=linears), replace(
+        stats,
+        hessian=stats.hessian.to(device),
+        absmax=stats.absmax.to(device),
+        sample=stats.sample.to(device),
+    )

@@ -7,24 +7,29 @@ from pathlib import Path
 
 from ggml_ext import calibration_plan as plans
 from ggml_ext.block_file import Folded, Stored, block_path, load
+from ggml_ext.calibration_folder import OBSERVATION
 from ggml_ext.calibration_plan import Plan
 from ggml_ext.encode import Prepared
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.observe import description as descriptions
+from ggml_ext.owned_folder import SOURCE
 from ggml_ext.rules import STOCK_MIXES
 from ggml_ext.source import Source, open_gguf
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """``source``: the float model. ``prepared``: what takes the place of its tensors."""
+    """``source``: the float model. ``windows``: of the text. ``prepared``: what takes the place of its
+    tensors."""
 
     plan: Plan
+    windows: int
     source: Source
     prepared: Prepared
 
 
 def open_folder(folder: Path, model: Path) -> Calibrated:
-    """Opens the finished calibration of ``model``, a Hugging Face folder.
+    """Opens the finished calibration of ``model``, a Hugging Face folder or a GGUF file.
 
     Raises GgmlExtError for a folder that holds none, an unfinished one, or that of another model.
     """
@@ -62,4 +67,8 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         # One block that an older version made leaves the record incomplete, and then there is none.
         folds=None if None in folds else [its for its in folds if its is not None],
     )
-    return Calibrated(plan, open_gguf(folder / plans.SOURCE), prepared)
+    observed = descriptions.load(folder / OBSERVATION)
+    if observed is None:
+        raise GgmlExtError(f"{folder / OBSERVATION}: holds no observation; calibrate again")
+    source = open_gguf(folder / SOURCE if model.is_dir() else model)
+    return Calibrated(plan, observed.windows, source, prepared)

@@ -5,54 +5,31 @@ A folder goes on with the plan it has or not at all: block files of two plans ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from ggml_ext import __version__, hf, mixes, native, paths, recipes, rules
+from ggml_ext import __version__, mixes, model_files, native, paths, recipes, rules
 from ggml_ext.atomic import write_text
 from ggml_ext.block_file import block_path
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.hf_files import Entry, check_weights, shown
+from ggml_ext.owned_folder import PLAN
 from ggml_ext.recipes import Method
 from ggml_ext.rounding import grid
 from ggml_ext.source import Source
 from ggml_ext.transforms import official
-from ggml_ext.upstream import sha256_of
-
-FILE = "plan.json"
-SOURCE = "source.gguf"
-
-# What llama.cpp's converter reads beside the weights, and transformers for the tokens of a text.
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "tokenization*.py",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "README.md",
-)
-_SAMPLE = 4096  # bytes of every tensor
-_DIGITS = 32
 
 
 @dataclass(frozen=True)
 class Request:
-    """A calibration. ``text``: the calibration text. ``ctx``: tokens per window. ``device``: "cpu" or "cuda".
-    ``dtype``: "f32" or "bf16", what the model computes in. ``threads``: 0 for all; the result does not depend
-    on it where sums do not. ``matrices``: transforms that the official FlatQuant code saved, a file
-    flat_matrices.pth or its folder, to use instead of solved ones. ``trust_remote_code``: see hf.to_gguf."""
+    """A calibration of a Hugging Face folder or a float GGUF file. ``text``: the calibration text. ``ctx``:
+    tokens per window. ``device``: "cpu" or "cuda", where transforms are solved. ``threads``: 0 for all; the
+    result does not depend on it where sums do not. ``matrices``: transforms that the official FlatQuant
+    code saved, a file flat_matrices.pth or its folder, to use instead of solved ones. ``parse_special``:
+    see samples.windows. ``trust_remote_code``: see hf.to_gguf."""
 
     source: Path
     text: Path
@@ -62,52 +39,48 @@ class Request:
     ctx: int = 512
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "f32"
     threads: int = 0
     matrices: Path | None = None
+    parse_special: bool = False
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``source``: see model_files. ``text``: SHA-256.
-    ``windows``: sequences of ``ctx`` tokens that the text gave, at most ``samples``. ``base``: the type or
-    mix that was asked for. ``types``: tensor -> type, all tensors of the model. ``fallbacks``: tensor -> type
-    that did not fit its rows. ``without_effect``: tensors that --type-for names in vain.
-    ``matrices``: SHA-256 of the transforms that were given, None where they are solved. ``activation``:
-    bits and group, None for llama.cpp's own. ``dtype``: of the hidden states. ``versions``: of the
-    programs involved."""
+    """``source``: see model_files.of. ``text``: SHA-256. ``samples``: windows of ``ctx`` tokens, 0 for as
+    many as the widest matrix asks for. ``base``: the type or mix that was asked for. ``types``: tensor ->
+    type, all tensors of the model. ``fallbacks``: tensor -> type that did not fit its rows.
+    ``without_effect``: tensors that --type-for names in vain. ``matrices``: SHA-256 of the transforms that
+    were given, None where they are solved. ``activation``: bits and group, None for llama.cpp's own.
+    ``versions``: of the programs involved."""
 
     source: dict[str, str]
     text: str
     samples: int
-    windows: int
     ctx: int
     seed: int
+    parse_special: bool
     base: str
     types: dict[str, str]
     fallbacks: dict[str, str]
     without_effect: list[str]
     transform: str
     transform_bits: float | None
-    train_steps: int
     matrices: str | None
     rounding: str
     activation: list[int] | None
     blocks: int
-    hidden: int
     device: str
-    dtype: str
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Writes the plan atomically."""
-        write_text(folder / FILE, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        write_text(folder / PLAN, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
     @property
     def without_grid(self) -> list[str]:
         """Matrices of blocks whose type has no levels to choose from; importances round them instead."""
-        if self.rounding not in ("gptq", "learned"):
+        if self.rounding != "gptq":
             return []
         return [
             name
@@ -120,43 +93,10 @@ class Plan:
         return [index for index in range(self.blocks) if not block_path(folder, index).is_file()]
 
 
-def model_files(folder: Path) -> dict[str, str]:
-    """Name -> digest of the files of a Hugging Face folder that decide what is in its GGUF file: settings,
-    tokenizer, chat template and model card whole, of weights the header, the size and the start of every
-    tensor. A folder that is moved or copied stays the same model.
-
-    Raises GgmlExtError if it is incomplete.
-    """
-    weights = hf.check(folder)
-    small = {path for pattern in _SMALL for path in folder.glob(pattern) if path.is_file()}
-    headers = check_weights(weights)
-    try:
-        found = {path: _sha256(path) for path in {*small, *weights} - headers.keys()}
-        found |= {path: _weights_digest(path, header.values()) for path, header in headers.items()}
-    except OSError as exc:
-        raise GgmlExtError(f"{exc.filename or folder}: {exc.strerror}; check its permissions") from exc
-    return {path.relative_to(folder).as_posix(): found[path] for path in sorted(found)}
-
-
-def _sha256(path: Path) -> str:
-    return sha256_of(path)[:_DIGITS]
-
-
-def _weights_digest(path: Path, entries: Collection[Entry]) -> str:
-    """Of size, header and the first bytes of every tensor: two models of the same shapes differ in these."""
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(min((entry.start for entry in entries), default=0)))
-        for start, end in sorted((entry.start, entry.end) for entry in entries):
-            file.seek(start)
-            digest.update(file.read(min(_SAMPLE, end - start)))
-    return digest.hexdigest()[:_DIGITS]
-
-
 def require_model(plan: Plan, model: Path, folder: Path) -> None:
-    """Raises GgmlExtError, naming what differs, unless ``model`` is the Hugging Face folder of the plan in
+    """Raises GgmlExtError, naming what differs, unless ``model`` is the folder or file of the plan in
     ``folder``, unchanged."""
-    changed = _changed(plan.source, model_files(model))
+    changed = model_files.changed(plan.source, model_files.of(model))
     if changed:
         raise GgmlExtError(
             f"{folder}: a calibration of another model than {model} ({changed}); give the one it was made "
@@ -164,17 +104,8 @@ def require_model(plan: Plan, model: Path, folder: Path) -> None:
         )
 
 
-def _changed(there: dict[str, str], here: dict[str, str]) -> str:
-    """What happened to the files of a model; nothing if they are the same."""
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if not names:
-        return ""
-    how = "came" if names[0] not in there else "has gone" if names[0] not in here else "has changed"
-    return f"{shown(names[0])} {how}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def make(request: Request, sha256: str, n_windows: int, source: Source, *, blocks: int, hidden: int) -> Plan:
-    """The plan of a request. sha256: of the text. source: the float model. blocks, hidden: its size.
+def make(request: Request, sha256: str, source: Source) -> Plan:
+    """The plan of a request. sha256: of the text. source: the float model.
 
     Raises GgmlExtError for patterns that match nothing and types that the rounding does not know.
     """
@@ -186,26 +117,23 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
     _check_grid(method.type_name, method.rounding)
     activation = recipes.ACTIVATIONS[method.activation]
     return Plan(
-        source=model_files(request.source),
+        source=model_files.of(request.source),
         text=sha256,
         samples=method.samples,
-        windows=n_windows,
         ctx=request.ctx,
         seed=request.seed,
+        parse_special=request.parse_special,
         base=method.type_name,
         types=types,
         fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
         without_effect=rules.without_effect(shapes, source.arch, asked),
         transform=method.transform,
         transform_bits=method.transform_bits,
-        train_steps=method.train_steps,
         matrices=None if request.matrices is None else official.sha256(request.matrices),
         rounding=method.rounding,
         activation=None if activation is None else list(activation),
-        blocks=blocks,
-        hidden=hidden,
+        blocks=source.n_blocks,
         device=request.device,
-        dtype=request.dtype,
         versions=_versions(),
     )
 
@@ -213,7 +141,7 @@ def make(request: Request, sha256: str, n_windows: int, source: Source, *, block
 def _check_grid(base: str, rounding: str) -> None:
     """Refuses a main type that the rounding cannot choose codes of, before anything is computed."""
     type_name = mixes.BODY.get(base, base)
-    if rounding in ("gptq", "learned") and not grid.supports(type_name):
+    if rounding == "gptq" and not grid.supports(type_name):
         raise GgmlExtError(
             f"--rounding {rounding}: knows no levels of type {type_name}; "
             f"it knows {', '.join(grid.names())}, for others use --rounding imatrix"
@@ -223,15 +151,15 @@ def _check_grid(base: str, rounding: str) -> None:
 def _versions() -> dict[str, str]:
     return {
         "ggml-ext": __version__,
-        "library": _sha256(paths.library("ggml-base")),
+        "library": model_files.short_sha256(paths.library("ggml-base")),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("numpy", "torch", "transformers")},
+        **{name: metadata.version(name) for name in ("numpy", "torch")},
     }
 
 
 def load(folder: Path) -> Plan | None:
     """The folder's plan, None if it has none. Raises GgmlExtError for one that is no plan."""
-    path = folder / FILE
+    path = folder / PLAN
     try:
         plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
         if not isinstance(plan.source, dict):
@@ -272,7 +200,7 @@ def _differences(found: Plan, wanted: Plan) -> Sequence[str]:
         if old == new:
             continue
         if name == "source":
-            lines.append(f"another model: {_changed(old, new)}")
+            lines.append(f"another model: {model_files.changed(old, new)}")
         elif isinstance(old, dict) and isinstance(new, dict):
             keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""

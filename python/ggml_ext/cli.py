@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext import __version__
+from ggml_ext.cli_observe import observe
 from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError, one_line
 from ggml_ext.signals import Terminated, as_interrupts
@@ -128,7 +129,7 @@ TransformOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="none, smoothquant, awq, hadamard or flatquant.")
 ]
 RoundingOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="rtn (to nearest), imatrix, gptq or learned.")
+    str | None, typer.Option(metavar="NAME", help="rtn (to nearest), imatrix or gptq.")
 ]
 ActivationOption = Annotated[
     str | None,
@@ -149,13 +150,12 @@ SamplesOption = Annotated[
     typer.Option(min=1, help="Windows of the calibration text; by default 128, or more for wide matrices."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
-TrainStepsOption = Annotated[
-    int | None,
-    typer.Option(min=0, help="Steps that train flatquant's transforms on each block's output; 0 by default."),
-]
-DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model's blocks run.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(metavar="f32|bf16", help="What they compute in; bf16 by default on cuda.")
+DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where transforms are solved.")]
+ParseSpecialOption = Annotated[
+    bool,
+    typer.Option(
+        "--parse-special", help="Spellings of control tokens in the text, as in chats, are these tokens."
+    ),
 ]
 MatricesOption = Annotated[
     Path | None,
@@ -196,11 +196,10 @@ def convert(
     keep: KeepOption = None,
     ctx: CalibrationCtxOption = 512,
     samples: SamplesOption = None,
-    train_steps: TrainStepsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
     matrices: MatricesOption = None,
+    parse_special: ParseSpecialOption = False,
     trust_remote_code: TrustOption = False,
     threads: AllThreadsOption = 0,
 ) -> None:
@@ -213,7 +212,7 @@ def convert(
 
     require_device(_device(device))
 
-    options = Options(type_name, transform, rounding, activation, samples, train_steps)
+    options = Options(type_name, transform, rounding, activation, samples)
     if calibrated is not None and (
         recipe or calibration or imatrix or matrices or rules or keep or options != Options()
     ):
@@ -231,8 +230,8 @@ def convert(
         ctx=ctx,
         seed=seed,
         device=_device(device),
-        dtype=_dtype(dtype, device),
         matrices=matrices,
+        parse_special=parse_special,
         trust_remote_code=trust_remote_code,
         threads=threads,
     )
@@ -241,7 +240,9 @@ def convert(
 
 @app.command()
 def calibrate(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face model folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f16/bf16/f32 GGUF.")
+    ],
     calibration: Annotated[Path, typer.Option(metavar="TEXT", help="Text to calibrate on (UTF-8).")],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder, begun or to begin.")],
     recipe: RecipeOption = None,
@@ -253,11 +254,10 @@ def calibrate(
     keep: KeepOption = None,
     ctx: CalibrationCtxOption = 512,
     samples: SamplesOption = None,
-    train_steps: TrainStepsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
     matrices: MatricesOption = None,
+    parse_special: ParseSpecialOption = False,
     trust_remote_code: TrustOption = False,
     threads: AllThreadsOption = 0,
     dry_run: Annotated[
@@ -275,7 +275,7 @@ def calibrate(
     from ggml_ext.calibrate import calibrate as run_calibrate
     from ggml_ext.calibration_plan import Request
 
-    options = recipes.Options(type_name, transform, rounding, activation, samples, train_steps)
+    options = recipes.Options(type_name, transform, rounding, activation, samples)
     method = recipes.resolve(recipe, options, importances=True)
     method = recipes.with_matrices(method, options, matrices)
     request = Request(
@@ -287,9 +287,9 @@ def calibrate(
         ctx,
         seed,
         _device(device),
-        _dtype(dtype, device),
         threads,
         matrices,
+        parse_special,
         trust_remote_code,
     )
     if dry_run:
@@ -300,6 +300,9 @@ def calibrate(
         print(found.summary())
         return
     print(run_calibrate(request, out).summary())
+
+
+app.command()(observe)
 
 
 def _bound_threads(threads: int | None) -> None:
@@ -316,12 +319,6 @@ def _device(value: str) -> str:
     if value not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{value!r} is not cpu or cuda", param_hint="--device")
     return value
-
-
-def _dtype(value: str | None, device: str) -> str:
-    if value not in (None, "f32", "bf16"):
-        raise typer.BadParameter(f"{value!r} is not f32 or bf16", param_hint="--dtype")
-    return value or ("bf16" if device == "cuda" else "f32")
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 A conversion is transform x rounding x type. The transform changes the matrices before they are rounded,
 the rounding chooses each weight's code, the type says what codes there are. Without a transform, rounding to
-nearest and by importance need the weights only, and are done here tensor by tensor; everything else runs
-the model block by block (calibrate.py) and is written from what that leaves.
+nearest and by importance need the weights only, and are done here tensor by tensor; everything else goes
+block by block (calibrate.py) and is written from what that leaves.
 
 An interrupted conversion leaves no output. What can take hours is kept: the importance matrix in a cache
 (importance.py), the blocks in a folder beside the output, from which the same command goes on.
@@ -112,22 +112,22 @@ def convert(
     ctx: int = 512,
     seed: int = 0,
     device: str = "cpu",
-    dtype: str = "f32",
     matrices: Path | None = None,
+    parse_special: bool = False,
     trust_remote_code: bool = False,
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
 
     recipe, options: how, see recipes.py. type_name: short for options with only a type: a ggml type (fq4,
-    q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which llama-quantize
-    makes itself unless a transform, gptq or learned rounding is asked for.
-    imatrix: importance matrix of llama-imatrix. calibration: text to compute one from, or to calibrate on.
-    calibrated: folder of a finished calibration of this model, which then decides everything else.
-    type_for: (pattern, type) pairs; keep: patterns of tensors that stay as they are (re.search, names).
-    threads: 0 means all. ctx: tokens per context of the calibration text. seed, device, dtype,
-    matrices: see calibration_plan.Request. trust_remote_code: see hf.to_gguf. warn: gets one line at a time.
-    Raises GgmlExtError; ``out`` then stays as it was.
+    q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which
+    llama-quantize makes itself unless a transform or gptq is asked for. imatrix: importance matrix of
+    llama-imatrix. calibration: text to compute one from, or to calibrate on. calibrated: folder of a
+    finished calibration of this model, which then decides everything else. type_for: (pattern, type) pairs;
+    keep: patterns of tensors that stay as they are (re.search, names). threads: 0 means all. ctx: tokens
+    per context of the calibration text. seed, device, matrices, parse_special: see
+    calibration_plan.Request. trust_remote_code: see hf.to_gguf. warn: gets one line at a time. Raises
+    GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
     hf.require(source)
@@ -138,9 +138,7 @@ def convert(
     method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration))
     method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
-    recipes.check(
-        method, request.type_for, folder=source.is_dir(), text=calibration is not None, imatrix=bool(imatrix)
-    )
+    recipes.check(method, request.type_for, text=calibration is not None, imatrix=bool(imatrix))
     if method.blockwise and calibration is not None:
         from ggml_ext.calibrate import calibrate, discard
         from ggml_ext.calibration_plan import Request
@@ -156,9 +154,9 @@ def convert(
             ctx,
             seed,
             device,
-            dtype,
             threads,
             matrices,
+            parse_special,
             trust_remote_code,
         )
         calibrate(wanted, folder, temporary=True, warn=warn)
@@ -199,7 +197,7 @@ def _from_folder(
         for t in finished.source.tensors
     ]
     about = importance.Calibration(
-        finished.plan.text, finished.plan.windows, finished.plan.ctx, finished.plan.seed
+        finished.plan.text, finished.windows, finished.plan.ctx, finished.plan.seed
     )
     encode.write(finished.source, out, choices, None, about, prepared=finished.prepared, threads=threads)
     fallbacks = {c.name: (c.fallback_from, c.target) for c in choices if c.fallback_from}

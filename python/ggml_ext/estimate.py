@@ -1,8 +1,6 @@
-"""What a calibration will take: memory and disk from the configuration, time from rates measured here.
-
-Rates come from small matrices in a few seconds: torch's products, the transform's solver, the rounding.
-Solver and rounding are extrapolated by their operation counts, so times are good to a factor of two or so.
-"""
+"""What a calibration will take. Observing is timed on the model itself (observe/estimate.py); the rates of
+solving and rounding come from small matrices, extrapolated by their operation counts, good to a factor of
+two or so. """
 
 from __future__ import annotations
 
@@ -11,25 +9,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.table import Table
 
-from ggml_ext import hf, plan, recipes, transforms
-from ggml_ext.calibrate import DTYPES, batch_size, trains
+from ggml_ext import hf, recipes, transforms
+from ggml_ext.calibrate import observation_of
+from ggml_ext.calibration_folder import OBSERVATION
 from ggml_ext.calibration_plan import Request
 from ggml_ext.device import require_device
-from ggml_ext.hidden import free_bytes
 from ggml_ext.mixes import BODY
+from ggml_ext.observe import estimate as observing
+from ggml_ext.observe.layout import FLOAT
 from ggml_ext.rounding import round_matrix
 from ggml_ext.rounding.hessian import Hessian
-from ggml_ext.samples import enough
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats
-from ggml_ext.skeleton import open_skeleton
 
 _N = 512  # order of the matrices that rates are measured on
-_LEARNED_STEPS = 200  # rounding.learned's default
-_BACKWARD = 3  # a training step in forward passes
+_WORKSPACE = 1 << 29  # Python, torch and its kernels' buffers
+_COPIES = 3  # of a block's matrices: as they are, transformed, encoded
+_SQUARES = 9  # n x n float64 matrices while the widest site is solved and rounded
+_BITS = 6.5625  # per weight in block files at most: Q6_K
 
 
 @dataclass(frozen=True)
@@ -79,52 +78,35 @@ def _duration(seconds: float) -> str:
 
 
 def estimate(request: Request, folder: Path) -> Estimate:
-    """Estimates the calibration of ``request`` into ``folder`` without writing anything.
+    """Estimates the calibration of ``request`` into ``folder``; nothing of it stays.
 
-    Counts the windows that the request asks for; a short text gives fewer. Raises GgmlExtError as the
-    calibration itself would for options, model and family.
+    Raises GgmlExtError as the calibration itself would for options, model and text.
     """
     method = request.method
     hf.require(request.source)
-    recipes.check(method, request.type_for, folder=request.source.is_dir(), text=True, imatrix=False)
+    recipes.check(method, request.type_for, text=True, imatrix=False)
     require_device(request.device)
-    weights = hf.check(request.source)
-    steps = _LEARNED_STEPS if method.rounding == "learned" else 0
-    training = trains(method)
-    steps += method.train_steps if training else 0
-    dtype = DTYPES[request.dtype]
-    found = plan.plan(
-        request.source,
-        samples=method.samples or enough(request.ctx, plan.widest(open_skeleton(request.source))),
-        context=request.ctx,
-        batch=batch_size(request.ctx),
-        dtype=dtype,
-        training=steps > 0,
-    )
-    device = torch.device(request.device)
-    squares = found.statistics_macs / found.n_tokens  # sum over all sites of n^2
-    forward = found.forward_macs * _seconds_per_mac(device, dtype)
-    seconds = {"statistics": forward + found.statistics_macs * _seconds_per_mac(device, torch.float32)}
+    seen = observing.estimate(observation_of(request, request.source), folder / OBSERVATION, warn=_silent)
+    sizes = seen.sizes
+    seconds = {"observing": seen.seconds}
     if method.transform != "none":
         # The solver multiplies matrices of order n with factors of order sqrt(n).
-        width = (squares / found.n_blocks / 4) ** 0.5
-        seconds["transforms"] = _solving(method) * squares / _N**2 * (width / _N) ** 0.5
-    if steps:
-        seconds["training"] = steps * _BACKWARD * forward * request.ctx / found.n_tokens
-    seconds["rounding"] = found.n_weights * _rounding(method, request.threads) / _N**2
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        width = sizes.squares**0.5 / max(seen.sites, 1) ** 0.5
+        seconds["transforms"] = _solving(method) * sizes.squares / _N**2 * (width / _N) ** 0.5
+    seconds["rounding"] = sizes.weights * _rounding(method, request.threads) / _N**2
+    solving = _WORKSPACE + _COPIES * FLOAT * sizes.block + _SQUARES * 8 * sizes.widest**2
     return Estimate(
         folder=folder,
         device=request.device,
-        memory=found.peak,
-        disk={
-            "source.gguf": hf.n_float_bytes(request.source, weights),
-            "hidden states": found.disk_activations,
-            "block files": found.disk_checkpoints,
-        },
-        free=free_bytes(existing),
+        memory=max(seen.memory, solving),
+        disk={**seen.disk, "block files": int(sizes.weights * _BITS / 8)},
+        free=seen.free,
         seconds=seconds,
     )
+
+
+def _silent(_line: str) -> None:
+    """The calibration itself says it."""
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -137,15 +119,6 @@ def _timed(work: Callable[[], object]) -> float:
     return (time.monotonic() - started) / calls
 
 
-def _seconds_per_mac(device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.ones(2 * _N, 2 * _N, device=device, dtype=dtype)
-
-    def work() -> None:
-        float((a @ a)[0, 0])  # waits for a GPU
-
-    return _timed(work) / (2 * _N) ** 3
-
-
 def _moments() -> tuple[torch.Tensor, torch.Tensor]:
     """Activations and weights of plausible shape: [2 n, n] and [n, n]."""
     random = torch.Generator().manual_seed(0)
@@ -156,7 +129,7 @@ def _solving(method: recipes.Method) -> float:
     """Seconds to solve the transform of one site with _N channels and one matrix."""
     x, w = _moments()
     hessian = x.T @ x / len(x)
-    site = Site("attn_in", "probe", _N, (Linear("probe.weight", w, np.arange(_N)),), None)
+    site = Site("attn_in", "probe", _N, (Linear("probe.weight", w),), None)
     stats = SiteStats(hessian, x.abs().amax(0), x, len(x))
     activation = recipes.ACTIVATIONS[method.activation]
     request = transforms.TransformRequest(
@@ -174,5 +147,6 @@ def _rounding(method: recipes.Method, threads: int) -> float:
     x, w = _moments()
     hessian = (x.T @ x / len(x)).double()
     type_name = BODY.get(method.type_name, method.type_name)
-    how = "gptq" if method.rounding == "learned" else method.rounding
-    return _timed(lambda: round_matrix(w.numpy(), type_name, how, Hessian(hessian), threads=threads))
+    return _timed(
+        lambda: round_matrix(w.numpy(), type_name, method.rounding, Hessian(hessian), threads=threads)
+    )

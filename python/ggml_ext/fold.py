@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext.block_file import Folded
-from ggml_ext.sites import SITE_KINDS, Site, SiteKind, SiteTransform
+from ggml_ext.sites import SITE_KINDS, Site, SiteTransform
 
 
 def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tensor]) -> set[str]:
@@ -39,53 +39,41 @@ def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tens
         changed.add(site.fold.bias)
     for name, matrix in places:
         tensor = tensors[name].double()
-        rows = tensor[..., first : first + n, :] if matrix else tensor[first : first + n, None]
-        mapped = rows * gain[:, None]
+        rows = tensor if matrix else tensor[..., None]
+        mapped = rows[..., first : first + n, :] * gain[:, None]
         if transform.head is not None:
             mapped = _per_head(mapped, transform.head)
-        new = tensor.clone()
-        if matrix:
-            new[..., first : first + n, :] = mapped
-        else:
-            new[first : first + n] = mapped[:, 0]
-        tensors[name] = new.float()
+        new = rows.clone()
+        new[..., first : first + n, :] = mapped
+        tensors[name] = (new if matrix else new[..., 0]).float()
     for name in site.also:
         tensors[name] = (tensors[name].double() * transform.diag).float()
         changed.add(name)
     return changed
 
 
-def folded(transforms: Mapping[SiteKind, SiteTransform]) -> Folded:
-    """The record of what ``fold`` does with a block's transforms, one for each of SITE_KINDS."""
+def folded(sites: Mapping[str, Site], transforms: Mapping[str, SiteTransform]) -> Folded:
+    """The record of what ``fold`` does with a block's transforms (both by anchor)."""
+    diagonals: list[tuple[float, ...]] = [()] * len(SITE_KINDS)
+    head: tuple[float, ...] = ()
+    for anchor, site in sites.items():
+        if not site.kind:
+            continue
+        transform = transforms[anchor]
+        if not bool((transform.diag == 1).all()):
+            diagonals[SITE_KINDS.index(site.kind)] = _numbers(transform.diag)
+        if transform.head is not None:
+            head = _numbers(transform.head)
+    return Folded(tuple(diagonals), head)
 
-    def numbers(part: Tensor) -> tuple[float, ...]:
-        return tuple(part.detach().float().flatten().tolist())
 
-    diagonals = tuple(
-        () if bool((transforms[kind].diag == 1).all()) else numbers(transforms[kind].diag)
-        for kind in SITE_KINDS
-    )
-    head = transforms["attn_out"].head
-    return Folded(diagonals, () if head is None else numbers(head))
-
-
-def unfold(site: Site, transform: SiteTransform, weight: Tensor) -> Tensor:
-    """A matrix whose output rows ``fold`` changed, [.., n_out, n_in], as it was before; differentiable.
-
-    The site's fold is that matrix.
-    """
-    assert site.fold is not None
-    first, n = site.fold.first, site.fold.n
-    rows = weight[..., first : first + n, :].double()
-    if transform.head is not None:
-        rows = _per_head(rows, torch.linalg.inv(transform.head))
-    rows = (rows * _per_channel(site, transform.diag)[:, None]).to(weight.dtype)
-    return torch.cat([weight[..., :first, :], rows, weight[..., first + n :, :]], -2)
+def _numbers(part: Tensor) -> tuple[float, ...]:
+    return tuple(part.detach().float().flatten().tolist())
 
 
 def _per_channel(site: Site, diag: Tensor) -> Tensor:
     """diag over the channels that are made; in attn_out a value head's feed several query heads."""
-    if site.kind != "attn_out":
+    if not site.head_dim:
         return diag
     shared = diag.view(site.n_head_kv, -1, site.head_dim)
     if not bool((shared == shared[:, :1]).all()):

@@ -2,77 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ggml_ext import native
 from ggml_ext.block_file import Packed
-from ggml_ext.blocks import Block
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.sites import SiteKind, SiteTransform
+from ggml_ext.llama import Model
+from ggml_ext.sites import SITE_KINDS, Site, SiteKind, SiteTransform, identity
 from ggml_ext.transforms.official import load_official, load_official_kv
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """``path``: the file. ``transforms``: of every block. ``cache``: P of k' = k P of each block, or None."""
+    """``path``: the file. ``transforms``: of every block. ``cache``: P of k' = k P of each block, or None.
+    ``adjacent``: whether llama.cpp's RoPE turns adjacent channels of the model's heads, where Hugging
+    Face's turns channels half a head apart."""
 
     path: Path
     transforms: list[dict[SiteKind, SiteTransform]]
     cache: list[Tensor | None]
+    adjacent: bool
 
 
-def load(path: Path, n_blocks: int) -> Matrices:
-    """Reads the file for a model of ``n_blocks``. Raises GgmlExtError for a file that is none
+def load(path: Path, n_blocks: int, model: Path) -> Matrices:
+    """Reads the file for a GGUF ``model`` of ``n_blocks``. Raises GgmlExtError for a file that is none
     (transforms/official.py), or another model's."""
     transforms = load_official(path)
     if len(transforms) != n_blocks:
         raise GgmlExtError(
             f"{path}: transforms of {len(transforms)} blocks for a model of {n_blocks}; give this model's"
         )
-    return Matrices(path, transforms, load_official_kv(path))
+    with Model(model, weights=False) as loaded:
+        adjacent = loaded.adjacent_rope
+    return Matrices(path, transforms, load_official_kv(path), adjacent)
 
 
-def sites(matrices: Matrices, block: Block, *, clips: bool) -> dict[SiteKind, SiteTransform]:
-    """The transforms of the block's sites.
+def sites(
+    matrices: Matrices, index: int, block: Mapping[str, Site], *, clips: bool
+) -> dict[str, SiteTransform]:
+    """The transforms of the sites of block ``index``, by anchor; the identity for those that have no place
+    in a file.
 
     clips: keep the clips of activations. They were learned for activations of few bits; at 8 bits they would
     only cut. Raises GgmlExtError for another model's.
     """
-    found = matrices.transforms[block.index]
-    for kind, site in block.sites.items():
-        if found[kind].n != site.n:
+    found = matrices.transforms[index]
+    placed = {site.kind: site for site in block.values() if site.kind}
+    where = f"{matrices.path}: block {index}"
+    for kind in SITE_KINDS:
+        site, n = placed.get(kind), found[kind].n
+        if site is None or n != site.n:
+            has = f"the model {site.n}" if site is not None else "the model has no such site"
+            raise GgmlExtError(f"{where}: {kind} has {n} channels, {has}; give this model's transforms")
+        if not _fits(site, found[kind]):
             raise GgmlExtError(
-                f"{matrices.path}: block {block.index}: {kind} has {found[kind].n} channels, the model "
-                f"{site.n}; give this model's transforms"
+                f"{where}: llama.cpp's graph has no place for the transform of {kind}; "
+                "calibrate without --matrices"
             )
-    return found if clips else {kind: replace(its, clip=1.0) for kind, its in found.items()}
+    kept = found if clips else {kind: replace(its, clip=1.0) for kind, its in found.items()}
+    return {anchor: kept[site.kind] if site.kind else identity(site.n) for anchor, site in block.items()}
 
 
-def cache_tensors(matrices: Matrices, block: Block) -> dict[str, Packed]:
-    """The transform of the K cache and its inverse for the queries (fq_h in docs/gguf.md); empty if the file
-    has none.
+def _fits(site: Site, transform: SiteTransform) -> bool:
+    """Whether the graph has a place for each part of the transform."""
+    folds = not bool((transform.diag == 1).all()) or transform.head is not None
+    return (site.online or not transform.online) and (site.fold is not None or not folds)
+
+
+def cache_tensors(matrices: Matrices, index: int) -> dict[str, Packed]:
+    """The transform of block ``index``'s K cache and its inverse for the queries (fq_h in docs/gguf.md);
+    empty if the file has none.
 
     P of the file is for heads with Hugging Face's order of channels. In GGUF's order its rows move; its
-    columns need not, since the queries get the inverse of the same matrix. Raises GgmlExtError for another
-    head size.
+    columns need not, since the queries get the inverse of the same matrix.
     """
-    p = matrices.cache[block.index]
+    p = matrices.cache[index]
     if p is None:
         return {}
-    order = block.head_order()
-    if len(p) != len(order):
-        raise GgmlExtError(
-            f"{matrices.path}: block {block.index}: its K cache has heads of {len(p)}, the model's have "
-            f"{len(order)} channels; give this model's transforms"
-        )
-    keys = p[torch.from_numpy(order)]
+    keys = p[torch.from_numpy(head_order(len(p), adjacent=matrices.adjacent))]
     pair = {"attn_k": keys, "attn_q": torch.linalg.inv(keys).T}
-    return {f"blk.{block.index}.{name}.fq_h": _packed(matrix) for name, matrix in pair.items()}
+    return {f"blk.{index}.{name}.fq_h": _packed(matrix) for name, matrix in pair.items()}
+
+
+def head_order(dim: int, *, adjacent: bool) -> NDArray[np.int64]:
+    """Channel j of a head in GGUF is channel result[j] of the head in Hugging Face's q and k.
+
+    Where llama.cpp turns adjacent channels, its converter moves the rows of each head from (half, pair) to
+    (pair, half): LlamaModel.permute in conversion/llama.py.
+    """
+    order = np.arange(dim, dtype=np.int64)
+    return order.reshape(2, dim // 2).T.reshape(-1) if adjacent else order
 
 
 def _packed(matrix: Tensor) -> Packed:

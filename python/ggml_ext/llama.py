@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -30,11 +30,16 @@ from ggml_ext.signals import ENDING
 
 _ffi = cffi.FFI()
 
-LOG_WARN, LOG_ERROR, LOG_CONT = 3, 4, 5
+LOG_DEBUG, LOG_WARN, LOG_ERROR, LOG_CONT = 1, 3, 4, 5
 """Values of enum ggml_log_level."""
 
+_F32 = 0  # of enum ggml_type
+
 _log: deque[tuple[int, str]] = deque(maxlen=400)
-"""Level and text of llama.cpp's latest log lines."""
+"""Level and text of llama.cpp's latest log lines, but for those that only its developers need."""
+
+_ABORTED = 2
+"""llama_decode's status where the abort callback ended the graph."""
 
 _interrupted = threading.Event()
 
@@ -68,11 +73,23 @@ def _log_callback(api: Any) -> Any:
         if level == LOG_CONT and _log:
             _log[-1] = (_log[-1][0], _log[-1][1] + line)
             return
+        if level == LOG_DEBUG:  # hundreds of lines for every graph
+            return
         _log.append((level, line))
         if level in (LOG_WARN, LOG_ERROR) and line.startswith(("ggml_ext", "ggml-ext")):
             print(line, file=sys.stderr)
 
     return api.llama_log_callback(keep)
+
+
+def max_sequences() -> int:
+    """Most parallel sequences of a context."""
+    return int(bindings().llama_max_parallel_sequences())
+
+
+def log_lines() -> list[str]:
+    """llama.cpp's latest log lines: what a call of this module has cleared before and left behind."""
+    return [line for _, line in _log]
 
 
 def _reason(default: str) -> str:
@@ -89,6 +106,10 @@ def _reason(default: str) -> str:
 @cache
 def _abort_callback(api: Any) -> Any:
     return api.ggml_abort_callback(lambda _data: _interrupted.is_set())
+
+
+def _ending_callback(api: Any, ends: Callable[[], bool]) -> Any:
+    return api.ggml_abort_callback(lambda _data: _interrupted.is_set() or ends())
 
 
 @cache
@@ -158,6 +179,7 @@ class Model:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
+        self._ends: Any = None
         try:
             path.open("rb").close()
         except OSError as error:
@@ -177,6 +199,10 @@ class Model:
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = self._api.llama_model_n_layer(self._model)
         self.n_embd: int = self._api.llama_model_n_embd(self._model)
+        self.adjacent_rope: bool = (
+            self._api.llama_model_rope_type(self._model) == self._api.LLAMA_ROPE_TYPE_NORM
+        )
+        """Whether RoPE turns adjacent channels, not channels half a head apart."""
         self.n_ctx_train: int = self._api.llama_model_n_ctx_train(self._model)
         self.bos: int | None = (
             self._api.llama_vocab_bos(self.vocab) if self._api.llama_vocab_get_add_bos(self.vocab) else None
@@ -184,15 +210,16 @@ class Model:
         """Token that stands before every text, None if the model has none."""
         self.adds_eos: bool = self._api.llama_vocab_get_add_eos(self.vocab)
 
-    def tokenize(self, text: bytes) -> NDArray[np.int32]:
-        """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it; all of it is plain text.
+    def tokenize(self, text: bytes, *, special: bool = False) -> NDArray[np.int32]:
+        """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it. All of it is plain text, or
+        with ``special`` the spellings of control tokens are these tokens.
 
         Raises GgmlExtError for a model without a vocabulary, one that cannot tokenize this text, and a text
         with longer runs than there is stack for (stack.py).
         """
         if self._api.llama_vocab_type(self.vocab) == self._api.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would abort
             raise GgmlExtError(f"{self.path}: holds no tokenizer; use a complete model file")
-        return stack.call(lambda: self._tokenize(text), self.longest_run(text))
+        return stack.call(lambda: self._tokenize(text, special), self.longest_run(text))
 
     def longest_run(self, text: bytes) -> int:
         """Bound on how deep tokenizing the text goes, for stack.call and stack.command."""
@@ -206,11 +233,11 @@ class Model:
         self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace")
 
-    def _tokenize(self, text: bytes) -> NDArray[np.int32]:
+    def _tokenize(self, text: bytes, special: bool) -> NDArray[np.int32]:
         capacity = len(text) + 2
         for _ in range(2):
             buffer = (self._api.llama_token * capacity)()
-            count = self._api.llama_tokenize(self.vocab, text, len(text), buffer, capacity, True, False)
+            count = self._api.llama_tokenize(self.vocab, text, len(text), buffer, capacity, True, special)
             if count >= 0:
                 return np.frombuffer(buffer, dtype=np.int32, count=count).copy()
             capacity = -count
@@ -228,21 +255,42 @@ class Model:
                 file=sys.stderr,
             )
 
-    def start(self, *, n_ctx: int, n_seq: int, n_batch: int, observer: tuple[int, int] | None = None) -> None:
-        """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode.
+    def start(
+        self,
+        *,
+        n_ctx: int,
+        n_seq: int,
+        n_batch: int,
+        observer: tuple[int, int] | None = None,
+        ends: Callable[[], bool] | None = None,
+        exact: bool = False,
+        n_outputs: int = 0,
+    ) -> None:
+        """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode. One that
+        was made before is freed.
 
         ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
-        keeps alive as long as the model.
+        keeps alive as long as the context. ``ends``: asked between the nodes of the graph; where it says so
+        ``run`` ends early. ``exact``: float32 cache, no flash attention, and one micro-batch per decode.
+        ``n_outputs``: most outputs of a decode, 0 for all.
         """
         self.check_ctx(n_ctx)
+        self._end_context()
+        self._ends = _abort_callback(self._api) if ends is None else _ending_callback(self._api, ends)
         params = self._api.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_seq_max = n_seq
         params.n_batch = n_batch
         params.n_ubatch = min(n_batch, params.n_ubatch)
+        params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = self.threads
-        params.abort_callback = _abort_callback(self._api)
+        params.abort_callback = self._ends
         params.no_perf = True
+        if exact:
+            params.n_ubatch = n_batch
+            params.type_k = params.type_v = _F32
+            params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.kv_unified = False
         if observer is not None:
             params.cb_eval = self._api.ggml_backend_sched_eval_callback(observer[0])
             params.cb_eval_user_data = observer[1]
@@ -280,6 +328,31 @@ class Model:
         Returns logits [outputs.sum(), n_vocab] in the order of the batch: a view that the next decode
         overwrites. Raises GgmlExtError if llama.cpp fails, KeyboardInterrupt on Ctrl-C.
         """
+        self._decode(tokens, positions, sequences, outputs)
+        rows = int(np.count_nonzero(outputs))
+        if rows == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        pointer = self._api.llama_get_logits(self._context)
+        if not pointer:
+            raise GgmlExtError(f"{self.path}: gives no logits; only text-generating models can be evaluated")
+        return view(pointer, np.float32, rows, self.n_vocab)
+
+    def run(
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int32], sequences: NDArray[np.int32]
+    ) -> None:
+        """Decode one batch, all tokens outputs, for an observer's sake: no logits are read, and ``ends`` may
+        end it. Raises as ``decode`` does."""
+        self._decode(tokens, positions, sequences, np.ones(len(tokens), np.bool_), ended=_ABORTED)
+
+    def _decode(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+        ended: int = 0,
+    ) -> None:
+        """``ended``: a status that is no error either."""
         n = len(tokens)
         batch = self._batch
         batch.n_tokens = n
@@ -293,27 +366,24 @@ class Model:
         with interruptible():
             status = self._api.llama_decode(self._context, batch)
             self._api.llama_synchronize(self._context)
-        if status != 0:
+        if status not in (0, ended):
             raise GgmlExtError(
                 f"{self.path}: llama.cpp cannot decode ({status}): {_reason('no reason given')}"
             )
-        rows = int(np.count_nonzero(outputs))
-        if rows == 0:
-            return np.empty((0, self.n_vocab), np.float32)
-        pointer = self._api.llama_get_logits(self._context)
-        if not pointer:
-            raise GgmlExtError(f"{self.path}: gives no logits; only text-generating models can be evaluated")
-        return view(pointer, np.float32, rows, self.n_vocab)
 
-    def close(self) -> None:
-        """Free everything; logits handed out before become invalid."""
+    def _end_context(self) -> None:
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
         if self._context:
             self._api.llama_free(self._context)
+        self._batch = self._context = None
+
+    def close(self) -> None:
+        """Free everything; logits handed out before become invalid."""
+        self._end_context()
         if self._model:
             self._api.llama_model_free(self._model)
-        self._batch = self._context = self._model = None
+        self._model = None
 
     def __enter__(self) -> Model:
         return self

@@ -27,7 +27,7 @@ TRANSFORMS = ("none", "smoothquant", "awq", "hadamard", "flatquant")
 FOLDED = ("none", "smoothquant", "awq")
 """Transforms that leave nothing to do at run time."""
 
-ROUNDINGS = ("rtn", "imatrix", "gptq", "learned")
+ROUNDINGS = ("rtn", "imatrix", "gptq")
 
 ACTIVATIONS: dict[str, tuple[int, int] | None] = {
     "a8": None,
@@ -45,8 +45,7 @@ _FP4 = ("nvfp4", "mxfp4")
 class Method:
     """``type_name``: a ggml type or a mix. ``transform``, ``rounding``, ``activation``: names of the tuples
     above. ``transform_bits``: bits per weight that online factors may take, None for no limit. ``samples``:
-    windows of the calibration text, 0 for as many as the widest matrix asks for. ``train_steps``: steps that
-    train flatquant's transforms on each block's output after they were solved."""
+    windows of the calibration text, 0 for as many as the widest matrix asks for."""
 
     type_name: str = "fq4"
     transform: str = "none"
@@ -54,12 +53,11 @@ class Method:
     activation: str = "a8"
     transform_bits: float | None = None
     samples: int = 0
-    train_steps: int = 0
 
     @property
     def blockwise(self) -> bool:
         """Whether the model itself must run, block by block, to convert it."""
-        return self.transform != "none" or self.rounding in ("gptq", "learned")
+        return self.transform != "none" or self.rounding == "gptq"
 
     @property
     def online(self) -> bool:
@@ -92,7 +90,6 @@ class Options:
     rounding: str | None = None
     activation: str | None = None
     samples: int | None = None
-    train_steps: int | None = None
 
 
 def names() -> list[str]:
@@ -157,20 +154,18 @@ def check(
     method: Method,
     type_for: Sequence[tuple[str | re.Pattern[str], str]],
     *,
-    folder: bool,
     text: bool,
     imatrix: bool,
 ) -> None:
     """Refuses what cannot work, with the reason.
 
-    folder: the source is a Hugging Face folder. text, imatrix: a calibration text, an importance matrix is
-    given. Raises GgmlExtError.
+    text, imatrix: a calibration text, an importance matrix is given. Raises GgmlExtError.
     """
     if imatrix and text:
         raise GgmlExtError("--imatrix and --calibration are two sources of importances; give one of the two")
     _check_types(method, [name for _, name in type_for])
     if method.blockwise:
-        _check_blockwise(method, folder=folder, text=text, imatrix=imatrix)
+        _check_blockwise(method, text=text, imatrix=imatrix)
     elif ACTIVATIONS[method.activation] is not None:
         raise GgmlExtError(
             f"--activation {method.activation}: nothing prepares this model for it; add --transform or "
@@ -202,21 +197,16 @@ def _check_types(method: Method, others: Sequence[str]) -> None:
 
 def require_packages() -> None:
     """Raises GgmlExtError if a package that running a model takes is not installed."""
-    for name in ("torch", "transformers", "safetensors"):
+    for name in ("torch", "safetensors"):
         if importlib.util.find_spec(name) is None:
             raise GgmlExtError(f"calibration needs the package {name}; pip install 'ggml-ext[calibrate]'")
 
 
-def _check_blockwise(method: Method, *, folder: bool, text: bool, imatrix: bool) -> None:
+def _check_blockwise(method: Method, *, text: bool, imatrix: bool) -> None:
     require_packages()
     asked = f"--rounding {method.rounding}"
     if method.transform != "none":
         asked = f"--transform {method.transform}"
-    if not folder:
-        raise GgmlExtError(
-            f"{asked}: needs to run the model's blocks one by one, which a GGUF file does not allow; "
-            "give the Hugging Face folder"
-        )
     if imatrix:
         raise GgmlExtError(
             f"{asked}: takes its statistics from the text, in the transformed basis; give --calibration TEXT "
@@ -224,7 +214,7 @@ def _check_blockwise(method: Method, *, folder: bool, text: bool, imatrix: bool)
         )
     if not text:
         raise GgmlExtError(f"{asked}: needs a text of the kind the model will meet; add --calibration TEXT")
-    if method.type_name in FLOAT_TYPES and method.rounding in ("gptq", "learned"):
+    if method.type_name in FLOAT_TYPES and method.rounding == "gptq":
         raise GgmlExtError(
             f"--rounding {method.rounding}: type {method.type_name} leaves nothing to round; "
             "use --rounding rtn or a quantised type"

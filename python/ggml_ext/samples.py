@@ -45,11 +45,13 @@ def windows(
     seed: int,
     warn: Callable[[str], None],
     content: bytes | None = None,
+    parse_special: bool = False,
 ) -> NDArray[np.int64]:
     """Token windows int64 [n, ctx] of the text, n at most ``samples``, spread evenly over it.
 
     model: a GGUF file; its tokenizer is llama.cpp's, as at run time. warn: told when the text gives fewer.
-    content: the text's bytes if they have been read, since a pipe can be read once.
+    content: the text's bytes if they have been read, since a pipe can be read once. parse_special: spellings
+    of control tokens in it, as in chats, are these tokens.
 
     The text's tokens are cut into n equal parts and a window is drawn within each, so windows do not overlap.
     BOS stands at the start of each where the model wants one, as in llama-perplexity and in chat. Raises
@@ -57,7 +59,8 @@ def windows(
     """
     with Model(model, weights=False) as loaded:
         loaded.check_ctx(ctx)
-        tokens = loaded.tokenize(text.read_bytes() if content is None else content)
+        content = text.read_bytes() if content is None else content
+        tokens = loaded.tokenize(content, special=parse_special)
         bos = loaded.bos
     n = min(samples, len(tokens) // ctx)
     if n == 0:

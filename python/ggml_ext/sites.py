@@ -1,8 +1,9 @@
 """The vocabulary of calibration: sites, their statistics, and what a transform does to them.
 
-A site is one activation that weight matrices of a transformer block read. A block has four: ``attn_in``
-(read by q, k, v), ``attn_out`` (the attention output's projection), ``ffn_in`` (gate, up) and ``ffn_mid``
-(down). Activations are row vectors x of n channels; a linear layer computes y = x W^T with W [n_out, n].
+A site is what some weight matrices of a block read, as llama.cpp's graph says (observe/). Four kinds of
+them have a place in a file for what runs online (docs/gguf.md): ``attn_in`` (read by q, k, v), ``attn_out``
+(the attention output's projection), ``ffn_in`` (gate, up) and ``ffn_mid`` (down). Activations are row
+vectors x of n channels; a linear layer computes y = x W^T with W [n_out, n].
 
 A transform replaces x by x' = x T and W by W' = W T^-T, so that x' W'^T = x W^T, with
 
@@ -14,12 +15,11 @@ mathematics, docs/gguf.md the layout in a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 SiteKind = Literal["attn_in", "attn_out", "ffn_in", "ffn_mid"]
@@ -29,20 +29,19 @@ SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 @dataclass(frozen=True)
 class Linear:
     """A matrix that reads a site. ``tensor``: its GGUF name. ``weight``: float32 [n_out, n], or [experts,
-    n_out, n], rows in the order of the Hugging Face module. ``gguf_rows`` int64 [n_out]: row i in the
-    GGUF file is row gguf_rows[i] here (converters permute q and k of some architectures)."""
+    n_out, n], rows in the file's order."""
 
     tensor: str
     weight: Tensor
-    gguf_rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Fold:
     """Where the offline part of a site's transform goes: the channels of the site are elements (``rows`` =
     False: a norm's gain, GGUF vector [n]) or output rows first .. first + n - 1 of a matrix (``rows`` =
-    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector that is added to
-    the same channels, or "". For attn_out the n_kv * head_dim rows of v each feed several channels."""
+    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector, or [experts, n_out],
+    that is added to the same channels, or "". For attn_out the n_kv * head_dim rows of v each feed several
+    channels."""
 
     tensor: str
     rows: bool
@@ -54,34 +53,43 @@ class Fold:
 @dataclass(frozen=True)
 class Site:
     """``anchor``: GGUF name, without ".weight", of the first matrix that reads the site; transform tensors
-    are named after it. ``n``: channels. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0
-    elsewhere. ``fold`` is None where nothing can be folded. ``also``: GGUF matrices that read the site
-    in float and untransformed by the online part (the router of a mixture of experts): only the folded
-    part concerns them."""
+    are named after it. ``kind``: its place in the file, "" where it has none; then there is no transform.
+    ``n``: channels. ``linears``: the matrices that read the site behind the online part. ``folded``: those
+    that are rounded too, but read it in front of the online part (shared experts), so only the folded part
+    concerns them. ``also``: GGUF names of matrices that stay in float and read it there (the router of a
+    mixture). ``online``: whether the graph lets a Kronecker product run before ``linears``. ``fold`` is
+    None where nothing can be folded. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0 elsewhere.
+    ``mixes_heads``: whether what reads v's rows is linear in all channels of a head together, so that
+    ``SiteTransform.head`` can be folded."""
 
-    kind: SiteKind
+    kind: SiteKind | Literal[""]
     anchor: str
     n: int
     linears: tuple[Linear, ...]
     fold: Fold | None
+    folded: tuple[Linear, ...] = ()
     also: tuple[str, ...] = ()
+    online: bool = True
     n_head: int = 0
     n_head_kv: int = 0
     head_dim: int = 0
+    mixes_heads: bool = True
 
 
 @dataclass(frozen=True)
 class SiteStats:
     """What calibration saw at a site, all float32. ``hessian`` [n, n]: mean of x^T x over tokens.
     ``absmax`` [n]: largest |x| per channel. ``sample`` [m, n]: some tokens' activations, drawn evenly.
-    ``expert_hessian``: [experts, n, n], mean over the tokens routed to each expert, or None for dense
-    sites (and where it would be too large); ``expert_tokens`` int64 [experts]."""
+    ``expert_hessian``: [n, n] of each expert, mean over the tokens routed to each expert, or None for dense
+    sites and where too few tokens reach an expert; ``expert_diagonal`` [experts, n]: its diagonals, also
+    there; ``expert_tokens`` int64 [experts]."""
 
     hessian: Tensor
     absmax: Tensor
     sample: Tensor
     n_tokens: int
-    expert_hessian: Tensor | None = None
+    expert_hessian: Sequence[Tensor] | None = None
+    expert_diagonal: Tensor | None = None
     expert_tokens: Tensor | None = None
 
 
@@ -166,6 +174,11 @@ class SiteTransform:
     def weight(self, w: Tensor) -> Tensor:
         """W T^-T for W [..., n]: the weights that read x'. Computed in float64, returned in W's dtype."""
         return self.dual().apply(w.double()).to(w.dtype)
+
+    @property
+    def offline(self) -> SiteTransform:
+        """The part that is folded: diagonal and head."""
+        return SiteTransform(self.diag, head=self.head)
 
     def effective_weight(self, w: Tensor) -> Tensor:
         """W' T^T: what weights W' that read x' do to the untransformed x."""

@@ -74,6 +74,13 @@ class Source:
     tensors: tuple[Tensor, ...]
     files: tuple[Path, ...]
 
+    @property
+    def n_blocks(self) -> int:
+        """Blocks by the file's own count, 0 where it gives none."""
+        key = f"{self.arch}.block_count"
+        found = value(self.keys[key]) if key in self.keys else 0
+        return found if isinstance(found, int) else 0
+
 
 def open_gguf(path: Path) -> Source:
     """Reads the header of a GGUF file, or of all its parts if ``path`` is the first of several.

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ggml_ext.hidden import hidden_path
 
-from ggml_ext import calibrate, calibration_folder, convert
+from ggml_ext import calibrate, calibration_folder, convert, owner
 from ggml_ext.block_file import block_path
 from ggml_ext.calibration_plan import Plan
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.hidden import hidden_path
 
 
 def plan() -> Plan:
@@ -179,13 +179,13 @@ def test_without_locks_one_can_calibrate(
     monkeypatch.setattr(fcntl, "flock", refuse)
     folder = tmp_path / "c"
     finish(folder, temporary=False)
-    monkeypatch.setattr(calibration_folder.owner, "lives", lambda _owner: True)
+    monkeypatch.setattr(owner, "lives", lambda _owner: True)
     finish(folder, temporary=False)  # by the same process
     lock = folder / "lock"
     lock.write_text(lock.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1'))
     with pytest.raises(GgmlExtError, match="another run is using it"):
         finish(folder, temporary=False)
-    monkeypatch.setattr(calibration_folder.owner, "lives", lambda _owner: False)
+    monkeypatch.setattr(owner, "lives", lambda _owner: False)
     finish(folder, temporary=False)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import models
 from ggml_ext import calibration_plan as plans
+from ggml_ext import model_files
 from ggml_ext.errors import GgmlExtError
 
 SMALL = ["tokenizer.json", "chat_template.jinja", "generation_config.json", "merges.txt", "vocab.json"]
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
 
 def plan_of(folder: Path) -> plans.Plan:
     return plans.Plan(
-        source=plans.model_files(folder),
+        source=model_files.of_folder(folder),
         text="0",
         samples=1,
         windows=1,
@@ -108,7 +109,7 @@ def test_the_library_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.M
 
 def test_plans_of_an_earlier_version_are_refused(folder: Path, tmp_path: Path) -> None:
     plan_of(folder).save(tmp_path)
-    path = tmp_path / plans.FILE
+    path = tmp_path / "plan.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "source": [["config.json", 5, 6]]}))
     with pytest.raises(GgmlExtError, match="not a plan of this version"):
         plans.load(tmp_path)

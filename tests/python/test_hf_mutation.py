@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from ggml_ext.checkpoint import Checkpoint
+from ggml_ext.skeleton import open_skeleton
 
 import tiny_families as tiny
 from ggml_ext import hf
-from ggml_ext.calibration_plan import model_files
-from ggml_ext.checkpoint import Checkpoint
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hf_files import DTYPE_BITS
-from ggml_ext.skeleton import open_skeleton
+from ggml_ext.model_files import of_folder
 
 N_HEADERS = int(os.environ.get("GGML_EXT_MUTANTS", 600))
 N_CONFIGS = int(os.environ.get("GGML_EXT_MUTANTS", 120))
@@ -93,7 +93,7 @@ def test_headers(tmp_path: Path) -> None:
         weights = hf.check(folder)
         hf.exact_type(folder, weights)
         hf.n_float_bytes(folder, weights)
-        model_files(folder)
+        of_folder(folder)
         checkpoint = Checkpoint(folder)
         for name in checkpoint.names:
             checkpoint.read(name)

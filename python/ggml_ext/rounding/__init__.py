@@ -14,7 +14,7 @@ from ggml_ext.rounding.gptq import round_gptq
 from ggml_ext.rounding.grid import Bytes, Floats
 from ggml_ext.rounding.hessian import Hessian
 
-NAMES = ("rtn", "imatrix", "gptq", "learned")
+NAMES = ("rtn", "imatrix", "gptq")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ mathematics."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,6 @@ from ggml_ext.transforms import awq, flatquant, hadamard, none, smoothquant
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
 from ggml_ext.transforms.structure import split_budget
-from ggml_ext.transforms.training import train
 
 __all__ = [
     "FOLDED",
@@ -23,7 +23,6 @@ __all__ = [
     "fake_quant_activation",
     "solve",
     "split_budget",
-    "train",
 ]
 
 _SILENT = 1e-30  # mean square below which float32 arithmetic on the moments underflows
@@ -41,14 +40,18 @@ FOLDED = frozenset({"none", "smoothquant", "awq"})  # nothing is left to do at r
 
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
-    """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that T
-    and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v or
-    up, say): nothing can be learned about it, and nothing is lost. Raises GgmlExtError for an unknown name
-    or type and for statistics with NaN or Inf."""
+    """The transform of one site, in closed form: no forward passes. Stored factors have F16 values, so that
+    T and T^-T belong to each other exactly. The identity for a site whose inputs were always 0 (a zeroed v
+    or up, say): nothing can be learned about it, and nothing is lost. The identity too where the graph has
+    no place for any part of a transform. Raises GgmlExtError for an unknown name or type and for statistics
+    with NaN or Inf."""
+    if not site.online:  # a clip is done online too
+        request = replace(request, search_clip=False)
     if request.name not in _SOLVERS:
         raise GgmlExtError(f"no transform {request.name}; there are: {', '.join(NAMES)}")
     if not bool(torch.isfinite(stats.hessian).all() and torch.isfinite(stats.absmax).all()):
         raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
-    if float(stats.hessian.diagonal().mean()) < _SILENT:
+    nowhere = not site.online and site.fold is None
+    if nowhere or float(stats.hessian.diagonal().mean()) < _SILENT:
         return identity(site.n)
     return _SOLVERS[request.name](site, stats, request)

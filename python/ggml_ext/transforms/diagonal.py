@@ -11,7 +11,7 @@ from ggml_ext.sites import Site, SiteStats
 def shared_groups(site: Site) -> tuple[int, int, int] | None:
     """(n_head_kv, heads per value head, head_dim) for attn_out, whose channels are made of value heads that
     several query heads share; None where every channel is made on its own."""
-    if site.kind != "attn_out":
+    if not site.head_dim:
         return None
     return site.n_head_kv, site.n_head // site.n_head_kv, site.head_dim
 

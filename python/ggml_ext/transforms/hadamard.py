@@ -27,6 +27,8 @@ def rotation(site: Site, diag: torch.Tensor, budget_bits: float | None = None) -
 
     attn_out: a matrix over the heads (left) and one over head_dim (head, folded). Without room for left, one
     implicit matrix over both."""
+    if not site.online:
+        return SiteTransform(diag)
     if folds_heads(site):
         if fits(site, site.n_head**2, budget_bits):
             return SiteTransform(diag, head=spreading(site.head_dim), left=stored(spreading(site.n_head)))

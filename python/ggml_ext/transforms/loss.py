@@ -70,7 +70,7 @@ class Loss:
         self.h = stats.hessian.float()
         self.sample = stats.sample[:: max(1, -(-len(stats.sample) // SAMPLE_TOKENS))].float()
         self.activation = request.activation
-        self.residuals = request.rounding in ("gptq", "learned")
+        self.residuals = request.rounding == "gptq"
         self._generator = generator
         self._rows = _sampled_rows(site, self.h, request, generator)
         self._step = 0

@@ -16,9 +16,8 @@ class TransformRequest:
     ``budget_bits``: bits per weight of a site's matrices that its stored factors may take, None for no limit.
     ``rounding``: how the matrices will be rounded; gptq leaves another error to minimise than the others.
     ``alpha``: share of the activations in a SmoothQuant diagonal; None for the transform's own choice
-    (smoothquant 0.5, hadamard no diagonal, flatquant 0.3). ``steps``, ``train_steps``: of Adam on the
-    closed-form loss, and on the block's output. ``search_clip``: look for the best clip; None for
-    activations of 4 bits only."""
+    (smoothquant 0.5, hadamard no diagonal, flatquant 0.3). ``steps``: of Adam on the closed-form loss.
+    ``search_clip``: look for the best clip; None for activations of 4 bits only."""
 
     name: str
     types: Mapping[str, str]
@@ -27,7 +26,6 @@ class TransformRequest:
     rounding: str = "gptq"
     alpha: float | None = None
     steps: int = 80
-    train_steps: int = 150
     search_clip: bool | None = None
     seed: int = 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ggml_ext.sites import Site, SiteKind
+from ggml_ext.sites import Site
 from ggml_ext.transforms.matrices import power_of_two
 
 _FACTOR_BITS = 16  # factors are stored as F16
@@ -41,7 +41,7 @@ def fits(site: Site, values: int, budget_bits: float | None) -> bool:
 
 def folds_heads(site: Site) -> bool:
     """Whether the head_dim part of the site's transform can be folded into v."""
-    return site.kind == "attn_out" and site.fold is not None
+    return site.head_dim > 0 and site.fold is not None and site.mixes_heads
 
 
 def implicit_over_heads(site: Site) -> int:
@@ -55,6 +55,8 @@ def implicit_over_heads(site: Site) -> int:
 def structures(site: Site) -> list[Structure]:
     """What flatquant can use at the site, in the order of storage. The last is the whole left (x) right with
     left and right as square as n allows; the others are a left factor times an implicit Hadamard matrix."""
+    if not site.online:
+        return [Structure()]
     if folds_heads(site):
         return [Structure(hadamard=implicit_over_heads(site)), Structure(left=site.n_head)]
     n1 = next(d for d in range(math.isqrt(site.n), 0, -1) if site.n % d == 0)
@@ -74,16 +76,16 @@ def largest(site: Site, budget_bits: float | None) -> Structure:
     return [s for s in structures(site) if fits(site, s.values, budget_bits)][-1]
 
 
-def split_budget(sites: Mapping[SiteKind, Site], budget_bits: float | None) -> dict[SiteKind, float | None]:
+def split_budget(sites: Mapping[str, Site], budget_bits: float | None) -> dict[str, float | None]:
     """How a block's budget for stored factors, in bits per weight of its matrices, is shared among its sites:
-    for each site, bits per weight of the site's own matrices.
+    for each site (by any key), bits per weight of the site's own matrices.
 
     Of all combinations of structures that fit, takes the one with the largest sum of weights x log2(order of
     the learned factors): what a site's matrices gain grows with the order, ever more slowly.
     """
     if budget_bits is None:
         return dict.fromkeys(sites)
-    weights = {kind: n_weights(site) for kind, site in sites.items()}
+    weights = {key: n_weights(site) for key, site in sites.items()}
     allowed = budget_bits * sum(weights.values())
     best: tuple[float, int, tuple[Structure, ...]] | None = None
     for choice in itertools.product(*(structures(site) for site in sites.values())):
@@ -91,15 +93,15 @@ def split_budget(sites: Mapping[SiteKind, Site], budget_bits: float | None) -> d
         if values * _FACTOR_BITS > allowed:
             continue
         gain = sum(
-            weights[kind] * math.log2(max(s.left, 1) * max(s.right, 1))
-            for kind, s in zip(sites, choice, strict=True)
+            weights[key] * math.log2(max(s.left, 1) * max(s.right, 1))
+            for key, s in zip(sites, choice, strict=True)
         )
         if best is None or (gain, -values) > best[:2]:
             best = (gain, -values, choice)
     assert best is not None  # the structures without storage always fit
     return {
-        kind: structure.values * _FACTOR_BITS / weights[kind]
-        for kind, structure in zip(sites, best[2], strict=True)
+        key: structure.values * _FACTOR_BITS / weights[key]
+        for key, structure in zip(sites, best[2], strict=True)
     }
 
 

@@ -1,0 +1,85 @@
+"""ggml-ext observe on the command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)i?B?", re.IGNORECASE)
+
+
+def size(value: str) -> int:
+    """Bytes of "8G", "512M" or a plain number; units are powers of 1024."""
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise typer.BadParameter(f"{value!r} is no size such as 8G or 512M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def observe(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or GGUF file of any type.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder, begun or to begin.")],
+    calibration: Annotated[Path, typer.Option(metavar="TEXT", help="Text to observe on (UTF-8).")],
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of the text; by default 128, or more for wide matrices."),
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of where the windows are.")] = 0,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for batches, beside the mapped model.")
+    ] = "8G",
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
+    ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option("--parse-special", help="Control tokens spelled in the text, as in chats, are tokens."),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python files of the model folder that its tokenizer needs; read them.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what memory, disk and time it would take.")
+    ] = False,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
+) -> None:
+    """Sum what a model's matrices read on a text; interrupted, the same command goes on."""
+    allowed = size(memory)
+    from ggml_ext.observe.prepare import Request
+    from ggml_ext.outputs import check_outputs, write_json
+
+    request = Request(
+        source, calibration, samples, ctx, seed, allowed, threads, parse_special, trust_remote_code
+    )
+    check_outputs(json_out, inputs=[source, calibration])
+    if dry_run:
+        from ggml_ext.observe.estimate import estimate
+
+        estimated = estimate(request, out, warn=_warn)
+        if json_out is not None:
+            write_json(json_out, estimated.as_json())
+        print("\n".join(estimated.lines()))
+        return
+    from ggml_ext.observe.run import observe as run_observe
+
+    observed = run_observe(request, out, warn=_warn)
+    if json_out is not None:
+        write_json(json_out, observed.as_json())
+    print(observed.summary())
+
+
+def _warn(line: str) -> None:
+    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)

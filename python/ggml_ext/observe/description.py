@@ -1,0 +1,133 @@
+"""plan.json of an observation: everything that its figures depend on, written before the first batch.
+
+A folder goes on with the description it has or not at all: sums of two texts or models are never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ggml_ext import __version__, model_files, paths
+from ggml_ext.atomic import write_text
+from ggml_ext.errors import GgmlExtError
+from ggml_ext.observe.layout import Layout, Place
+from ggml_ext.observe.sites import Table, from_json
+from ggml_ext.owned_folder import PLAN
+
+VERSION = 1
+
+_LIBRARIES = ("ggml-base", "llama")
+
+
+@dataclass(frozen=True)
+class Description:
+    """``model``: see model_files. ``text``: SHA-256. ``parse_special``: whether spellings of control tokens
+    in it are these tokens. ``windows``: parts of ``ctx`` tokens, drawn with ``seed``; ``bos``: the token that
+    stands first in each, None for the text's own. ``batch``: tokens of a decode. ``largest``: see
+    observer.LARGEST_TOKEN. ``versions``: of the programs. ``table``: the sites as llama.cpp gives them.
+    ``places``, ``bytes``: where the files have their figures, see layout.py.
+    """
+
+    model: dict[str, str]
+    text: str
+    parse_special: bool
+    windows: int
+    ctx: int
+    seed: int
+    bos: int | None
+    batch: int
+    largest: float
+    versions: dict[str, str]
+    table: dict[str, Any]
+    places: list[dict[str, Any]]
+    bytes: dict[str, int]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.windows * self.ctx
+
+    def sites(self) -> Table:
+        """The table, parsed."""
+        return from_json(self.table)
+
+    def layout(self) -> Layout:
+        """Where the files have the figures of each site."""
+        return Layout(tuple(Place(**place) for place in self.places), **self.bytes)
+
+    def save(self, folder: Path) -> None:
+        """Writes plan.json atomically."""
+        facts = {"observation": VERSION, **asdict(self)}
+        write_text(folder / PLAN, json.dumps(facts, indent=1) + "\n")
+
+
+def layout_facts(layout: Layout) -> dict[str, Any]:
+    """The layout as fields of a description."""
+    facts = asdict(layout)
+    return {"places": list(facts.pop("places")), "bytes": facts}
+
+
+def versions() -> dict[str, str]:
+    """What computes the figures: this package and the libraries. Raises GgmlExtError if one is missing."""
+    found = {"ggml-ext": __version__}
+    return found | {name: model_files.short_sha256(paths.library(name)) for name in _LIBRARIES}
+
+
+def load(folder: Path) -> Description | None:
+    """The folder's description, None if it has none. Raises GgmlExtError for what is no such description."""
+    path = folder / PLAN
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or facts.pop("observation", None) != VERSION:
+            raise ValueError("no observation's, or of another version")
+        found = Description(**facts)
+        found.sites()
+        found.layout()
+        return found
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise GgmlExtError(
+            f"{path}: not a plan of this version ({exc}); delete the folder and observe again"
+        ) from exc
+
+
+def is_description(folder: Path) -> bool:
+    """Whether the folder's plan.json is an observation's, of this version."""
+    try:
+        return load(folder) is not None
+    except GgmlExtError:
+        return False
+
+
+def require_equal(found: Description, wanted: Description, folder: Path) -> None:
+    """Raises GgmlExtError, naming what differs, unless the two are the same."""
+    differences = _differences(asdict(found), asdict(wanted))
+    if differences:
+        raise GgmlExtError(
+            f"{folder}: holds an observation with other settings ({'; '.join(differences)}); repeat its "
+            "settings to go on, or delete the folder or choose another"
+        )
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    names = [name for name, old in found.items() if old != wanted[name]]
+    if "model" in names:
+        return [f"another model: {model_files.changed(found['model'], wanted['model'])}"]
+    lines = []
+    for name in names:
+        old, new = found[name], wanted[name]
+        if name == "text":
+            lines.append("another calibration text")
+        elif name == "versions":
+            key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+            lines.append(f"another version of {key}: {old.get(key)} there, {new.get(key)} here")
+        elif name not in ("table", "places", "bytes"):
+            lines.append(f"{name} {old} there, {new} here")
+    return lines or (["other sites"] if names else [])

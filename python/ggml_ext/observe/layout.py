@@ -1,0 +1,121 @@
+"""Where an observation's files have the figures of each site. docs/observe.md describes the files.
+
+The sums of a site are one block of floats (struct ggml_ext_site_sums in ggml-ext.h): tokens [1 + experts],
+the second moment in panels, and with experts the diagonals [experts, n] and, if kept, a moment of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ggml_ext.observe.sites import Site, Table
+
+PANEL = 256
+"""Rows of a second moment that are stored from the diagonal on: GGML_EXT_MOMENT_PANEL."""
+
+ALIGNMENT = 64  # bytes: a cache line
+FLOAT = 4
+
+SAMPLE_ROWS = 1024
+"""Most rows of a site that are kept as they are."""
+
+OWN_MOMENT_TOKENS = 4
+"""Tokens per channel from which on an expert's own second moment is worth keeping."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site's figures lie. ``rows``: per token, at most. ``own_moments``: whether there is a moment of
+    each expert. ``stride``: of ``sample_rows`` kept rows. ``sums``, ``absmax``, ``sample``: bytes from the
+    start of each file."""
+
+    anchor: str
+    rows: int
+    own_moments: bool
+    stride: int
+    sample_rows: int
+    sums: int
+    absmax: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One place per site of the table, in its order, and the sizes of the files in bytes."""
+
+    places: tuple[Place, ...]
+    sums_bytes: int
+    absmax_bytes: int
+    sample_bytes: int
+
+
+def panels(n: int) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of each panel of a moment of ``n`` channels."""
+    for first in range(0, n, PANEL):
+        yield first, min(PANEL, n - first)
+
+
+def moment_floats(n: int) -> int:
+    """Floats of a second moment in panels."""
+    return sum(rows * (n - first) for first, rows in panels(n))
+
+
+def block_floats(site: Site, own_moments: bool) -> int:
+    """Floats of a site's block of sums, as ggml_ext_observer_size has it."""
+    moments = 1 + (site.experts if own_moments else 0)
+    return 1 + site.experts + site.experts * site.n + moments * moment_floats(site.n)
+
+
+def rows_per_token(site: Site, used: int) -> int:
+    """Rows of the site per token: as the library says, or where it does not the most that can be. ``used``:
+    experts per token of a mixture."""
+    if site.rows is not None:
+        return site.rows
+    if not site.experts:
+        return 1
+    return max(used, 1) if site.routed else site.experts
+
+
+def lay_out(table: Table, n_tokens: int, used: int) -> Layout:
+    """The layout for an observation of ``n_tokens`` tokens. ``used``: experts per token of a mixture."""
+    places = []
+    sums = absmax = sample = 0
+    for site in table.sites:
+        rows = rows_per_token(site, used)
+        own = keeps_moments(site, n_tokens, used)
+        stride = sample_stride(n_tokens * rows, rows)
+        kept = -(-n_tokens * rows // stride)
+        places.append(Place(site.anchor, rows, own, stride, kept, sums, absmax, sample))
+        sums += _aligned(FLOAT * block_floats(site, own))
+        absmax += _aligned(FLOAT * site.n)
+        sample += _aligned(FLOAT * site.n * kept)
+    return Layout(tuple(places), sums, absmax, sample)
+
+
+def keeps_moments(site: Site, n_tokens: int, used: int) -> bool:
+    """Whether each expert of the site gets enough tokens for a second moment of its own."""
+    if not site.experts:
+        return False
+    if not site.routed:
+        return n_tokens >= OWN_MOMENT_TOKENS * site.n  # every matrix reads its part of every token
+    return n_tokens * used >= OWN_MOMENT_TOKENS * site.n * site.experts
+
+
+def sample_stride(rows: int, per_token: int) -> int:
+    """Every so manieth row is kept: the smallest power of two that keeps SAMPLE_ROWS or fewer.
+
+    Where a token has several rows, the smallest odd number: a power of two would always meet the same one.
+    """
+    least = max(1, -(-rows // SAMPLE_ROWS))
+    return 1 << math.ceil(math.log2(least)) if per_token == 1 else least | 1
+
+
+def index(places: Sequence[Place]) -> dict[str, Place]:
+    """Anchor -> place."""
+    return {place.anchor: place for place in places}
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
