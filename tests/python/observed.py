@@ -34,7 +34,7 @@ class SiteSums:
 
 class ObservedModel:
     """A loaded model and an observer, with a context of one window: ``ctx`` tokens in ``n_seq`` sequences of
-    one length. Close it, or use it in ``with``."""
+    one length; exact, as for an observation. Close it, or use it in ``with``."""
 
     def __init__(self, path: Path, ctx: int, n_seq: int = 1) -> None:
         self._ffi, self._library = llama_library()
@@ -43,7 +43,13 @@ class ObservedModel:
         self._observer = self._ffi.gc(new(1), free)
         callback = self._ffi.addressof(self._library, "ggml_ext_observer_eval")
         addresses = [int(self._ffi.cast("uintptr_t", its)) for its in (callback, self._observer)]
-        self.model.start(n_ctx=ctx // n_seq, n_seq=n_seq, n_batch=ctx, observer=(addresses[0], addresses[1]))
+        self.model.start(
+            n_ctx=ctx // n_seq,
+            n_seq=n_seq,
+            n_batch=ctx,
+            observer=(addresses[0], addresses[1]),
+            exact=True,
+        )
 
     def table(self) -> dict[str, Any]:
         """The JSON table of the graph that was built last."""

@@ -48,6 +48,7 @@ NO_PRODUCTS = {"ADD", "CONT", "GET_ROWS", "MUL", "SSM_CONV"}
 NEVER_RUN = {
     "cogvlm-dense": r"\.vis_",  # for pictures
     "hy_v3-moe": r"\.ffn_(gate|up|down)\.",  # every block has experts
+    "minimax-m3-moe": r"\.indexer\.",  # with flash attention only
     "mimo2-moe": r"\.ffn_(gate|up|down)\.",
     "qwen3next-moe": r"\.ssm_in\.",  # of older files, beside attn_qkv and attn_gate
     "refact-moe": r"\.ffn_(gate_inp|(gate|up|down)_exps)\.",
@@ -197,6 +198,7 @@ def importances(model: Path, text: Path, out: Path) -> dict[str, Float]:
     size = str(CTX)
     command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model, "-f", text, "-o", out]
     command += ["-t", "1", "-c", size, "-b", size, "-ub", size, "--no-ppl", "--process-output"]
+    command += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
     subprocess.run(command, check=True, capture_output=True, env=tools.environment())
     return imatrix.load(out).entries
 
