@@ -42,7 +42,7 @@ IMATRIX_CRASHES = {"glm5-next-moe"}
 ROUNDED_ABORTS = {"qwen4exp-moe"}
 """llama-quantize makes ple_conv1d F16, which llama.cpp's MUL does not take."""
 
-NO_PRODUCTS = {"ADD", "CONT", "GET_ROWS", "MUL", "SSM_CONV"}
+NO_PRODUCTS = {"ADD", "GET_ROWS", "MUL", "SSM_CONV"}
 """What else a matrix of a block can be for."""
 
 NEVER_RUN = {
