@@ -174,7 +174,7 @@ AllThreadsOption = Annotated[int, typer.Option("-t", "--threads", min=0, help="T
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f16/bf16/f32 GGUF.")
+        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f32/f16/bf16/q8_0 GGUF.")
     ],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to write.")],
     recipe: RecipeOption = None,
@@ -241,7 +241,7 @@ def convert(
 @app.command()
 def calibrate(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f16/bf16/f32 GGUF.")
+        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f32/f16/bf16/q8_0 GGUF.")
     ],
     calibration: Annotated[Path, typer.Option(metavar="TEXT", help="Text to calibrate on (UTF-8).")],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder, begun or to begin.")],

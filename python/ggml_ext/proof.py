@@ -4,7 +4,8 @@ All that a transform does (what is folded, the matrix over a head's channels, th
 random as diagonals of signed powers of two, and goes the way that the solved ones will go: through the folds,
 into a file, and from there into llama.cpp's graph. In exact types such a file gives the logits of the float
 model bit for bit: no product changes but for its exponent. A reader that was missed, a norm that something
-else reads too, or a clamp between v and its matrix gives others.
+else reads too, or a clamp between v and its matrix gives others. Weights of q8_0 are compared as f32, since
+llama.cpp would round what they read by blocks of channels.
 
 A diagonal does not tell whether a full matrix over a head's channels can be folded, so a second file permutes
 them. Sums then run in another order, and most tokens keep their logits but for rounding; not all, since in a
@@ -53,8 +54,11 @@ def prove(model: ModelSites, work: Path, *, online: bool, threads: int = 0) -> N
 
     Raises GgmlExtError if the logits differ.
     """
-    base = logits(model.source.path, threads)
     types = {tensor.type_name for tensor in model.source.tensors}
+    if types <= TOLERANCES.keys():
+        base = logits(model.source.path, threads)
+    else:
+        base = _with(model, work, lambda site, _: identity(site.n), online, threads)
     allowed = max(TOLERANCES.get(name, 0.0) for name in types)
     found = _with(model, work, lambda site, random: powers(site, random, online=online), online, threads)
     _require(model, float(_differences(found, base).max()), allowed)
@@ -117,7 +121,10 @@ def permuted(site: Site, random: np.random.Generator) -> SiteTransform:
 def _with(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> NDArray[np.float32]:
     """The logits of a file with the transforms that ``draw`` gives."""
     source, random = model.source, np.random.default_rng(0)
-    types = {tensor.name: tensor.type_name for tensor in source.tensors}
+    types = {
+        tensor.name: tensor.type_name if tensor.type_name in TOLERANCES else "f32"
+        for tensor in source.tensors
+    }
     job = Job(types, "rtn", model.read, threads=threads)
     tensors: dict[str, Stored] = {}
     folds: list[Folded] = []
@@ -142,6 +149,6 @@ def _with(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int)
         folds=folds,
     )
     out = work / "proof.gguf"
-    choices = [Choice(tensor.name, tensor.type_name, "") for tensor in source.tensors]
+    choices = [Choice(name, type_name, "") for name, type_name in types.items()]
     write(source, out, choices, None, None, prepared=prepared, threads=threads)
     return logits(out, threads)
