@@ -26,13 +26,13 @@ from eval_models import make_model, text_of
 from ggml_ext import calibration_folder, cli_observe, hf
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe import estimate as estimates
-from ggml_ext.observe import layout, prepare, run, store
+from ggml_ext.observe import layout, prepare, run, state
 from ggml_ext.observe.observer import Observer
 from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import Observed, observe
 from ggml_ext.observe.sites import parse
-from ggml_ext.observe.store import ABSMAX, SAMPLES, load_state
+from ggml_ext.observe.state import ABSMAX, SAMPLES, load_state
 
 CTX, WINDOWS = 16, 60
 BATCH = 2 * CTX
@@ -180,7 +180,7 @@ def test_a_generation_counts_when_it_is_on_the_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "COMMIT_SECONDS", 0.0)
-        patch.setattr(store, "write_text", fail)
+        patch.setattr(state, "write_text", fail)
         with pytest.raises(OSError, match="pulled"):
             quiet(request_of, folder)
     assert load_state(folder).windows == 3 * BATCH // CTX

@@ -20,7 +20,8 @@ from ggml_ext.llama import Model
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
-from ggml_ext.observe.store import FILES, Store, drop_other_generation, load_state
+from ggml_ext.observe.state import FILES, drop_other_generation, load_state
+from ggml_ext.observe.store import Store
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.progress import track
@@ -192,8 +193,8 @@ def _batches(prepared: Prepared, observer: Observer, model: Model, store: Store)
 
 
 def _require_rows(prepared: Prepared, targets: Sequence[Target], n_tokens: int) -> None:
-    """Raises GgmlExtError where a batch gave a site more rows than the layout has room for. Where batches are
-    added in place nothing is seen, which the first one of a run never is."""
+    """Raises GgmlExtError where a batch gave a site more rows than the layout has room for: seen at the first
+    batch of a generation, which is not added in place."""
     for site, place, target in zip(prepared.table.sites, prepared.layout.places, targets, strict=True):
         assert target.after is not None
         rows = float(target.after[0]) - (0.0 if target.before is None else float(target.before[0]))
