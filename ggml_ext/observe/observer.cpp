@@ -107,8 +107,9 @@ ggml_ext_observer::ggml_ext_observer(int n_threads) : summer(n_threads) {}
 void ggml_ext_observer::walk(const llama_model & model, ggml_cgraph * gf, const ggml_ext_online & online) {
     table = ggml_ext_walk(model, gf, online);
     json  = ggml_ext_table_json(table);
-    if (!sums.empty() && anchors() != agreed) {
-        fail(GGML_EXT_E_SHAPE, 0);
+    stale = !sums.empty() && anchors() != agreed;
+    if (stale) {
+        fail(GGML_EXT_E_SHAPE, table.sites.size());
     }
 }
 
@@ -269,6 +270,7 @@ int32_t ggml_ext_observer_sums(ggml_ext_observer * observer, int64_t n_sites, co
     try {
         observer->sums.assign(sums, sums + n_sites);
         observer->agreed = observer->anchors();
+        observer->stale  = false;
     } catch (const std::exception &) {
         return GGML_EXT_E_MEMORY;
     }
@@ -290,7 +292,7 @@ int32_t ggml_ext_observer_begin(ggml_ext_observer * observer, int64_t first_toke
     observer->largest     = largest;
     observer->weights     = weights;
     observer->n_seen      = 0;
-    observer->error       = 0;
+    observer->error       = observer->stale ? GGML_EXT_E_SHAPE : 0;
     observer->culprit.clear();
     return 0;
 }
