@@ -126,9 +126,10 @@ def observation_of(request: Request, source: Path) -> prepare.Request:
 
 def discard(folder: Path) -> None:
     """Removes the folder of a finished calibration if convert made it and no other run uses it."""
-    with suppress(GgmlExtError, OSError):
-        run.discard(folder / OBSERVATION)
     with suppress(GgmlExtError, OSError), held(folder, temporary=True) as mine:
+        if mine.disposable and (folder / OBSERVATION).is_dir():
+            with suppress(GgmlExtError):
+                run.discard(folder / OBSERVATION)
         mine.discard()
 
 
