@@ -91,7 +91,8 @@ def calibrate(
         hf.check(request.source)
         for line in hf.remarks(request.source):
             warn(line)
-    sha256 = hashlib.sha256(read_text(request.text)).hexdigest()
+    content = read_text(request.text)  # once: it may be a pipe
+    sha256 = hashlib.sha256(content).hexdigest()
     with held(folder, temporary=temporary) as mine:
         source = _float_model(request, mine)
         plan = plans.make(request, sha256, source)
@@ -105,7 +106,7 @@ def calibrate(
         if plan.without_grid:
             kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
             warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
-        errors, windows = _run(request, folder, plan, source, warn)
+        errors, windows = _run(request, content, folder, plan, source, warn)
         done = len(errors)
     measured = [error for block in errors for error in block]
     mean = float(np.mean(measured)) if measured else None
@@ -128,9 +129,10 @@ def observation_of(request: Request, source: Path) -> prepare.Request:
 
 def discard(folder: Path) -> None:
     """Removes the folder of a finished calibration if convert made it and no other run uses it."""
-    with suppress(GgmlExtError, OSError):
-        run.discard(folder / OBSERVATION)
     with suppress(GgmlExtError, OSError), held(folder, temporary=True) as mine:
+        if mine.disposable and (folder / OBSERVATION).is_dir():
+            with suppress(GgmlExtError):
+                run.discard(folder / OBSERVATION)
         mine.discard()
 
 
@@ -148,11 +150,17 @@ def _float_model(request: Request, mine: Held) -> Source:
 
 
 def _run(
-    request: Request, folder: Path, plan: Plan, source: Source, warn: Warn
+    request: Request, content: bytes, folder: Path, plan: Plan, source: Source, warn: Warn
 ) -> tuple[list[list[float]], int]:
     """Does the blocks that are missing; returns the errors of their matrices, and the number of windows."""
     with named_as(source.path, request.source):
-        run.observe(observation_of(request, source.path), folder / OBSERVATION, temporary=True, warn=warn)
+        run.observe(
+            observation_of(request, source.path),
+            folder / OBSERVATION,
+            warn=warn,
+            temporary=True,
+            content=content,
+        )
     seen = Observation(folder / OBSERVATION)
     model = ModelSites(source, seen.table, plan.types)
     for line in model.remarks():

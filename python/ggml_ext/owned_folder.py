@@ -82,9 +82,14 @@ class Held:
         (self.folder / LOCK).unlink(missing_ok=True)
         self._remove_folder()
 
+    @property
+    def disposable(self) -> bool:
+        """Whether convert made the folder, with a plan in it."""
+        return self._facts.temporary and self._kind.is_plan(self.folder)
+
     def discard(self) -> None:
-        """Removes the folder if convert made it. Files that are none of its kind's stay."""
-        if not (self._facts.temporary and self._kind.is_plan(self.folder)):
+        """Removes the folder if it is disposable. Files that are none of its kind's stay."""
+        if not self.disposable:
             return
         names = (self.folder / name for name in (SOURCE, PLAN, LOCK))
         for path in (*self._kind.made(self.folder), *names):  # what says whose folder it is goes last

@@ -12,10 +12,18 @@ from numpy.typing import NDArray
 
 from ggml_ext.llama import Model
 from ggml_ext.native import llama_library
+from ggml_ext.observe.observer import LARGEST_TOKEN
 
 PANEL = 256
 
 Float = NDArray[np.float32]
+
+
+def tempered(x: NDArray[Any]) -> NDArray[Any]:
+    """What is summed of the rows x [tokens, n] of a batch: the largest are scaled down."""
+    power = np.square(x).sum(1)
+    limit = LARGEST_TOKEN * np.sort(power)[(len(power) - 1) // 2]
+    return x * np.sqrt(np.minimum(1, limit / power))[:, None]
 
 
 @dataclass(frozen=True)

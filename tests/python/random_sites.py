@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ggml_ext.sites import Fold, Linear, Site, SiteKind, SiteStats
@@ -58,8 +57,8 @@ def attention(n_head: int, n_head_kv: int, head_dim: int, *, seed: int) -> tuple
     return site, _stats(n, seed, 0, 0)
 
 
-def block(*, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[SiteKind, Site]:
-    """The sites of a Llama block, weights zero."""
+def block(*, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[str, Site]:
+    """The sites of a Llama block by their anchors, which are their kinds here; weights zero."""
     head_dim = hidden // heads
     shapes: dict[SiteKind, tuple[int, tuple[int, ...]]] = {
         "attn_in": (hidden, (hidden, kv_heads * head_dim, kv_heads * head_dim)),
@@ -67,18 +66,21 @@ def block(*, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[SiteKind,
         "ffn_in": (hidden, (ffn, ffn)),
         "ffn_mid": (ffn, (hidden,)),
     }
-    sites: dict[SiteKind, Site] = {}
+    sites: dict[str, Site] = {}
     for kind, (n, rows) in shapes.items():
-        linears = tuple(Linear(f"{kind}.{i}", torch.zeros(m, n), np.arange(m)) for i, m in enumerate(rows))
-        heads_of = (heads, kv_heads, head_dim) if kind == "attn_out" else (0, 0, 0)
-        sites[kind] = Site(kind, kind, n, linears, Fold("f", rows=False, n=n), (), *heads_of)
+        linears = tuple(Linear(f"{kind}.{i}", torch.zeros(m, n)) for i, m in enumerate(rows))
+        n_head, n_head_kv, dim = (heads, kv_heads, head_dim) if kind == "attn_out" else (0, 0, 0)
+        fold = Fold("f", rows=False, n=n)
+        sites[kind] = Site(
+            kind, kind, n, linears, fold, n_head=n_head, n_head_kv=n_head_kv, head_dim=dim
+        )
     return sites
 
 
 def _linear(tensor: str, rows: int, n: int, experts: int, seed: int) -> Linear:
     generator = torch.Generator().manual_seed(seed + sum(map(ord, tensor)))
     shape = (experts, rows, n) if experts else (rows, n)
-    return Linear(tensor, torch.randn(shape, generator=generator) / n**0.5, np.arange(rows))
+    return Linear(tensor, torch.randn(shape, generator=generator) / n**0.5)
 
 
 def _stats(n: int, seed: int, experts: int, outliers: int) -> SiteStats:
@@ -90,4 +92,4 @@ def _stats(n: int, seed: int, experts: int, outliers: int) -> SiteStats:
     h = x.T @ x / len(x)
     own = torch.stack([h * (1 + e) for e in range(experts)]) if experts else None
     tokens = torch.arange(experts) if experts else None  # the first expert saw none
-    return SiteStats(h, x.abs().amax(0), x, len(x), own, tokens)
+    return SiteStats(h, x.abs().amax(0), x, len(x), own, expert_tokens=tokens)

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ggml_ext.hidden import hidden_path
 
 from ggml_ext import calibrate, calibration_folder, convert, owner
 from ggml_ext.block_file import block_path
@@ -19,9 +18,9 @@ from ggml_ext.errors import GgmlExtError
 
 def plan() -> Plan:
     return Plan(
-        source={}, text="", samples=1, windows=1, ctx=16, seed=0, base="fq4", types={}, fallbacks={},
-        without_effect=[], transform="none", transform_bits=None, train_steps=0, matrices=None,
-        rounding="gptq", activation=None, blocks=2, hidden=64, device="cpu", dtype="f32",
+        source={}, text="", samples=1, ctx=16, seed=0, parse_special=False, base="fq4", types={}, fallbacks={},
+        without_effect=[], transform="none", transform_bits=None, matrices=None, rounding="gptq",
+        activation=None, blocks=2, device="cpu",
     )  # fmt: skip
 
 
@@ -115,7 +114,6 @@ def test_a_begun_folder_goes_on(tmp_path: Path) -> None:
 def test_a_folder_that_convert_made_goes_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "m.gguf.calibration"
     finish(folder, temporary=True)
-    hidden_path(folder, 1).write_text("left by a killed run")
     calibrate.discard(folder)
     assert not folder.exists()
 
@@ -125,8 +123,11 @@ def test_files_of_the_users_in_a_folder_that_convert_made_stay(tmp_path: Path) -
     finish(folder, temporary=True)
     (folder / "notes.txt").write_text("mine")
     (folder / "block-002.safetensors").write_text("mine")
+    (folder / "observation").mkdir()
+    (folder / "observation" / "sums-0.bin").write_text("mine")
     calibrate.discard(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["block-002.safetensors", "notes.txt"]
+    left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert sorted(left) == ["block-002.safetensors", "notes.txt", "observation/sums-0.bin"]
 
 
 def test_a_finished_calibration_stays(tmp_path: Path) -> None:

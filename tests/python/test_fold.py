@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ggml_ext.fold import fold, unfold
+from ggml_ext.fold import fold
 from ggml_ext.sites import Fold, Linear, Site, SiteKind, SiteTransform, identity
 
 N_IN = 6
 
 
 def site(kind: SiteKind, n: int, fold_: Fold | None, **more: object) -> Site:
-    linear = Linear("reader.weight", torch.zeros(3, n), np.arange(3))
+    linear = Linear("reader.weight", torch.zeros(3, n))
     return Site(kind, "reader", n, (linear,), fold_, **more)  # type: ignore[arg-type]
 
 
@@ -92,7 +91,6 @@ def test_value_rows_take_the_diagonal_and_the_head(
 
     assert_close(remaining(transform).apply(attention(tensors)), transform.apply(attention(before)))
     torch.testing.assert_close(tensors["qkv.weight"][:first], before["qkv.weight"][:first], rtol=0, atol=0)
-    assert_close(unfold(where, transform, tensors["qkv.weight"]), before["qkv.weight"])
 
 
 @pytest.mark.parametrize("experts", [0, 3])
@@ -106,7 +104,6 @@ def test_rows_of_up_take_the_diagonal(experts: int) -> None:
     assert fold(where, transform, tensors) == {"up.weight"}
     x = torch.randn(5, N_IN, generator=g)
     assert_close(x @ tensors["up.weight"].transpose(-1, -2), transform.apply(x @ before.transpose(-1, -2)))
-    assert_close(unfold(where, transform, tensors["up.weight"]), before)
 
 
 def test_nothing_is_changed_where_nothing_is_folded() -> None:

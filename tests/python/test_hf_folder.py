@@ -14,7 +14,6 @@ import torch
 
 import models
 from ggml_ext import hf
-from ggml_ext.checkpoint import Checkpoint
 from ggml_ext.convert import convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hf_files import safetensors_header
@@ -248,11 +247,3 @@ def test_a_sound_header(tmp_path: Path) -> None:
     found = safetensors_header(path)
     assert found.keys() == {"a", "none"}
     assert (found["a"].shape, found["a"].end - found["a"].start) == ((2, 2), 16)
-
-
-def test_rows_that_a_matrix_lacks(folder: Path) -> None:
-    checkpoint = Checkpoint(folder)
-    with pytest.raises(GgmlExtError, match=r"has the shape \[320, 256\], which has no row 320"):
-        checkpoint.read_rows("model.embed_tokens.weight", torch.tensor([0, 320]))
-    with pytest.raises(GgmlExtError, match=r"has the shape \[256\]"):
-        checkpoint.read_rows("model.norm.weight", torch.tensor([0]))

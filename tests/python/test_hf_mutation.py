@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from ggml_ext.checkpoint import Checkpoint
-from ggml_ext.skeleton import open_skeleton
 
 import tiny_families as tiny
 from ggml_ext import hf
@@ -94,11 +91,6 @@ def test_headers(tmp_path: Path) -> None:
         hf.exact_type(folder, weights)
         hf.n_float_bytes(folder, weights)
         of_folder(folder)
-        checkpoint = Checkpoint(folder)
-        for name in checkpoint.names:
-            checkpoint.read(name)
-        if "a" in checkpoint.names:
-            checkpoint.read_rows("a", torch.tensor([0, 1]))
 
     tensors = {"a": ("F32", [2, 4]), "b": ("BF16", [4]), "c": ("F16", [2, 2, 2]), "d": ("BOOL", [1, 1, 4, 4])}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -123,7 +115,7 @@ def test_configs(tmp_path: Path) -> None:
         weights = hf.check(folder)
         hf.exact_type(folder, weights)
         hf.remarks(folder)
-        open_skeleton(folder)
+        of_folder(folder)
 
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     originals = [tiny.config_json(family) for family in tiny.CONFIGS]

@@ -31,6 +31,8 @@ from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import observe
 from ggml_ext.observe.sites import Site
+from ggml_ext.source import open_gguf
+from observed import tempered
 
 Doubles = NDArray[np.float64]
 CTX = 32
@@ -104,13 +106,6 @@ def test_importances_are_llama_imatrixs(
 
 
 # transformers
-
-
-def tempered(x: Doubles) -> Doubles:
-    """Rows of which the largest are scaled down, a batch."""
-    power = (x * x).sum(1)
-    limit = LARGEST_TOKEN * np.sort(power)[(len(power) - 1) // 2]
-    return x * np.sqrt(np.minimum(1, limit / power))[:, None]
 
 
 @torch.no_grad()
@@ -187,6 +182,36 @@ def test_moments_are_those_of_transformers_activations(
         scale = np.abs(rows).max()
         np.testing.assert_allclose(seen.absmax(site), np.abs(rows).max(0), atol=bound * scale)
         np.testing.assert_allclose(seen.sample(site), rows, atol=bound * scale)
+
+
+def test_massive_tokens_are_scaled_down(tmp_path: Path) -> None:
+    """As in real Llamas a window's first token, which would be all that a moment shows."""
+    model = make_model(tmp_path / "m.gguf", kind=Type.F32)
+    weights = {
+        tensor.name: np.memmap(model, "<f4", "r+", tensor.offset, tensor.dims[::-1])
+        for tensor in open_gguf(model).tensors
+    }
+    embedding, gain = weights["token_embd.weight"], weights["blk.0.attn_norm.weight"]
+    embedding[:, 7] = 0.01
+    embedding[1] = np.arange(embedding.shape[1]) == 7  # BOS
+    gain[7] = 100
+    for array in (embedding, gain):
+        array.flush()
+    (tmp_path / "text").write_text(text_of(200))
+    request = Request(model, tmp_path / "text", samples=4, ctx=CTX, threads=1)
+    tokens = prepare.prepare(request, model, (tmp_path / "text").read_bytes(), lambda _line: None).tokens
+    seen = quiet(request, tmp_path / "o")
+    x = embedding[tokens.reshape(-1)].astype(np.float64)
+    x *= gain / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5)
+    expected = tempered(x)
+    power = (expected * expected).sum(1)
+    assert power.max() == pytest.approx(LARGEST_TOKEN * np.sort(power)[(len(power) - 1) // 2])
+    assert (x * x).sum(1).max() > 10 * power.max()
+    site = seen.site_of("blk.0.attn_q.weight")
+    assert site is not None
+    assert_moment(seen.moment(site), expected.T @ expected / len(x), 1e-5)
+    np.testing.assert_allclose(seen.absmax(site), np.abs(expected).max(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.sample(site), expected, rtol=1e-4, atol=1e-5)
 
 
 # Sums that have to agree with each other

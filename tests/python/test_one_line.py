@@ -98,7 +98,7 @@ def test_python_calls_check_the_device_first(
         pytest.skip("there is one")
     monkeypatch.setattr(hf, "check", lambda _path: pytest.fail("the model was looked at"))
     method = recipes.load("flat4").method
-    request = Request(tmp_path, text, method, [], [], 512, 0, "cuda", "bf16", 1, None)
+    request = Request(tmp_path, text, method, device="cuda", threads=1)
     with pytest.raises(GgmlExtError, match="--device cuda"):
         calibrate.calibrate(request, tmp_path / "out")
 

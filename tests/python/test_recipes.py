@@ -12,7 +12,7 @@ from ggml_ext.recipes import Method, Options, check, load, remarks, resolve
 
 
 def checked(method: Method, **options: Any) -> None:
-    defaults: dict[str, Any] = {"folder": True, "text": True, "imatrix": False}
+    defaults: dict[str, Any] = {"text": True, "imatrix": False}
     check(method, options.pop("type_for", []), **{**defaults, **options})
 
 
@@ -77,8 +77,6 @@ def test_unknown_recipe() -> None:
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        (Method(transform="awq"), {"folder": False}, "--transform awq: needs to run the model's blocks"),
-        (Method(rounding="gptq"), {"folder": False}, "--rounding gptq: needs to run the model's blocks"),
         (Method(rounding="gptq"), {"text": False}, "--rounding gptq: needs a text"),
         (Method(transform="hadamard"), {"text": False}, "--transform hadamard: needs a text"),
         (Method(transform="awq"), {"text": False, "imatrix": True}, "instead of --imatrix"),
