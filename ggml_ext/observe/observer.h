@@ -42,5 +42,5 @@ struct ggml_ext_observer {
 
   private:
     void add(const ggml_ext_value & value, const ggml_tensor * node);
-    void keep_sample(const ggml_ext_site_sums & into, const ggml_ext_rows & x) const;
+    bool keep_sample(const ggml_ext_site_sums & into, const ggml_ext_rows & x) const;
 };
