@@ -161,7 +161,7 @@ def _run(
         )
     seen = Observation(folder / OBSERVATION)
     model = ModelSites(source, seen.table, plan.types)
-    for line in model.remarks():
+    for line in model.remarks(plan.transform):
         warn(line)
     missing = plan.missing(folder)
     errors: list[list[float]] = []
