@@ -53,7 +53,8 @@ def assert_moment(found: NDArray[np.float32], expected: Doubles, bound: float) -
     """Each entry within ``bound`` of sqrt(H_ii H_jj)."""
     scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
     assert found.shape == expected.shape
-    assert (np.abs(found - expected) <= bound * scale + 1e-12).all()
+    worst = float(((np.abs(found - expected) - 1e-12) / np.maximum(scale, 1e-30)).max())
+    assert worst <= bound
 
 
 # llama-imatrix
@@ -179,7 +180,7 @@ def test_moments_are_those_of_transformers_activations(
     model = loaded_by_transformers(tiny.family_dir(base, family))
     expected = activations(model, tokens)
     assert len(expected) == len(model.model.layers) * FAMILIES[family]
-    bound = 1e-3 if family.startswith("gemma") else 1e-4  # llama.cpp looks GELU up in a table of f16
+    bound = {"gemma2": 1e-3, "gemma3": 2e-3}.get(family, 1e-4)  # llama.cpp looks GELU up in a table of f16
     for name, x in expected.items():
         site = seen.site_of(name)
         assert site is not None
