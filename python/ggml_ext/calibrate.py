@@ -163,7 +163,7 @@ def _run(
         )
     seen = Observation(folder / OBSERVATION)
     model = ModelSites(source, seen.table, plan.types)
-    for line in model.remarks():
+    for line in model.remarks(plan.transform):
         warn(line)
     missing = plan.missing(folder)
     if plan.transform != "none" and len(missing) == plan.blocks:

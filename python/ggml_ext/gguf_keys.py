@@ -46,7 +46,7 @@ KEYS: Mapping[str, Key] = {
     "ggml_ext.rounding": Key(
         GGUFValueType.STRING,
         'How weights were rounded: "rtn" (nearest), "imatrix" (nearest, weighted by an importance matrix), '
-        '"gptq" or "learned".',
+        '"gptq"; "learned" in files of earlier builds.',
     ),
     "ggml_ext.transform.name": Key(
         GGUFValueType.STRING,

@@ -79,8 +79,8 @@ class ModelSites:
         )
         return first == index and "fq4" not in self.types.values()
 
-    def remarks(self) -> list[str]:
-        """One line for each reason why matrices get less than all that there is."""
+    def remarks(self, transform: str) -> list[str]:
+        """One line for each reason why matrices get less than all that was asked for. transform: its name."""
         rounded = [name for name in self._tensors if _block_of(name) is not None and self._rounds(name)]
         unseen = [name for name in rounded if self.table.site_of(name) is None]
         lines = []
@@ -89,7 +89,18 @@ class ModelSites:
             lines.append(
                 f"nothing is known of what reads {listed(unseen)} ({', '.join(uses)}): rounded to nearest"
             )
+        bare = [name for name in rounded if name not in unseen and not self._transforms(name)]
+        if transform != "none" and bare:
+            lines.append(f"no place for a transform before {listed(bare)}: rounded without")
         return lines
+
+    def _transforms(self, name: str) -> bool:
+        """Whether the file has a place for a transform of what the matrix reads."""
+        site = self.table.site_of(name)
+        block = None if site is None else _block_of(site.anchor + ".weight")
+        if site is None or block is None:
+            return False
+        return self._place(block, [reader.tensor for reader in site.readers])[0] != ""
 
     def read(self, name: str) -> Tensor:
         """A tensor of the file, float32, dimensions in C order."""

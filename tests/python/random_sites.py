@@ -71,9 +71,7 @@ def block(*, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[str, Site
         linears = tuple(Linear(f"{kind}.{i}", torch.zeros(m, n)) for i, m in enumerate(rows))
         n_head, n_head_kv, dim = (heads, kv_heads, head_dim) if kind == "attn_out" else (0, 0, 0)
         fold = Fold("f", rows=False, n=n)
-        sites[kind] = Site(
-            kind, kind, n, linears, fold, n_head=n_head, n_head_kv=n_head_kv, head_dim=dim
-        )
+        sites[kind] = Site(kind, kind, n, linears, fold, n_head=n_head, n_head_kv=n_head_kv, head_dim=dim)
     return sites
 
 

@@ -154,9 +154,7 @@ def test_descent_lowers_the_error(type_name: str, rows: int, seed: int) -> None:
 @pytest.mark.parametrize("type_name", TYPES)
 def test_gptq_beats_importances_on_the_output(type_name: str) -> None:
     w, h = _weights(48, 512, 5), _hessian(512, 5)
-    errors = {
-        name: round_matrix(w, type_name, name, Hessian(h), threads=1).error for name in NAMES
-    }
+    errors = {name: round_matrix(w, type_name, name, Hessian(h), threads=1).error for name in NAMES}
     assert errors["gptq"] < 0.8 * min(errors["rtn"], errors["imatrix"])
 
 
