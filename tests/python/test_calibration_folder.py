@@ -18,9 +18,9 @@ from ggml_ext.errors import GgmlExtError
 
 def plan() -> Plan:
     return Plan(
-        source={}, text="", samples=1, ctx=16, seed=0, parse_special=False, base="fq4", types={}, fallbacks={},
-        without_effect=[], transform="none", transform_bits=None, matrices=None, rounding="gptq",
-        activation=None, blocks=2, device="cpu",
+        source={}, text="", samples=1, ctx=16, seed=0, parse_special=False, base="fq4", types={},
+        fallbacks={}, without_effect=[], transform="none", transform_bits=None, matrices=None,
+        rounding="gptq", activation=None, blocks=2, device="cpu",
     )  # fmt: skip
 
 

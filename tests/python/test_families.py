@@ -76,8 +76,8 @@ def any_transform(site: Site, _stats: SiteStats, _request: TransformRequest) -> 
 def test_a_transformed_file_is_the_same_function(
     base: Path, family: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of f32: transforms are exact. Fails if an offline part goes to the wrong tensor, rows or bias, misses the
-    router, or llama.cpp does the online part elsewhere."""
+    """Of f32: transforms are exact. Fails if an offline part goes to the wrong tensor, rows or bias, misses
+    the router, or llama.cpp does the online part elsewhere."""
     monkeypatch.setattr(transforms, "solve", any_transform)
     source = tiny.family_gguf(base, family)
     request = Request(
