@@ -31,7 +31,7 @@ What the observer finds in llama.cpp's graphs of tiny random models: of every ar
   embeddings that are the head too among them; a stack of experts or of heads is one.
 - *Online*: matrices that are multiplied where a transform can be put into the graph. Then the kinds of the
   others.
-- *Folded*: sites whose channels can be scaled offline. Then why the others cannot, the head's apart: its
+- *Folded*: sites whose channels can be scaled offline. Then why the others cannot, the head's apart, whose
   input is an output of the graph.
 - *Looked up*, *otherwise*, *never*: kinds of weights with two dimensions or more that are at no site, since
   they are read row by row, by another operation than a product, or not at all when a text is read. Vectors

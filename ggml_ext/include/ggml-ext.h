@@ -162,8 +162,10 @@ enum { GGML_EXT_MOMENT_PANEL = 256 };  // rows of a second moment that are store
 struct ggml_ext_site_sums {
     const float * before;         // the sums until now, NULL for zeros; may be `after`
     float *       after;          // before + the sums of the decode; NULL: the site is not observed
-    float *       absmax;         // [n] in and out: largest |x| of each channel
-    float *       sample;         // [..][n]: row r of the text, r a multiple of sample_stride, at r / sample_stride
+    float *       absmax;         // [n] in and out: largest |x| of each channel, x scaled as in the sums; or NULL
+    float *       sample;         // [sample_rows][n]: row r of the text, scaled, r a multiple of sample_stride, at
+                                  // r / sample_stride; or NULL
+    int64_t       sample_rows;    // rows beyond are GGML_EXT_E_SHAPE
     int64_t       sample_stride;  // >= 1
     int32_t       own_moments;
 };

@@ -37,7 +37,7 @@ class finder {
             node_t node = ggml_graph_node(gf, i);
             for (int s = 0; s < GGML_MAX_SRC; s++) {
                 node_t source = node->src[s];
-                if (!source) {
+                if (!source || source == node) {  // a cast names itself
                     continue;
                 }
                 consumers[source].push_back(node);
@@ -210,8 +210,11 @@ class finder {
                 ggml_ext_origin(t) != t) {
                 up = t->src[0];
             } else if (t->op == GGML_OP_VIEW) {
+                for (node_t view = t; view->src[0] != t->view_src; view = view->src[0]) {
+                    require_only(view->src[0], view);
+                }
                 first += part(t, n);
-                t = t->src[0];
+                t = t->view_src;
                 require_apart(t, first, n);
                 continue;
             } else if (t->op == GGML_OP_SCALE && t->op_params[1] == 0) {
@@ -257,12 +260,12 @@ class finder {
 
     // The first of n adjacent channels of each token that a view takes.
     static int64_t part(node_t view, int64_t n) {
-        node_t        of    = view->src[0];
-        const int64_t from  = (int64_t(view->view_offs) - int64_t(of->view_offs)) / int64_t(sizeof(float));
+        node_t        of    = view->view_src;
+        const int64_t from  = int64_t(view->view_offs / sizeof(float));
         const bool    flat  = view->ne[0] == n && view->nb[1] == of->nb[1];
         const bool    heads = view->ne[0] * view->ne[1] == n && view->nb[1] == view->ne[0] * view->nb[0] &&
                            (view->nb[2] == of->nb[1] || of->ne[1] == 1);
-        if (view->nb[0] != sizeof(float) || from < 0 || from + n > of->ne[0] || !(flat || heads)) {
+        if (view->nb[0] != sizeof(float) || from + n > of->ne[0] || !(flat || heads)) {
             throw no_fold("a view of another layout makes its input");
         }
         return from;
@@ -356,6 +359,11 @@ class finder {
             require_only(made, writer);
         } else {
             require_only(v, attention);
+            while (made->op == GGML_OP_PERMUTE || made->op == GGML_OP_TRANSPOSE || made->op == GGML_OP_CONT ||
+                   made->op == GGML_OP_CPY) {
+                require_only(made->src[0], made);
+                made = made->src[0];
+            }
         }
         const int64_t n_tokens = ggml_nelements(attention) / n;
         return rows(made, ggml_nelements(made) / n_tokens);

@@ -107,8 +107,9 @@ ggml_ext_observer::ggml_ext_observer(int n_threads) : summer(n_threads) {}
 void ggml_ext_observer::walk(const llama_model & model, ggml_cgraph * gf, const ggml_ext_online & online) {
     table = ggml_ext_walk(model, gf, online);
     json  = ggml_ext_table_json(table);
-    if (!sums.empty() && anchors() != agreed) {
-        fail(GGML_EXT_E_SHAPE, 0);
+    stale = !sums.empty() && anchors() != agreed;
+    if (stale) {
+        fail(GGML_EXT_E_SHAPE, table.sites.size());
     }
 }
 
@@ -209,23 +210,27 @@ void ggml_ext_observer::add(const ggml_ext_value & value, const ggml_tensor * no
     if (status != 0) {
         return fail(status, value.site);
     }
-    if (first && into.sample) {
-        keep_sample(into, rows.all);
+    if (first && into.sample && !keep_sample(into, rows.all)) {
+        return fail(GGML_EXT_E_SHAPE, value.site);
     }
     touched[value.site] = true;
     n_seen++;
 }
 
-void ggml_ext_observer::keep_sample(const ggml_ext_site_sums & into, const ggml_ext_rows & x) const {
+bool ggml_ext_observer::keep_sample(const ggml_ext_site_sums & into, const ggml_ext_rows & x) const {
     const int64_t n_rows = int64_t(x.at.size());
     const int64_t start  = first_token * (n_rows / std::max<int64_t>(n_tokens, 1));
     for (int64_t r = (into.sample_stride - start % into.sample_stride) % into.sample_stride; r < n_rows;
          r += into.sample_stride) {
-        float * out = into.sample + (start + r) / into.sample_stride * x.n;
+        const int64_t at = (start + r) / into.sample_stride;
+        if (at >= into.sample_rows) {
+            return false;
+        }
         for (int64_t c = 0; c < x.n; c++) {
-            out[c] = x.at[r][c] * x.scale[r];
+            into.sample[at * x.n + c] = x.at[r][c] * x.scale[r];
         }
     }
+    return true;
 }
 
 int64_t ggml_ext_observer::n_wanted() const {
@@ -269,6 +274,7 @@ int32_t ggml_ext_observer_sums(ggml_ext_observer * observer, int64_t n_sites, co
     try {
         observer->sums.assign(sums, sums + n_sites);
         observer->agreed = observer->anchors();
+        observer->stale  = false;
     } catch (const std::exception &) {
         return GGML_EXT_E_MEMORY;
     }
@@ -290,7 +296,7 @@ int32_t ggml_ext_observer_begin(ggml_ext_observer * observer, int64_t first_toke
     observer->largest     = largest;
     observer->weights     = weights;
     observer->n_seen      = 0;
-    observer->error       = 0;
+    observer->error       = observer->stale ? GGML_EXT_E_SHAPE : 0;
     observer->culprit.clear();
     return 0;
 }
@@ -305,7 +311,9 @@ bool ggml_ext_observer_eval(ggml_tensor * tensor, bool ask, void * user_data) {
     } catch (const std::exception &) {
         observer.fail(GGML_EXT_E_MEMORY, observer.table.sites.size());
     }
-    return true;
+    // Behind the last site this split ends, so that the next product, the head's, is not computed. After an error the
+    // abort callback ends all splits.
+    return observer.error != 0 || !ggml_ext_observer_done(user_data);
 }
 
 bool ggml_ext_observer_done(void * user_data) {

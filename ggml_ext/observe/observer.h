@@ -27,10 +27,11 @@ struct ggml_ext_observer {
     ggml_ext_graph_table table;
     std::string          json;
 
-    std::vector<ggml_ext_site_sums> sums;    // one per site of the table
-    std::vector<std::string>        agreed;  // the sites that they were given for
+    std::vector<ggml_ext_site_sums> sums;           // one per site of the table
+    std::vector<std::string>        agreed;         // the sites that they were given for
+    bool                            stale = false;  // the graph has others
 
-    std::vector<bool> touched;               // sites of this decode
+    std::vector<bool> touched;                      // sites of this decode
     int64_t           first_token = 0;
     int64_t           n_tokens    = 0;
     float             largest     = 0;
@@ -41,5 +42,5 @@ struct ggml_ext_observer {
 
   private:
     void add(const ggml_ext_value & value, const ggml_tensor * node);
-    void keep_sample(const ggml_ext_site_sums & into, const ggml_ext_rows & x) const;
+    bool keep_sample(const ggml_ext_site_sums & into, const ggml_ext_rows & x) const;
 };

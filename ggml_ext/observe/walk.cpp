@@ -24,6 +24,23 @@ bool is_view(node_t node) {
            node->op == GGML_OP_TRANSPOSE;
 }
 
+bool is_copy(node_t node) {
+    return node->op == GGML_OP_CONT || node->op == GGML_OP_CPY;
+}
+
+// What views and copies come from.
+node_t copied(node_t x) {
+    for (;;) {
+        if (x->view_src && !is_copy(x)) {
+            x = x->view_src;
+        } else if (is_copy(x)) {
+            x = x->src[0];
+        } else {
+            return x;
+        }
+    }
+}
+
 // A weight, or all of it behind a reshape; null for anything else, a part of a weight included.
 node_t whole_weight(node_t w, const std::map<node_t, std::string> & weights) {
     while (w->op == GGML_OP_RESHAPE) {
@@ -69,11 +86,10 @@ class walker {
   private:
     void visit(node_t node) {
         for (int i = 0; i < GGML_MAX_SRC; i++) {
-            if (!node->src[i] || is_view(node)) {
+            if (!node->src[i] || is_view(node) || is_copy(node)) {
                 continue;
             }
-            node_t     w     = node->src[i]->view_src ? node->src[i]->view_src : node->src[i];
-            const auto found = weights.find(w);
+            const auto found = weights.find(copied(node->src[i]));
             if (found == weights.end()) {
                 continue;
             }

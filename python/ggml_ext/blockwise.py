@@ -39,13 +39,14 @@ class Job:
 
 def encode_block(
     sites: Mapping[str, Site],
-    stats: Callable[[Site], SiteStats],
+    stats: Callable[[Site], SiteStats] | None,
     transforms: Mapping[str, SiteTransform],
     job: Job,
 ) -> tuple[dict[str, Packed], Findings]:
     """Folds the transforms into the block's tensors and rounds its matrices.
 
-    sites, transforms: by anchor. stats: a site's statistics, asked for once. Raises GgmlExtError for a
+    sites, transforms: by anchor. stats: a site's statistics, asked for once; None where the types are those
+    of the float model, which need none. Raises GgmlExtError for a
     matrix that its type cannot hold.
     """
     transforms = {anchor: _on_cpu(transform) for anchor, transform in transforms.items()}
@@ -53,10 +54,11 @@ def encode_block(
     data: dict[str, Bytes] = {}
     errors: dict[str, float] = {}
     for anchor, site in sites.items():
-        seen, transform = stats(site), transforms[anchor]
+        seen, transform = None if stats is None else stats(site), transforms[anchor]
         for linears, its in ((site.linears, transform), (site.folded, transform.offline)):
             names = [linear.tensor for linear in linears]
-            found = _rounded({name: weights[name] for name in names}, _Hessians(its, seen), job)
+            hessians = None if seen is None else _Hessians(its, seen)
+            found = _rounded({name: weights[name] for name in names}, hessians, job)
             data |= found[0]
             errors |= found[1]
     packed = {name: Packed(job.types[name], _dims(weights[name]), data[name]) for name in data}
@@ -178,7 +180,7 @@ def _matrices(weight: Tensor) -> list[tuple[int | None, NDArray[np.float32]]]:
 
 
 def _rounded(
-    weights: Mapping[str, Tensor], hessians: _Hessians, job: Job
+    weights: Mapping[str, Tensor], hessians: _Hessians | None, job: Job
 ) -> tuple[dict[str, Bytes], dict[str, float]]:
     """The encodings of matrices that read one site, and their errors: the means over the experts if there
     are several.
@@ -192,7 +194,7 @@ def _rounded(
         groups.setdefault(len(matrices), {})[name] = matrices
     for group in groups.values():
         for members in zip(*group.values(), strict=True):
-            hessian = hessians.of(members[0][0])
+            hessian = None if hessians is None else hessians.of(members[0][0])
             for name, (_, w) in zip(group, members, strict=True):
                 method = job.rounding
                 if method == "gptq" and not _has_grid(job.types[name]):

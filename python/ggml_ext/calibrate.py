@@ -2,7 +2,8 @@
 
 llama.cpp runs the model once over the text and sums what its matrices read (observe/). From these figures
 and the weights of the float GGUF file each block's transforms are solved, folded, and its matrices rounded.
-What comes of it is one file per block. Memory holds one block.
+What comes of it is one file per block. Memory holds one block. Before the first one a random transform has
+to show that folding changes nothing (proof.py).
 
 The folder: plan.json (calibration_plan.py), source.gguf (of a Hugging Face folder the float model),
 observation/, block-NNN.safetensors (block_file.py), lock.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ggml_ext import calibration_plan as plans
 from ggml_ext import given, hf, recipes, transforms
-from ggml_ext.atomic import atomic_path
+from ggml_ext.atomic import atomic_path, work_folder
 from ggml_ext.block_file import block_path, save
 from ggml_ext.blockwise import Job, encode_block
 from ggml_ext.calibration_folder import OBSERVATION, held
@@ -39,6 +40,7 @@ from ggml_ext.observe.run import named_as
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held
 from ggml_ext.progress import track
+from ggml_ext.proof import prove
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
 from ggml_ext.source import Source, open_gguf
 from ggml_ext.transforms import TransformRequest
@@ -164,6 +166,9 @@ def _run(
     for line in model.remarks(plan.transform):
         warn(line)
     missing = plan.missing(folder)
+    if plan.transform != "none" and len(missing) == plan.blocks:
+        with work_folder(folder / "proof") as work:
+            prove(model, work, online=plan.transform not in recipes.FOLDED, threads=request.threads)
     errors: list[list[float]] = []
     matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks, source.path)
     try:

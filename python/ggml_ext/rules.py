@@ -21,6 +21,9 @@ from ggml_ext.errors import GgmlExtError
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
+SOURCE_TYPES = (*FLOAT_TYPES, "q8_0")
+"""Types of weights that are worth rounding anew: what q8_0 has lost is far below what fewer bits lose."""
+
 # What llama-quantize's command line knows (tools/quantize/quantize.cpp, QUANT_OPTIONS), less two
 # groups: f16, bf16 and f32, which are plain copies, and q3_k, q4_k, q5_k, which are aliases for the _M
 # mixes there but name plain ggml types here.
@@ -258,10 +261,10 @@ def _choose_one(
         return Choice(tensor.name, _float_copy(tensor, rules))
     wanted = wanted or default(tensor)
     target = fallback(wanted, tensor.dims[0], block_size)
-    if target != tensor.type_name and tensor.type_name not in FLOAT_TYPES:
+    if target != tensor.type_name and tensor.type_name not in SOURCE_TYPES:
         raise GgmlExtError(
             f"{tensor.name} is already {tensor.type_name} and would lose accuracy as {target}; convert from "
-            f"an f16, bf16 or f32 model, or copy it as it is with --keep '{re.escape(tensor.name)}'"
+            f"an f32, f16, bf16 or q8_0 model, or copy it as it is with --keep '{re.escape(tensor.name)}'"
         )
     return Choice(tensor.name, target, fallback_from=wanted if target != wanted else "")
 

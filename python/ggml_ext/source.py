@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import Described, value
-from ggml_ext.rules import FLOAT_TYPES, Shape
+from ggml_ext.rules import SOURCE_TYPES, Shape
 from ggml_ext.shards import Part, named_errors, read_parts
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
@@ -140,12 +140,16 @@ def read_bytes(file: BufferedReader, tensor: Tensor, first: int, count: int) -> 
 
 
 def read_floats(file: BufferedReader, tensor: Tensor, first: int, count: int) -> NDArray[np.float32]:
-    """The same rows as float32 [count, row_length]. The tensor is f32, f16 or bf16.
+    """The same rows as float32 [count, row_length]. The tensor is f32, f16, bf16 or q8_0.
 
     Raises GgmlExtError if a value is NaN or infinite.
     """
-    assert tensor.type_name in FLOAT_TYPES
-    rows = to_float32(read_bytes(file, tensor, first, count), tensor.type_name)
+    assert tensor.type_name in SOURCE_TYPES
+    data = read_bytes(file, tensor, first, count)
+    if tensor.type_name == "q8_0":
+        rows = native.dequantize("q8_0", data, tensor.row_length)
+    else:
+        rows = to_float32(data, tensor.type_name)
     finite = np.isfinite(rows)
     if not finite.all():
         row = first + int(np.argmin(finite.all(axis=1)))

@@ -44,6 +44,8 @@ def quantize(
         command += ["--tensor-type-file", listing.resolve()]
     if importances is not None:
         command += ["--imatrix", importances.name]  # by name: the path lands in the file's metadata
+    if {tensor.type_name for tensor in source.tensors} <= {*rules.SOURCE_TYPES}:
+        command.append("--allow-requantize")  # q8_0
     total = len(source.tensors)
     fallbacks: dict[str, tuple[str, str]] = {}
     with atomic_path(out) as temporary, track(total, out.name, "tensors") as advance:
@@ -95,7 +97,7 @@ def _reason(source: Source, out: Path, request: rules.Rules, finished: process.F
     if "iostream error" in last or finished.status == -signal.SIGXFSZ:
         return f"cannot write: {out}; free some space or choose another folder"
     if "requantizing" in last:
-        return f"{source.path}: {last}; convert from an f16, bf16 or f32 model"
+        return f"{source.path}: {last}; convert from an f32, f16, bf16 or q8_0 model"
     if "imatrix" in last or "importance matrix" in last:
         return f"--type {request.base}: {last}; add --calibration TEXT or --imatrix FILE"
     return f"{source.path}: llama-quantize failed ({last}); check the model with ggml-ext inspect"

@@ -41,16 +41,23 @@ class SiteSums:
 
 
 class ObservedModel:
-    """A loaded model with a context of one window and an observer. Close it, or use it in ``with``."""
+    """A loaded model and an observer, with a context of one window: ``ctx`` tokens in ``n_seq`` sequences of
+    one length; exact, as for an observation. Close it, or use it in ``with``."""
 
-    def __init__(self, path: Path, ctx: int) -> None:
+    def __init__(self, path: Path, ctx: int, n_seq: int = 1) -> None:
         self._ffi, self._library = llama_library()
-        self.ctx, self.model = ctx, Model(path, threads=1)
+        self.ctx, self.n_seq, self.model = ctx, n_seq, Model(path, threads=1)
         new, free = self._library.ggml_ext_observer_new, self._library.ggml_ext_observer_free
         self._observer = self._ffi.gc(new(1), free)
         callback = self._ffi.addressof(self._library, "ggml_ext_observer_eval")
         addresses = [int(self._ffi.cast("uintptr_t", its)) for its in (callback, self._observer)]
-        self.model.start(n_ctx=ctx, n_seq=1, n_batch=ctx, observer=(addresses[0], addresses[1]))
+        self.model.start(
+            n_ctx=ctx // n_seq,
+            n_seq=n_seq,
+            n_batch=ctx,
+            observer=(addresses[0], addresses[1]),
+            exact=True,
+        )
 
     def table(self) -> dict[str, Any]:
         """The JSON table of the graph that was built last."""
@@ -61,29 +68,32 @@ class ObservedModel:
 
     def decode(self, tokens: NDArray[np.int32]) -> Float:
         """Logits [ctx, vocabulary] of one window: a view that the next decode overwrites."""
-        positions = np.arange(self.ctx, dtype=np.int32)
+        each = self.ctx // self.n_seq
+        at = np.arange(self.ctx, dtype=np.int32)
         self.model.clear()
-        return self.model.decode(tokens, positions, np.zeros(self.ctx, np.int32), np.ones(self.ctx, np.bool_))
+        return self.model.decode(tokens, at % each, at // each, np.ones(self.ctx, np.bool_))
 
-    def sums(self, windows: NDArray[np.int32]) -> list[SiteSums]:
-        """The sums over ``windows`` [n, ctx], a block for each site of the table in its order."""
-        library, sites = self._library, self.table()["sites"]
+    def sums(self, windows: NDArray[np.int32], token_weights: Float | None = None) -> list[SiteSums]:
+        """The sums over ``windows`` [n, ctx], a block for each site of the table in its order.
+
+        ``token_weights`` [ctx]: how much a window's tokens count, 1 by default.
+        """
+        ffi, library, sites = self._ffi, self._library, self.table()["sites"]
         sizes = [library.ggml_ext_observer_size(site["n"], site["experts"], 0) for site in sites]
         blocks = [np.zeros(size, np.float32) for size in sizes]
         largest = [np.zeros(site["n"], np.float32) for site in sites]
-        into = self._ffi.new("struct ggml_ext_site_sums[]", len(sites))
+        into = ffi.new("struct ggml_ext_site_sums[]", len(sites))
         for its, block, absmax in zip(into, blocks, largest, strict=True):
-            its.before = its.after = self._ffi.from_buffer("float[]", block)
-            its.absmax, its.sample_stride = self._ffi.from_buffer("float[]", absmax), 1
+            its.before = its.after = ffi.from_buffer("float[]", block)
+            its.absmax, its.sample_stride = ffi.from_buffer("float[]", absmax), 1
         assert library.ggml_ext_observer_sums(self._observer, len(sites), into) == 0
+        weights = ffi.NULL if token_weights is None else ffi.from_buffer("float[]", token_weights)
         for i, window in enumerate(windows):
-            status = library.ggml_ext_observer_begin(
-                self._observer, i * self.ctx, self.ctx, 0.0, self._ffi.NULL
-            )
+            status = library.ggml_ext_observer_begin(self._observer, i * self.ctx, self.ctx, 0.0, weights)
             assert status == 0
             self.decode(window)
             seen = library.ggml_ext_observer_end(self._observer)
-            culprit = self._ffi.string(library.ggml_ext_observer_culprit(self._observer)).decode()
+            culprit = ffi.string(library.ggml_ext_observer_culprit(self._observer)).decode()
             assert seen == len(sites), f"window {i}: {seen} of {len(sites)} sites; culprit {culprit!r}"
         return [_sums(site["n"], site["experts"], block) for site, block in zip(sites, blocks, strict=True)]
 

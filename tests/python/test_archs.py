@@ -30,6 +30,10 @@ CTX, WINDOWS = 64, 2
 TOKENS = CTX * WINDOWS
 EXPERTS_USED = 2
 
+LAYOUTS = ["deepseek2-moe", "deepseek4-moe", "jamba-dense", "lfm2-dense", "llama-dense", "llama-moe"]
+LAYOUTS += ["mamba-dense", "minimax-01-moe", "qwen35-dense"]
+"""Models with values of all layouts that there are: by tokens, sequences, heads or experts."""
+
 UNCHANGED = 1e-4
 """Of logits: sums in another order, rounded to half precision in places."""
 IMATRIX_CRASHES = {"glm5-next-moe"}
@@ -38,12 +42,13 @@ IMATRIX_CRASHES = {"glm5-next-moe"}
 ROUNDED_ABORTS = {"qwen4exp-moe"}
 """llama-quantize makes ple_conv1d F16, which llama.cpp's MUL does not take."""
 
-NO_PRODUCTS = {"ADD", "CONT", "GET_ROWS", "MUL", "SSM_CONV"}
+NO_PRODUCTS = {"ADD", "GET_ROWS", "MUL", "SSM_CONV"}
 """What else a matrix of a block can be for."""
 
 NEVER_RUN = {
     "cogvlm-dense": r"\.vis_",  # for pictures
     "hy_v3-moe": r"\.ffn_(gate|up|down)\.",  # every block has experts
+    "minimax-m3-moe": r"\.indexer\.",  # with flash attention only
     "mimo2-moe": r"\.ffn_(gate|up|down)\.",
     "qwen3next-moe": r"\.ssm_in\.",  # of older files, beside attn_qkv and attn_gate
     "refact-moe": r"\.ffn_(gate_inp|(gate|up|down)_exps)\.",
@@ -193,6 +198,7 @@ def importances(model: Path, text: Path, out: Path) -> dict[str, Float]:
     size = str(CTX)
     command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model, "-f", text, "-o", out]
     command += ["-t", "1", "-c", size, "-b", size, "-ub", size, "--no-ppl", "--process-output"]
+    command += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
     subprocess.run(command, check=True, capture_output=True, env=tools.environment())
     return imatrix.load(out).entries
 
@@ -228,3 +234,25 @@ def test_a_wrong_fold_is_noticed(architectures: dict[str, ArchModel], tmp_path: 
     assert changed(path, [{**site, "readers": site["readers"][:2]}], before, copy) > 10 * UNCHANGED
     elsewhere = {**site["fold"], "tensor": "blk.0.ffn_norm.weight"}
     assert changed(path, [{**site, "fold": elsewhere}], before, copy) > 10 * UNCHANGED
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_are_those_of_a_token_in_every_sequence(
+    name: str, architectures: dict[str, ArchModel], text: Path
+) -> None:
+    """Two sequences in one decode, of which the second counts nothing, are the first alone."""
+    half = CTX // 2
+    with ObservedModel(architectures[name].path, CTX, n_seq=2) as both:
+        tokens = both.model.tokenize(text.read_bytes())[:CTX]
+        counted = (np.arange(CTX) < half).astype(np.float32)
+        found = both.sums(tokens[None], counted)
+        sites = both.table()["sites"]
+    with ObservedModel(architectures[name].path, half) as alone:
+        assert [site["anchor"] for site in alone.table()["sites"]] == [site["anchor"] for site in sites]
+        expected = alone.sums(tokens[None, :half])
+    for site, sums, first in zip(sites, found, expected, strict=True):
+        assert sums.tokens == first.tokens, site["anchor"]
+        np.testing.assert_array_equal(sums.by_expert, first.by_expert)
+        scale = first.diagonal.max()
+        np.testing.assert_allclose(sums.diagonal / scale, first.diagonal / scale, atol=1e-3)
+        np.testing.assert_allclose(sums.diagonals / scale, first.diagonals / scale, atol=1e-3)

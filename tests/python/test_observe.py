@@ -26,13 +26,13 @@ from eval_models import make_model, text_of
 from ggml_ext import calibration_folder, cli_observe, hf
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe import estimate as estimates
-from ggml_ext.observe import prepare, run, store
+from ggml_ext.observe import layout, prepare, run, state
 from ggml_ext.observe.observer import Observer
 from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import Observed, observe
 from ggml_ext.observe.sites import parse
-from ggml_ext.observe.store import ABSMAX, SAMPLES, load_state
+from ggml_ext.observe.state import ABSMAX, SAMPLES, load_state
 
 CTX, WINDOWS = 16, 60
 BATCH = 2 * CTX
@@ -119,7 +119,9 @@ def until(child: subprocess.Popen[str], holds: Callable[[], bool]) -> None:
 def test_a_folder_holds_one_generation_when_it_is_done(request_of: Request, finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {"lock", "plan.json", "state.json", "sums-0.bin", ABSMAX, SAMPLES}
+    (finished / "sums-1.bin").write_text("left by a run that was killed at its end")
     again = quiet(request_of, finished)
+    assert not (finished / "sums-1.bin").exists()
     assert (again.done, again.windows) == (0, WINDOWS)
     assert "60 windows of 16 tokens, 0 of them observed now" in again.summary()
 
@@ -178,7 +180,7 @@ def test_a_generation_counts_when_it_is_on_the_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "COMMIT_SECONDS", 0.0)
-        patch.setattr(store, "write_text", fail)
+        patch.setattr(state, "write_text", fail)
         with pytest.raises(OSError, match="pulled"):
             quiet(request_of, folder)
     assert load_state(folder).windows == 3 * BATCH // CTX
@@ -304,6 +306,14 @@ def test_matrices_that_are_never_read_are_named(
     assert lines == [
         "no text makes llama.cpp read 1 tensor: token_embd.weight; there are no figures for them"
     ]
+
+
+def test_more_rows_than_there_is_room_for_are_an_error(
+    request_of: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not figures that another site has written over."""
+    monkeypatch.setattr(layout, "rows_per_token", lambda _site, _used: 1)
+    refused(request_of, tmp_path / "o", r"blk\.0\.ffn_down_exps: 64 rows of 32 tokens; please report")
 
 
 def test_memory_bounds_the_batch(

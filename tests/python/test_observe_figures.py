@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -348,3 +349,29 @@ def test_whole_windows_stay_apart(tmp_path: Path) -> None:
         expected = found[0].moment(site).astype(np.float64)
         for seen in found[1:]:
             assert_moment(seen.moment(site), expected, 1e-5)
+
+
+_REMOTE = """
+import sys
+from logits import use_rpc_server
+from ggml_ext import llama, paths
+from ggml_ext.cli import main
+llama.bindings()
+use_rpc_server(str(paths.lib_dir()), sys.argv.pop(1))
+main()
+"""
+
+
+def test_a_remote_backend_gives_the_same_moments(tmp_path: Path, rpc_server: str) -> None:
+    """Fails if activations on another device are read before they are there, or not copied."""
+    model = make_model(tmp_path / "m.gguf", kind=Type.F32, blocks=2, experts=4)
+    (tmp_path / "text").write_text(text_of(400))
+    local = quiet(Request(model, tmp_path / "text", samples=8, ctx=CTX, threads=1), tmp_path / "local")
+    command = [sys.executable, "-c", _REMOTE, rpc_server, "observe", model, "-o", tmp_path / "remote"]
+    command += ["--calibration", tmp_path / "text", "--samples", "8", "--ctx", str(CTX), "-t", "1"]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent)
+    remote = Observation(tmp_path / "remote")
+    assert remote.table == local.table
+    for site in local.table.sites:
+        assert_moment(remote.moment(site), local.moment(site).astype(np.float64), 1e-5)
+        np.testing.assert_allclose(remote.expert_diagonals(site), local.expert_diagonals(site), rtol=1e-5)

@@ -1,8 +1,7 @@
 """ggml-ext observe --dry-run: what an observation will take. Nothing stays of what it does.
 
-Memory is what llama.cpp itself says of its buffers. Time comes from the model: a batch on the text, once with
-nothing but its last site observed, which is the forward pass, and once with as many sites as fit into a
-bounded memory; the other sites' products are in proportion to their operations.
+Memory is what llama.cpp itself says of its buffers. Time comes from the model: a batch of the text, or as
+much of it as takes a minute, with all sites observed, and with the last alone, which is the forward pass.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ggml_ext import hf
 from ggml_ext.atomic import work_folder
 from ggml_ext.cpus import physical_cores
 from ggml_ext.importance import read_text
 from ggml_ext.llama import Model
-from ggml_ext.observe.layout import FLOAT, block_floats, moment_floats
+from ggml_ext.observe.layout import block_floats
 from ggml_ext.observe.observer import Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
@@ -181,13 +179,10 @@ class _Seconds:
 
 def _time(prepared: Prepared, threads: int) -> _Seconds:
     """Decodes a window to get the model into memory, then _SECONDS of windows, without and with sums."""
-    chosen = _chosen(prepared)
-    costs = _costs(prepared)
-    last = len(costs) - 1
     with Observer(threads) as observer, Model(prepared.model, threads=threads) as model:
         observer.start(model, ctx=prepared.tokens.shape[1], n_seq=prepared.n_seq)
-        only = _targets(prepared, [last])
-        some = _targets(prepared, [*chosen, last])
+        every = _targets(prepared)
+        last = [*[Target(None, None)] * (len(every) - 1), every[-1]]
 
         def seconds(targets: list[Target], n_windows: int) -> float:
             observer.aim(targets)
@@ -195,46 +190,28 @@ def _time(prepared: Prepared, threads: int) -> _Seconds:
             observer.decode(model, prepared.tokens[:n_windows], 0)
             return time.monotonic() - started
 
-        seconds(some, 1)
-        n = int(max(1, min(prepared.n_seq, _SECONDS / seconds(some, 1))))
-        forward, observed = seconds(only, n), seconds(some, n)
-    timed = sum(costs[i] for i in {*chosen, last} - {last})
-    sums = max(0.0, observed - forward) * (sum(costs) - costs[last]) / timed if timed else 0.0
+        one = seconds(every, 1)
+        if one < _SECONDS:  # much of which was reading the model
+            one = seconds(every, 1)
+        n = int(max(1, min(prepared.n_seq, _SECONDS / one)))
+        forward, observed = seconds(last, n), seconds(every, n)
     scale = len(prepared.tokens) / n
-    return _Seconds(scale * (forward + sums), scale * forward)
+    return _Seconds(scale * observed, scale * min(forward, observed))
 
 
-def _costs(prepared: Prepared) -> list[float]:
-    """Operations of each site's sums per token, in floats added."""
-    costs = []
-    for site, place in zip(prepared.table.sites, prepared.layout.places, strict=True):
-        moments = 2 if place.own_moments else 1
-        costs.append(float(place.rows * (moments * moment_floats(site.n) + (site.n if site.experts else 0))))
-    return costs
-
-
-def _chosen(prepared: Prepared) -> list[int]:
-    """Sites to be timed: one of each form first, then others, as far as their sums fit into _SUMS_BYTES."""
-    sites, places = prepared.table.sites, prepared.layout.places
-    size = [FLOAT * block_floats(s, p.own_moments) for s, p in zip(sites, places, strict=True)]
-    firsts = {(s.n, s.experts, p.own_moments): i for i, (s, p) in enumerate(zip(sites, places, strict=True))}
-    order = sorted(range(len(sites)), key=lambda i: (i not in firsts.values(), size[i]))
-    chosen: list[int] = []
-    used = 0
-    for i in order:
-        if not chosen or used + size[i] <= _SUMS_BYTES:
-            chosen.append(i)
-            used += size[i]
-    return chosen
-
-
-def _targets(prepared: Prepared, chosen: list[int]) -> list[Target]:
-    targets = []
-    for i, (site, place) in enumerate(zip(prepared.table.sites, prepared.layout.places, strict=True)):
-        after: NDArray[np.float32] | None = None
-        if i in chosen:
-            after = np.zeros(block_floats(site, place.own_moments), np.float32)
-        targets.append(Target(after, after, own_moments=place.own_moments))
+def _targets(prepared: Prepared) -> list[Target]:
+    """A target per site. Sites of one form share memory as far as _SUMS_BYTES makes them: what becomes of the
+    sums does not matter, and adding to them takes the same time."""
+    pairs = list(zip(prepared.table.sites, prepared.layout.places, strict=True))
+    forms = [(site.n, site.experts, place.own_moments) for site, place in pairs]
+    kept = min(1.0, _SUMS_BYTES / prepared.layout.sums_bytes)
+    shared: dict[tuple[int, int, bool], list[Target]] = {form: [] for form in forms}
+    targets: list[Target] = []
+    for form, (site, place) in zip(forms, pairs, strict=True):
+        if len(shared[form]) < max(1, int(kept * forms.count(form))):
+            sums = np.zeros(block_floats(site, place.own_moments), np.float32)
+            shared[form].append(Target(sums, sums, own_moments=place.own_moments))
+        targets.append(shared[form][len(targets) % len(shared[form])])
     return targets
 
 

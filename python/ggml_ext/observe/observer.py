@@ -25,7 +25,8 @@ class NotFiniteError(GgmlExtError):
 @dataclass(frozen=True)
 class Target:
     """Where the sums of a site go: float32 arrays, ``after`` of a block's size and perhaps ``before`` itself,
-    ``absmax`` [n], ``sample`` [rows, n] flat. ``before`` None: zeros; ``after`` None: not observed."""
+    ``absmax`` [n], ``sample`` [rows, n] flat, beside ``absmax`` only. ``before`` None: zeros; ``after``
+    None: not observed."""
 
     before: NDArray[np.float32] | None
     after: NDArray[np.float32] | None
@@ -102,6 +103,8 @@ class Observer:
                 setattr(struct, name, pointer)
                 kept.append(pointer)
             struct.sample_stride, struct.own_moments = target.stride, target.own_moments
+            if target.sample is not None and target.absmax is not None:
+                struct.sample_rows = target.sample.size // target.absmax.size
         self._check(self._library.ggml_ext_observer_sums(self._observer, len(targets), structs))
         self._kept = kept
 

@@ -1,6 +1,6 @@
 """Opens the folder of a finished observation: what a tensor of the model read, as numpy arrays.
 
-Files are mapped and one site is in memory at a time. Needs numpy only, neither the model nor llama.cpp.
+Files are mapped and one site is in memory at a time. Needs neither the model nor llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.description import Description
 from ggml_ext.observe.layout import FLOAT, Place, block_floats, index, moment_floats, panels
 from ggml_ext.observe.sites import ROUTED, Site, Table
-from ggml_ext.observe.store import ABSMAX, SAMPLES, load_state
+from ggml_ext.observe.state import ABSMAX, SAMPLES, load_state
 
 Floats = NDArray[np.float32]
 

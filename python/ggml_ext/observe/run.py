@@ -5,7 +5,7 @@ with. docs/observe.md describes the folder.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.importance import read_text
 from ggml_ext.llama import Model
 from ggml_ext.observe import description as descriptions
-from ggml_ext.observe.observer import NotFiniteError, Observer
+from ggml_ext.observe.observer import NotFiniteError, Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
-from ggml_ext.observe.store import FILES, Store, load_state
+from ggml_ext.observe.state import FILES, drop_other_generation, load_state
+from ggml_ext.observe.store import Store
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.progress import track
@@ -137,8 +138,13 @@ def _remark(prepared: Prepared, warn: Warn) -> None:
 def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
     """Observes the windows that are missing and returns how many there were."""
     first, last = load_state(folder).windows, len(prepared.tokens)
-    if first >= last:
-        return 0
+    if first < last:
+        _add_missing(prepared, folder, request, warn)
+    drop_other_generation(folder)
+    return last - first
+
+
+def _add_missing(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> None:
     threads = request.threads or physical_cores()
     with (
         Observer(threads) as observer,
@@ -154,10 +160,10 @@ def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
             _batches(prepared, observer, model, store)
         except KeyboardInterrupt:
             done = store.state.windows
-            warn(f"{folder}: {done} of {last} windows are done; the same command goes on there")
+            warn(
+                f"{folder}: {done} of {len(prepared.tokens)} windows are done; the same command goes on there"
+            )
             raise
-        store.finish()
-    return last - first
 
 
 def _batches(prepared: Prepared, observer: Observer, model: Model, store: Store) -> None:
@@ -167,7 +173,8 @@ def _batches(prepared: Prepared, observer: Observer, model: Model, store: Store)
     with track((len(tokens) - first) * ctx, "observing", "tok") as advance:
         for start in range(first, len(tokens), prepared.n_seq):
             batch = tokens[start : start + prepared.n_seq]
-            observer.aim(store.targets())
+            targets = store.targets()
+            observer.aim(targets)
             try:
                 seen = observer.decode(model, batch, start * ctx)
             except NotFiniteError as exc:
@@ -176,9 +183,22 @@ def _batches(prepared: Prepared, observer: Observer, model: Model, store: Store)
                 raise GgmlExtError(
                     f"{prepared.model}: llama.cpp showed {seen} of {n_sites} sites; please report it"
                 )
+            _require_rows(prepared, targets, batch.size)
             store.added()
             done = start + len(batch)
             if done == len(tokens) or time.monotonic() - committed >= COMMIT_SECONDS:
                 store.commit(done)
                 committed = time.monotonic()
             advance(batch.size)
+
+
+def _require_rows(prepared: Prepared, targets: Sequence[Target], n_tokens: int) -> None:
+    """Raises GgmlExtError where a batch gave a site more rows than the layout has room for: seen at the first
+    batch of a generation, which is not added in place."""
+    for site, place, target in zip(prepared.table.sites, prepared.layout.places, targets, strict=True):
+        assert target.after is not None
+        rows = float(target.after[0]) - (0.0 if target.before is None else float(target.before[0]))
+        if rows > n_tokens * place.rows * max(len(site.values), 1):
+            raise GgmlExtError(
+                f"{prepared.model}: {site.anchor}: {rows:.0f} rows of {n_tokens} tokens; please report it"
+            )

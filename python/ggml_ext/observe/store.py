@@ -8,58 +8,23 @@ the batches since then. Largest values and kept rows do not change when a batch 
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.atomic import write_text
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe.layout import FLOAT, Layout, block_floats
 from ggml_ext.observe.observer import Target
 from ggml_ext.observe.sites import Table
-
-SUMS = ("sums-0.bin", "sums-1.bin")
-ABSMAX, SAMPLES, STATE = "absmax.bin", "samples.bin", "state.json"
-FILES = (*SUMS, ABSMAX, SAMPLES, STATE)
+from ggml_ext.observe.state import ABSMAX, SAMPLES, State, load_state, save_state
 
 _NO_ALLOCATION = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class State:
-    """``windows``: how many are in the sums. ``sums``: the file that holds them, "" before there is one."""
-
-    windows: int = 0
-    sums: str = ""
-
-    @property
-    def next_sums(self) -> str:
-        """The file of the next generation."""
-        return SUMS[1] if self.sums == SUMS[0] else SUMS[0]
-
-
-def load_state(folder: Path) -> State:
-    """The folder's state. Raises GgmlExtError for a damaged one."""
-    path = folder / STATE
-    try:
-        state = State(**json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(state.windows, int) or state.sums not in ("", *SUMS):
-            raise ValueError("impossible values")
-        return state
-    except FileNotFoundError:
-        return State()
-    except OSError as exc:
-        raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise GgmlExtError(f"{path}: damaged ({exc}); delete the folder and observe again") from exc
 
 
 class _Mapped:
@@ -162,12 +127,8 @@ class Store:
         for file in (self._after, self._absmax, self._sample):
             file.flush()
         self.state = State(windows, self.state.next_sums)
-        write_text(self._folder / STATE, json.dumps(asdict(self.state)) + "\n")
+        save_state(self._folder, self.state)
         self._after = None
-
-    def finish(self) -> None:
-        """Removes the generation that is no longer needed."""
-        (self._folder / self.state.next_sums).unlink(missing_ok=True)
 
 
 def _part(file: _Mapped, offset: int, floats: int) -> Floats:
