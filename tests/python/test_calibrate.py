@@ -23,7 +23,7 @@ import torch
 
 import models
 import transform_files
-from ggml_ext import blockwise, calibrate, native
+from ggml_ext import blockwise, calibrate, estimate, native
 from ggml_ext.block_file import Findings, Packed, block_path, load, save
 from ggml_ext.calibration_plan import Request
 from ggml_ext.convert import ConvertResult, convert
@@ -375,6 +375,19 @@ def test_experts_are_rounded_by_what_reached_them(base: Path, text: Path, tmp_pa
     assert down.read().shape[0] == models.HIDDEN * models.EXPERTS
     assert stored["blk.0.ffn_gate_inp.weight"].type_name == "f32"
     assert findings.errors["blk.0.ffn_down_exps.weight"] < 0.02
+
+
+def test_a_dry_run_knows_the_disk(base: Path, text: Path, finished: Path, tmp_path: Path) -> None:
+    """And leaves nothing there."""
+    found = estimate.estimate(request_for(base, text, source=models.llama_gguf(base)), tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+    files = sum(map(len, blocks(finished).values()))
+    assert files < found.disk["block files"] < 2 * files
+    observed = {path.name: path.stat().st_size for path in (finished / "observation").iterdir()}
+    assert found.disk["samples"] == observed["samples.bin"] + observed["absmax.bin"]
+    assert found.seconds.keys() == {"observing", "transforms", "rounding"}
+    assert min(found.seconds.values()) > 0
+    assert found.memory > 9 * 8 * models.FFN**2
 
 
 def test_windows_are_spread_over_the_text(base: Path, text: Path) -> None:

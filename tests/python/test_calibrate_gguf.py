@@ -96,12 +96,11 @@ def test_an_architecture_without_a_site_that_can_be_transformed(
     assert len(said) == (0 if transform == "none" else 1), lines
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0])
-def test_a_quantised_source_is_refused_in_a_line(tmp_path: Path, kind: Type) -> None:
-    source = make_model(tmp_path / "m.gguf", kind=kind)
+def test_a_quantised_source_is_refused_in_a_line(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "m.gguf", kind=Type.Q4_0)
     (tmp_path / "text").write_text(text_of(400))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(GgmlExtError, match=kind.name.lower()) as caught:
+    with pytest.raises(GgmlExtError, match="q4_0") as caught:
         convert_quietly(source, tmp_path / "o.gguf", tmp_path / "text", options=GPTQ)
     assert ";" in str(caught.value), "no remedy"
     assert "\n" not in str(caught.value)
