@@ -5,6 +5,7 @@ GGML_EXT_MUTANTS sets how many of each are tried.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -46,7 +47,7 @@ def mutate(content: Any, rng: random.Random) -> bytes:
         container, key = rng.choice(found)
         how = rng.random()
         if how < 0.6:
-            container[key] = rng.choice(ODD)
+            container[key] = copy.deepcopy(rng.choice(ODD))
         elif how < 0.7 and isinstance(container, dict):
             container[rng.choice(["dtype", "x", "num_hidden_layers", "\ud800", "auto_map"])] = container[key]
         elif how < 0.8:

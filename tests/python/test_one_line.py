@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import tiny_bpe
-from ggml_ext import cli, llama, native, recipes
+from ggml_ext import cli, cli_shared, llama, native, recipes
 from ggml_ext.convert import convert
 from ggml_ext.device import require_device
 from ggml_ext.errors import GgmlExtError, one_line
@@ -135,7 +135,7 @@ def test_threads_bound_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    cli._bound_threads(3)
+    cli_shared.bound_threads(3)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"]) == ("5", "3")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         del os.environ[name]
