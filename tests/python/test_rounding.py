@@ -16,7 +16,7 @@ from ggml_ext.rounding.gptq import round_gptq
 from ggml_ext.rounding.hessian import Hessian
 from ggml_ext.rounding.kernels import descend, gptq_fq4, gptq_grid
 
-TYPES = ("fq4", "q4_0", "iq4_xs", "q4_k", "q5_k", "q6_k", "nvfp4", "mxfp4")
+TYPES = ("fq4", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "q4_k", "q5_k", "q6_k", "nvfp4", "mxfp4")
 
 
 def _weights(rows: int, n: int, seed: int = 0) -> NDArray[np.float32]:
@@ -37,7 +37,7 @@ def _factor(hessian: torch.Tensor, damping: float = 0.01) -> NDArray[np.float64]
     return np.linalg.cholesky(np.linalg.inv(h)).T
 
 
-def test_every_type_of_the_issue_has_a_grid() -> None:
+def test_types_that_have_a_grid() -> None:
     assert set(grid.names()) == set(TYPES)
     assert all(grid.supports(name) for name in TYPES)
     assert not grid.supports("iq2_xxs")
