@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arch_models import ArchModel
+from ggml_ext.convert import convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
 from ggml_ext.model_sites import ModelSites
@@ -87,6 +89,19 @@ def test_what_the_graph_allows_changes_nothing(
     model = sites_of(architectures[name].path)
     prove(model, tmp_path, online=True, threads=1)
     prove(model, tmp_path, online=False, threads=1)
+
+
+def test_half_precision_weights_near_its_smallest(
+    architectures: dict[str, ArchModel], tmp_path: Path
+) -> None:
+    """A factor of a half loses bits of f16 weights below 6e-5 and would look like a wrong structure."""
+    path = tmp_path / "f16.gguf"
+    convert(architectures["llama-dense"].path, path, type_name="f16")
+    for tensor in open_gguf(path).tensors:
+        if tensor.name.endswith("ffn_up.weight"):
+            n = tensor.n_bytes // 2
+            np.memmap(path, np.float16, "r+", tensor.offset, (n,))[:] *= np.float16(2**-12)
+    prove(sites_of(path), tmp_path, online=True, threads=1)
 
 
 def lose_a_reader(site: Site) -> Site:
