@@ -272,7 +272,7 @@ template <class K, class V, int GROUPS> struct decode_warp {
 
     // A scale of V that is NaN or Inf would poison all rows through 0 * NaN. It becomes 0, and the rows whose mask shows
     // the token NaN. low, high: rows of V, tokens g and g + 8, the warp's own.
-    __device__ __forceinline__ void guard(const float (&s)[GROUPS][4], char * low, char * high) {
+    __device__ __forceinline__ void zero_nonfinite_v(const float (&s)[GROUPS][4], char * low, char * high) {
         char * const mine     = t % 2 ? high : low;  // of the two rows lane t looks at the blocks t / 2, t / 2 + 2, ...
         bool         poisoned = false;
 #pragma unroll
