@@ -43,6 +43,9 @@ def test_the_loader_knows_the_same_transforms(repo_root: Path) -> None:
     listed = re.search(r"transform_names\[\] = \{([^}]*)\}", source.read_text())
     assert listed is not None
     assert re.findall(r'"(\w+)"', listed[1]) == list(TRANSFORMS)
+    online = re.search(r"bool ggml_ext_transform_online\([^{]*\{(.*?)\}", source.read_text(), re.DOTALL)
+    assert online is not None
+    assert set(re.findall(r'"(\w+)"', online[1])) == {n for n, row in TRANSFORMS.items() if row.online}
 
 
 def test_the_table_needs_no_torch() -> None:
