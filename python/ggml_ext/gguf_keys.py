@@ -86,7 +86,8 @@ KEYS: Mapping[str, Key] = {
         GGUFValueType.ARRAY, "These matrices, row after row: v became v times it.", GGUFValueType.FLOAT32
     ),
     "ggml_ext.activation.bits": Key(
-        GGUFValueType.UINT32, "Bits of the activations that are multiplied with quantised weights: 8 (llama.cpp's own) or 4."
+        GGUFValueType.UINT32,
+        "Bits of the activations that quantised weights are multiplied with: 8 (llama.cpp's own) or 4.",
     ),
     "ggml_ext.activation.group": Key(
         GGUFValueType.UINT32, "Activations that share a scale with 4 bits: 32, 256, or 0 for a whole token."
