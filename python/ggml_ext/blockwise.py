@@ -15,9 +15,9 @@ from ggml_ext import native
 from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.fold import fold, folded
+from ggml_ext.registry import FLOAT_TYPES, ROUNDINGS
 from ggml_ext.rounding import Rounded, grid, round_matrix
 from ggml_ext.rounding.hessian import Hessian, choose_shrinkage, expert_moments, expert_shrinkage
-from ggml_ext.rules import FLOAT_TYPES
 from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteStats, SiteTransform
 
 Bytes = NDArray[np.uint8]
@@ -25,7 +25,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Job:
-    """What to do with every block. ``types``: GGUF tensor -> type. ``rounding``: as in rounding.NAMES.
+    """What to do with every block. ``types``: GGUF tensor -> type. ``rounding``: one of registry.ROUNDINGS.
     ``read``: a tensor of the float model by its name, for norms, biases and routers. ``marked``: the file
     needs a stored factor, or stock llama.cpp would run it without its transforms. ``threads``: 0 for
     all."""
@@ -197,8 +197,8 @@ def _rounded(
             hessian = None if hessians is None else hessians.of(members[0][0])
             for name, (_, w) in zip(group, members, strict=True):
                 method = job.rounding
-                if method == "gptq" and not _has_grid(job.types[name]):
-                    method = "imatrix"
+                if ROUNDINGS[method].otherwise and not _has_grid(job.types[name]):
+                    method = ROUNDINGS[method].otherwise
                 try:
                     rounded = round_matrix(w, job.types[name], method, hessian, threads=job.threads)
                 except GgmlExtError as exc:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext.cli_shared import bound_threads, print_table
+from ggml_ext.registry import ROUNDINGS, TRANSFORMS
 
 
 def _rule(value: str) -> tuple[str, str]:
@@ -30,11 +31,9 @@ TypeOption = Annotated[
         "--type", help="Type (fq4, q4_k, ...), fq4_m, or llama-quantize mix (q4_k_m, ...); fq4 by default."
     ),
 ]
-TransformOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="none, smoothquant, awq, hadamard or flatquant.")
-]
+TransformOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(TRANSFORMS)}.")]
 RoundingOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="rtn (to nearest), imatrix or gptq.")
+    str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(ROUNDINGS)}; rtn: to nearest.")
 ]
 ActivationOption = Annotated[
     str | None,

@@ -18,6 +18,7 @@ from gguf import GGUFValueType
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import Header
 from ggml_ext.header import value as header_value
+from ggml_ext.registry import TRANSFORMS
 
 FORMAT_VERSION = 1
 PREFIX = "ggml_ext."
@@ -50,7 +51,8 @@ KEYS: Mapping[str, Key] = {
     ),
     "ggml_ext.transform.name": Key(
         GGUFValueType.STRING,
-        "Transform of the activations that the weights expect: one of TRANSFORMS. A reader refuses others.",
+        "Transform of the activations that the weights expect: one of registry.TRANSFORMS. A reader refuses "
+        "others.",
     ),
     "ggml_ext.transform.hadamard": Key(
         GGUFValueType.ARRAY,
@@ -84,7 +86,8 @@ KEYS: Mapping[str, Key] = {
         GGUFValueType.ARRAY, "These matrices, row after row: v became v times it.", GGUFValueType.FLOAT32
     ),
     "ggml_ext.activation.bits": Key(
-        GGUFValueType.UINT32, "Bits of activations that meet quantised weights: 8 (llama.cpp's own) or 4."
+        GGUFValueType.UINT32,
+        "Bits of the activations that quantised weights are multiplied with: 8 (llama.cpp's own) or 4.",
     ),
     "ggml_ext.activation.group": Key(
         GGUFValueType.UINT32, "Activations that share a scale with 4 bits: 32, 256, or 0 for a whole token."
@@ -109,8 +112,6 @@ KEYS: Mapping[str, Key] = {
     ),
 }
 
-ONLINE_TRANSFORMS = ("hadamard", "flatquant")
-TRANSFORMS = ("none", "smoothquant", "awq", *ONLINE_TRANSFORMS)
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "ggml_ext.activation.bits": (8, 4),
     "ggml_ext.activation.group": (0, 32, 256),
@@ -132,7 +133,7 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
         element = f"key ggml_ext.transform.hadamard element {i} is {order}"
         if order & (order - 1):
             raise GgmlExtError(f"{element}, not 0 or a power of two; convert the model again")
-        if order > 1 and transform not in ONLINE_TRANSFORMS:
+        if order > 1 and not TRANSFORMS[transform].online:
             raise GgmlExtError(
                 f"{element}, but the transform '{transform}' has no online part; convert the model again"
             )

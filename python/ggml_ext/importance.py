@@ -21,11 +21,11 @@ from ggml_ext import process, stack, tools
 from ggml_ext.atomic import atomic_path
 from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.files import cache_dir
 from ggml_ext.imatrix import Imatrix, load
-from ggml_ext.journal import identity
 from ggml_ext.llama import Model
+from ggml_ext.outputs import identity
 from ggml_ext.progress import track
-from ggml_ext.upstream import cache_dir
 
 _KEEP_DAYS = 30
 _FOLDER = re.compile(r"[0-9a-f]{24}")
