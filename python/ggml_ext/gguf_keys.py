@@ -1,13 +1,13 @@
 """The keys under ``ggml_ext.``: names, types, and the values that they may have.
 
-The rules are the patched loader's (ggml_ext/llama/metadata.cpp and transform-load.cpp); docs/gguf.md
-specifies them.
+The rules are the patched loader's (ggml_ext/llama/metadata.cpp); docs/gguf.md specifies them.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import Header
 from ggml_ext.header import value as header_value
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "ggml_ext."
 
 
@@ -52,22 +52,52 @@ KEYS: Mapping[str, Key] = {
         GGUFValueType.STRING,
         "Transform of the activations that the weights expect: one of TRANSFORMS. A reader refuses others.",
     ),
+    "ggml_ext.site.readers": Key(
+        GGUFValueType.ARRAY,
+        "Tensors that read each site, one site after the other: first those that read what is transformed "
+        "online, the first of all being the site's anchor.",
+        GGUFValueType.STRING,
+    ),
+    "ggml_ext.site.online": Key(
+        GGUFValueType.ARRAY,
+        "Per site how many of its readers read what is transformed online.",
+        GGUFValueType.UINT32,
+    ),
+    "ggml_ext.site.folded": Key(
+        GGUFValueType.ARRAY,
+        "Per site how many of its readers only what was folded concerns.",
+        GGUFValueType.UINT32,
+    ),
+    "ggml_ext.site.makers": Key(
+        GGUFValueType.ARRAY,
+        "Per site the matrix whose rows make its channels, or an empty string.",
+        GGUFValueType.STRING,
+    ),
+    "ggml_ext.site.first": Key(
+        GGUFValueType.ARRAY, "Per site the first of these rows.", GGUFValueType.UINT32
+    ),
+    "ggml_ext.site.rows": Key(GGUFValueType.ARRAY, "Per site how many they are.", GGUFValueType.UINT32),
+    "ggml_ext.site.head": Key(
+        GGUFValueType.ARRAY,
+        "Per site the size of a value head where attention hands these rows on, or 0.",
+        GGUFValueType.UINT32,
+    ),
     "ggml_ext.transform.hadamard": Key(
         GGUFValueType.ARRAY,
-        "Per block four orders (attn_in, attn_out, ffn_in, ffn_mid) of Walsh-Hadamard matrices in the place "
-        "of the right factor: powers of two, 0 or 1 for none.",
+        "Per site the order of a Walsh-Hadamard matrix in the place of the right factor: powers of two, 0 "
+        "or 1 for none. Version 1 has four sites per block: attn_in, attn_out, ffn_in, ffn_mid.",
         GGUFValueType.UINT32,
     ),
     "ggml_ext.transform.clip": Key(
         GGUFValueType.ARRAY,
-        "Per block four factors in (0, 1]: a token's transformed activations are clamped to that factor "
-        "times the largest of their magnitudes.",
+        "Per site a factor in (0, 1]: a token's transformed activations are clamped to that factor times "
+        "the largest of their magnitudes.",
         GGUFValueType.FLOAT32,
     ),
     "ggml_ext.fold.sizes": Key(
         GGUFValueType.ARRAY,
-        "Per block and site the length of the diagonal that the transform folded into the weights, 0 for "
-        "none. Absent: not recorded, so LoRA adapters are refused.",
+        "Per site the length of the diagonal that the transform folded into the weights, 0 for none. "
+        "Absent in version 1: not recorded, so LoRA adapters are refused.",
         GGUFValueType.UINT32,
     ),
     "ggml_ext.fold.diagonals": Key(
@@ -77,7 +107,8 @@ KEYS: Mapping[str, Key] = {
     ),
     "ggml_ext.fold.orders": Key(
         GGUFValueType.ARRAY,
-        "Per block the order of the matrix that mixes the channels of each value head, 0 for none.",
+        "Per site (version 1: per block) the order of the matrix that mixes the channels of each value head, "
+        "0 for none.",
         GGUFValueType.UINT32,
     ),
     "ggml_ext.fold.heads": Key(
@@ -127,7 +158,9 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
             f"key ggml_ext.transform.name is '{transform}', this version knows only {', '.join(TRANSFORMS)}; "
             "a newer ggml-ext may read the file"
         )
-    _check_per_block(values, n_blocks)
+    version = values.get("ggml_ext.version", 1)
+    _check_sites(values, version)
+    _check_lengths(values, n_blocks)
     for i, order in enumerate(values.get("ggml_ext.transform.hadamard", ())):
         element = f"key ggml_ext.transform.hadamard element {i} is {order}"
         if order & (order - 1):
@@ -141,7 +174,7 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
             raise GgmlExtError(
                 f"key ggml_ext.transform.clip element {i} is {clip}, not in (0, 1]; convert the model again"
             )
-    _check_folds(values, transform)
+    _check_folds(values, transform, version)
     for name, allowed in _CHOICES.items():
         if name in values and values[name] not in allowed:
             raise GgmlExtError(
@@ -151,8 +184,42 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
     _check_errors(values)
 
 
-def _check_per_block(values: Mapping[str, Any], n_blocks: int | None) -> None:
-    if n_blocks is None:
+def _check_sites(values: Mapping[str, Any], version: int) -> None:
+    """The table of sites, which version 2 has, whole."""
+    names = [name for name in KEYS if name.startswith("ggml_ext.site.")]
+    found = [name for name in names if name in values]
+    if version == 1 and found:
+        raise GgmlExtError(f"key {found[0]} is one of version 2, the file has version 1; convert it again")
+    if version == 1:
+        return
+    if len(found) < len(names):
+        (missing, *_) = [name for name in names if name not in values]
+        raise GgmlExtError(f"key {missing} is missing from a file of version 2; convert the model again")
+    readers, online, folded = (values[name] for name in names[:3])
+    for name in names[2:]:
+        if len(values[name]) != len(online):
+            raise GgmlExtError(
+                f"key {name} has {len(values[name])} elements, {names[1]} has {len(online)}; "
+                "convert the model again"
+            )
+    counts = [sum(pair) for pair in zip(online, folded, strict=True)]
+    if 0 in counts:
+        raise GgmlExtError(
+            f"key {names[1]} element {counts.index(0)} is 0, {names[2]} too; convert the model again"
+        )
+    if len(readers) != sum(counts):
+        raise GgmlExtError(
+            f"key {names[0]} has {len(readers)} elements, {sum(counts)} are announced; "
+            "convert the model again"
+        )
+    twice = [name for name, times in Counter(readers).items() if times > 1]
+    if twice:
+        raise GgmlExtError(f"key {names[0]} names {twice[0]} twice; convert the model again")
+
+
+def _check_lengths(values: Mapping[str, Any], n_blocks: int | None) -> None:
+    n_sites = len(values["ggml_ext.site.online"]) if values.get("ggml_ext.version", 1) > 1 else None
+    if n_sites is None and n_blocks is None:
         return
     for name, each, words in (
         ("ggml_ext.transform.hadamard", 4, "four"),
@@ -161,16 +228,19 @@ def _check_per_block(values: Mapping[str, Any], n_blocks: int | None) -> None:
         ("ggml_ext.fold.orders", 1, "one"),
     ):
         length = len(values.get(name, ()))
-        if length and length != each * n_blocks:
-            raise GgmlExtError(
-                f"key {name} has {length} elements, not {words} for each of the {n_blocks} blocks; "
-                "convert the model again"
-            )
+        wanted = each * (n_blocks or 0) if n_sites is None else n_sites
+        each_of = (
+            f"{words} for each of the {n_blocks} blocks"
+            if n_sites is None
+            else f"one for each of {n_sites} sites"
+        )
+        if length and length != wanted:
+            raise GgmlExtError(f"key {name} has {length} elements, not {each_of}; convert the model again")
 
 
-def _check_folds(values: Mapping[str, Any], transform: str) -> None:
+def _check_folds(values: Mapping[str, Any], transform: str, version: int) -> None:
     present = [name for name in KEYS if name.startswith("ggml_ext.fold.") and name in values]
-    if present and "ggml_ext.fold.sizes" not in values:
+    if present and "ggml_ext.fold.sizes" not in values and version == 1:
         raise GgmlExtError(f"key ggml_ext.fold.sizes is missing beside {present[0]}; convert the model again")
     if present and transform == "none":
         raise GgmlExtError(
