@@ -120,7 +120,12 @@ def permuted(site: Site, random: np.random.Generator) -> SiteTransform:
 
 
 def _with(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> NDArray[np.float32]:
-    """The logits of a file with the transforms that ``draw`` gives."""
+    """The logits of such a file."""
+    return logits(written(model, work, draw, online, threads), threads)
+
+
+def written(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> Path:
+    """Makes a file, in ``work``, with the transforms that ``draw`` gives, and returns its path."""
     source, random = model.source, np.random.default_rng(0)
     types = {
         tensor.name: tensor.type_name if tensor.type_name in TOLERANCES else "f32"
@@ -150,4 +155,4 @@ def _with(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int)
     out = work / "proof.gguf"
     choices = [Choice(name, type_name, "") for name, type_name in types.items()]
     write(source, out, choices, None, None, prepared=prepared, threads=threads)
-    return logits(out, threads)
+    return out

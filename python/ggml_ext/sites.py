@@ -33,8 +33,9 @@ class Linear:
 class Fold:
     """Where the offline part of a site's transform goes: the channels of the site are elements (``rows`` =
     False: a norm's gain, GGUF vector [n]) or output rows first .. first + n - 1 of a matrix (``rows`` =
-    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector, or [experts, n_out],
-    that is added to the same channels, or "". The n_kv * head_dim rows of v each feed several channels."""
+    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]; with ``n`` above n_out the rows of all matrices
+    of the stack, one after the other). ``bias``: GGUF vector, or [experts, n_out], that is added to the same
+    channels, or "". The n_kv * head_dim rows of v each feed several channels."""
 
     tensor: str
     rows: bool

@@ -105,6 +105,21 @@ def test_rows_of_up_take_the_diagonal(experts: int) -> None:
     assert_close(x @ tensors["up.weight"].transpose(-1, -2), transform.apply(x @ before.transpose(-1, -2)))
 
 
+def test_the_rows_of_a_stack_take_the_diagonal_one_after_the_other() -> None:
+    """Latent attention: head after head has a matrix of its own."""
+    g = random(2)
+    transform = SiteTransform(torch.rand(6, generator=g, dtype=torch.float64) + 0.5)
+    tensors = {"v_b.weight": torch.randn(3, 2, N_IN, generator=g)}
+    before = tensors["v_b.weight"].clone()
+    assert fold(site(6, Fold("v_b.weight", rows=True, n=6)), transform, tensors) == {"v_b.weight"}
+    x = torch.randn(5, 3, N_IN, generator=g)
+
+    def heads(found: Tensor) -> Tensor:
+        return torch.einsum("thi,hoi->tho", x, found).reshape(5, 6)
+
+    assert_close(heads(tensors["v_b.weight"]), transform.apply(heads(before)))
+
+
 def test_nothing_is_changed_where_nothing_is_folded() -> None:
     """Identity transforms must give the bits of a file without them."""
     assert fold(site(4, None), identity(4), {}) == set()

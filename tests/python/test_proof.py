@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import fold_files as folds
 from arch_models import ArchModel
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
 from ggml_ext.model_sites import ModelSites
 from ggml_ext.observe.observer import Observer
 from ggml_ext.observe.sites import Table
-from ggml_ext.proof import prove
+from ggml_ext.proof import powers, prove, written
 from ggml_ext.sites import Fold, Site
 from ggml_ext.source import open_gguf
 
@@ -140,3 +142,23 @@ def test_a_wrong_structure_fails(
 ) -> None:
     with pytest.raises(GgmlExtError, match="should change nothing changes the logits by"):
         prove(Mutant.of(architectures[name].path, reader, change), tmp_path, online=True, threads=1)
+
+
+@pytest.mark.parametrize("name", ["qwen2moe-moe", "deepseek2-moe", "falcon-h1-dense", "command-r-dense"])
+def test_adapters_of_every_matrix_fit(name: str, architectures: dict[str, ArchModel], tmp_path: Path) -> None:
+    """Of shared experts, latent attention, state space layers, and two layers behind one norm: what reads a
+    site and what makes it is found in the file's table."""
+    model = architectures[name]
+    sites = sites_of(model.path)
+    folded = written(sites, tmp_path, partial(powers, online=True), True, 1)
+    readers = {r.tensor for site in sites.table.sites for r in site.readers if r.tensor.startswith("blk.")}
+    shapes = {
+        tensor.name: tensor.dims[::-1]
+        for tensor in sites.source.tensors
+        if tensor.name in readers and len(tensor.dims) > 1
+    }
+    adapter = folds.write_adapter(tmp_path / "a.gguf", shapes, architecture=model.arch)
+    with folds.AdapterModel(model.path) as a, folds.AdapterModel(folded) as b:
+        expected = a.log_probabilities([(adapter, 1.0)])
+        assert folds.divergence(expected, b.log_probabilities([(adapter, 1.0)])) <= 1e-6
+        assert folds.divergence(expected, a.log_probabilities()) > 1e-3, "the adapter hardly acts"
