@@ -101,7 +101,9 @@ def main() -> None:
         for name, model in sorted(arch_models.save(Path(folder), options.program).items()):
             with ObservedModel(model.path, ctx=64) as observed:
                 lines.append(row(name, observed.table(), open_gguf(model.path)) + "\n")
-    options.output.write_text(HEAD + "".join(lines))
+    whole = sum("| all |" in line for line in lines)
+    foot = f"In {whole} of {len(lines)} models a conversion can transform what every matrix of a block reads."
+    options.output.write_text(HEAD + "".join(lines) + f"\n{foot}\n")
 
 
 if __name__ == "__main__":

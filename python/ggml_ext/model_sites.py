@@ -20,7 +20,7 @@ from ggml_ext.rules import FLOAT_TYPES
 from ggml_ext.sites import Fold, Linear, Site
 from ggml_ext.source import Source, read_floats, reading
 
-_NAME = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+_NAME = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelSites:
         """The sites of block ``index`` by anchor, with the weights of their matrices."""
         found: dict[str, Site] = {}
         for site in self.table.sites:
-            if _block_of(site.anchor + ".weight") == index:
+            if _block_of(site.anchor) == index:
                 roles = self._roles(site)
                 if roles.linears:
                     built = self._site(site, roles)
@@ -63,7 +63,7 @@ class ModelSites:
             (
                 block
                 for site in self.table.sites
-                if (block := _block_of(site.anchor + ".weight")) is not None and self._roles(site).online
+                if (block := _block_of(site.anchor)) is not None and self._roles(site).online
             ),
             default=None,
         )
@@ -87,7 +87,7 @@ class ModelSites:
     def transforms(self, name: str) -> bool:
         """Whether something can be done to what the matrix reads."""
         site = self.table.site_of(name)
-        if site is None or _block_of(site.anchor + ".weight") is None:
+        if site is None or _block_of(site.anchor) is None:
             return False
         roles = self._roles(site)
         return self._fold(site) is not None or (roles.online and name in roles.linears)
@@ -137,7 +137,7 @@ class ModelSites:
     def _fold(self, site: observed.Site) -> Fold | None:
         """What the graph found, if all of it is in one block, since blocks are done one by one, and unless a
         matrix of the block might read the site in another graph (that of flash attention, say)."""
-        found, block = site.fold, _block_of(site.anchor + ".weight")
+        found, block = site.fold, _block_of(site.anchor)
         if found is None:
             return None
         concerned = {found.tensor, found.bias or found.tensor, *(reader.tensor for reader in site.readers)}
@@ -151,6 +151,6 @@ class ModelSites:
         return Fold(found.tensor, found.kind != "gain", first=found.first, n=found.n, bias=found.bias)
 
 
-def _block_of(tensor: str) -> int | None:
-    match = _NAME.fullmatch(tensor)
+def _block_of(name: str) -> int | None:
+    match = _NAME.match(name)
     return None if match is None else int(match[1])
