@@ -37,6 +37,18 @@ class Key:
         return self.type.name if self.element is None else f"{self.type.name} of {self.element.name}"
 
 
+def _texts(meaning: str) -> Key:
+    return Key(GGUFValueType.ARRAY, meaning, GGUFValueType.STRING)
+
+
+def _integers(meaning: str) -> Key:
+    return Key(GGUFValueType.ARRAY, meaning, GGUFValueType.UINT32)
+
+
+def _floats(meaning: str) -> Key:
+    return Key(GGUFValueType.ARRAY, meaning, GGUFValueType.FLOAT32)
+
+
 KEYS: Mapping[str, Key] = {
     "ggml_ext.version": Key(
         GGUFValueType.UINT32,
@@ -52,68 +64,38 @@ KEYS: Mapping[str, Key] = {
         GGUFValueType.STRING,
         "Transform of the activations that the weights expect: one of TRANSFORMS. A reader refuses others.",
     ),
-    "ggml_ext.site.readers": Key(
-        GGUFValueType.ARRAY,
+    "ggml_ext.site.readers": _texts(
         "Tensors that read each site, one site after the other: first those that read what is transformed "
-        "online, the first of all being the site's anchor.",
-        GGUFValueType.STRING,
+        "online, the first of all being the site's anchor."
     ),
-    "ggml_ext.site.online": Key(
-        GGUFValueType.ARRAY,
-        "Per site how many of its readers read what is transformed online.",
-        GGUFValueType.UINT32,
+    "ggml_ext.site.online": _integers("Per site how many of its readers read what is transformed online."),
+    "ggml_ext.site.folded": _integers("Per site how many of its readers only what was folded concerns."),
+    "ggml_ext.site.makers": _texts("Per site the matrix whose rows make its channels, or an empty string."),
+    "ggml_ext.site.first": _integers("Per site the first of these rows."),
+    "ggml_ext.site.rows": _integers("Per site how many they are."),
+    "ggml_ext.site.head": _integers(
+        "Per site the size of a value head where attention hands these rows on, or 0."
     ),
-    "ggml_ext.site.folded": Key(
-        GGUFValueType.ARRAY,
-        "Per site how many of its readers only what was folded concerns.",
-        GGUFValueType.UINT32,
-    ),
-    "ggml_ext.site.makers": Key(
-        GGUFValueType.ARRAY,
-        "Per site the matrix whose rows make its channels, or an empty string.",
-        GGUFValueType.STRING,
-    ),
-    "ggml_ext.site.first": Key(
-        GGUFValueType.ARRAY, "Per site the first of these rows.", GGUFValueType.UINT32
-    ),
-    "ggml_ext.site.rows": Key(GGUFValueType.ARRAY, "Per site how many they are.", GGUFValueType.UINT32),
-    "ggml_ext.site.head": Key(
-        GGUFValueType.ARRAY,
-        "Per site the size of a value head where attention hands these rows on, or 0.",
-        GGUFValueType.UINT32,
-    ),
-    "ggml_ext.transform.hadamard": Key(
-        GGUFValueType.ARRAY,
+    "ggml_ext.transform.hadamard": _integers(
         "Per site the order of a Walsh-Hadamard matrix in the place of the right factor: powers of two, 0 "
-        "or 1 for none. Version 1 has four sites per block: attn_in, attn_out, ffn_in, ffn_mid.",
-        GGUFValueType.UINT32,
+        "or 1 for none. Version 1 has four sites per block: attn_in, attn_out, ffn_in, ffn_mid."
     ),
-    "ggml_ext.transform.clip": Key(
-        GGUFValueType.ARRAY,
+    "ggml_ext.transform.clip": _floats(
         "Per site a factor in (0, 1]: a token's transformed activations are clamped to that factor times "
-        "the largest of their magnitudes.",
-        GGUFValueType.FLOAT32,
+        "the largest of their magnitudes."
     ),
-    "ggml_ext.fold.sizes": Key(
-        GGUFValueType.ARRAY,
+    "ggml_ext.fold.sizes": _integers(
         "Per site the length of the diagonal that the transform folded into the weights, 0 for none. "
-        "Absent in version 1: not recorded, so LoRA adapters are refused.",
-        GGUFValueType.UINT32,
+        "Absent in version 1: not recorded, so LoRA adapters are refused."
     ),
-    "ggml_ext.fold.diagonals": Key(
-        GGUFValueType.ARRAY,
-        "These diagonals, one after the other: the site's channels were divided by them.",
-        GGUFValueType.FLOAT32,
+    "ggml_ext.fold.diagonals": _floats(
+        "These diagonals, one after the other: the site's channels were divided by them."
     ),
-    "ggml_ext.fold.orders": Key(
-        GGUFValueType.ARRAY,
+    "ggml_ext.fold.orders": _integers(
         "Per site (version 1: per block) the order of the matrix that mixes the channels of each value head, "
-        "0 for none.",
-        GGUFValueType.UINT32,
+        "0 for none."
     ),
-    "ggml_ext.fold.heads": Key(
-        GGUFValueType.ARRAY, "These matrices, row after row: v became v times it.", GGUFValueType.FLOAT32
-    ),
+    "ggml_ext.fold.heads": _floats("These matrices, row after row: v became v times it."),
     "ggml_ext.activation.bits": Key(
         GGUFValueType.UINT32, "Bits of activations that meet quantised weights: 8 (llama.cpp's own) or 4."
     ),
@@ -126,14 +108,8 @@ KEYS: Mapping[str, Key] = {
     "ggml_ext.calibration.samples": Key(GGUFValueType.UINT32, "Token sequences taken from the text."),
     "ggml_ext.calibration.length": Key(GGUFValueType.UINT32, "Tokens per sequence."),
     "ggml_ext.calibration.seed": Key(GGUFValueType.UINT32, "Seed of the choice of sequences."),
-    "ggml_ext.error.tensors": Key(
-        GGUFValueType.ARRAY, "Names of the tensors that ggml_ext.error.values is about.", GGUFValueType.STRING
-    ),
-    "ggml_ext.error.values": Key(
-        GGUFValueType.ARRAY,
-        "Relative squared error of each, as ggml_ext.error.kind says.",
-        GGUFValueType.FLOAT32,
-    ),
+    "ggml_ext.error.tensors": _texts("Names of the tensors that ggml_ext.error.values is about."),
+    "ggml_ext.error.values": _floats("Relative squared error of each, as ggml_ext.error.kind says."),
     "ggml_ext.error.kind": Key(
         GGUFValueType.STRING,
         'Of what: "output" (of the products, on the calibration text) or "weight".',

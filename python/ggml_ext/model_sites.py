@@ -45,8 +45,13 @@ class ModelSites:
     def _tensors(self) -> dict[str, tuple[int, ...]]:
         return {tensor.name: tensor.dims for tensor in self.source.tensors}
 
+    @cached_property
+    def _only_floats(self) -> bool:
+        return not any(map(self._rounds, self._tensors))
+
     def block(self, index: int) -> dict[str, Site]:
-        """The sites of block ``index`` by anchor, with the weights of their matrices."""
+        """The sites of block ``index`` by anchor, with the weights of their matrices: those where something
+        is rounded, or all of a file of floats."""
         found: dict[str, Site] = {}
         for site in self.table.sites:
             if _block_of(site.anchor) == index:
@@ -106,10 +111,13 @@ class ModelSites:
         return tuple(Linear(name, self.read(name)) for name in names)
 
     def _roles(self, site: observed.Site) -> _Roles:
-        """What stays in float32 among matrices that do not is nothing to transform: a router."""
+        """What stays in float32 among matrices that do not is nothing to transform: a router. Nor is a site
+        where nothing is rounded, but for files of floats."""
         names = [reader.tensor for reader in site.readers if reader.tensor in self._tensors]
         matrices = [name for name in names if len(self._tensors[name]) > 1]
         heavy = [name for name in matrices if self.types.get(name, "f32") != "f32"] or matrices
+        if not (self._only_floats or any(map(self._rounds, heavy))):
+            return _Roles((), (), names, online=False)
         also = [name for name in names if name not in heavy]
         reached = {reader.tensor for reader in site.readers if reader.online}
         linears = [name for name in heavy if name in reached]

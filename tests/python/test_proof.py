@@ -8,9 +8,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 import fold_files as folds
+import transform_files as files
 from arch_models import ArchModel
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
@@ -82,6 +85,9 @@ PROVEN = [
     "deepseek2-moe",  # latent attention
     "gemma4-moe",
     "qwen35moe-moe",
+    "kimi-linear-moe",  # linear attention
+    "mamba2-dense",  # state space alone
+    "grok-moe",  # dense and expert matrices in one block
 ]
 
 
@@ -92,6 +98,36 @@ def test_what_the_graph_allows_changes_nothing(
     model = sites_of(architectures[name].path)
     prove(model, tmp_path, online=True, threads=1)
     prove(model, tmp_path, online=False, threads=1)
+
+
+def two_heads(path: Path, out: Path) -> Path:
+    """A DeepSeek 2 whose latent attention has twice its one head, with weights of its own."""
+    model, random = files.read(path), np.random.default_rng(1)
+    for name, array in model.tensors.items():
+        shape = list(array.shape)
+        if re.search(r"attn_[kv]_b\.", name):
+            shape = [2, *shape[-2:]]
+        elif ".attn_q_b." in name:
+            shape[0] *= 2
+        elif ".attn_output." in name:
+            shape[-1] *= 2
+        if shape != list(array.shape):
+            model.tensors[name] = random.normal(0, 0.1, shape).astype(np.float32)
+    reader = gguf.GGUFReader(model.write(out), "r+")
+    count = reader.fields["deepseek2.attention.head_count"]
+    count.parts[count.data[0]][0] = 2
+    reader.data.flush()
+    return out
+
+
+def test_heads_that_matrices_of_a_stack_make(architectures: dict[str, ArchModel], tmp_path: Path) -> None:
+    """The channels of latent attention: row after row, head after head."""
+    model = sites_of(two_heads(architectures["deepseek2-moe"].path, tmp_path / "two.gguf"))
+    site = model.block(1)["blk.1.attn_output"]
+    assert site.fold is not None
+    assert (site.fold.tensor, site.fold.n) == ("blk.1.attn_v_b.weight", site.n)
+    assert len(model.read(site.fold.tensor)) == 2
+    prove(model, tmp_path, online=True, threads=1)
 
 
 def lose_a_reader(site: Site) -> Site:

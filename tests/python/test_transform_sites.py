@@ -22,6 +22,15 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.gguf_ext import validate_keys
 from ggml_ext.header import read_header
 from ggml_ext.llama import Model, bindings
+from ggml_ext.source import open_gguf
+from ggml_ext.writer import (
+    OutTensor,
+    string_array_key,
+    string_key,
+    uint32_array_key,
+    uint32_key,
+    write_header,
+)
 from transform_files import run
 
 EYE = np.eye(16, dtype=np.float32)
@@ -37,9 +46,9 @@ def llama(base: Path) -> Path:
     return files.llama_f32(base)
 
 
-def everything(path: Path, *, use_hadamard: bool = False) -> files.Model:
+def everything(path: Path) -> files.Model:
     """Folds, factors and clips at every site, in version 1."""
-    model = files.transform(folds.fold(files.read(path), files.HEAD_DIM), use_hadamard=use_hadamard)
+    model = files.transform(folds.fold(files.read(path), files.HEAD_DIM), use_hadamard=True)
     model.ours["ggml_ext.transform.clip"] = [0.9, 1.0, 0.8, 1.0] * model.blocks
     return model
 
@@ -48,8 +57,9 @@ def everything(path: Path, *, use_hadamard: bool = False) -> files.Model:
 def test_both_versions_give_the_same_bits(source: Callable[[Path], Path], base: Path, tmp_path: Path) -> None:
     """With and without an adapter of every matrix."""
     path = source(base)
-    old = everything(path, use_hadamard=True).write(tmp_path / "1.gguf")
-    new = files.upgrade(everything(path, use_hadamard=True)).write(tmp_path / "2.gguf")
+    model = everything(path)
+    old = model.write(tmp_path / "1.gguf")
+    new = files.upgrade(model).write(tmp_path / "2.gguf")
     validate_keys(read_header(new))
     shapes = folds.shapes_of(path, (*folds.TARGETS, *folds.EXPERT_TARGETS))
     adapter = folds.write_adapter(tmp_path / "a.gguf", shapes)
@@ -335,3 +345,29 @@ def test_malformed_table_is_refused_by_name(
             validate_keys(read_header(path))
     else:
         validate_keys(read_header(path))
+
+
+def test_a_table_of_no_sites(llama: Path, patched_lib_dir: Path, tmp_path: Path) -> None:
+    """Where the graph has no place for a transform, nothing was folded, and adapters fit as they are."""
+    header, path = read_header(llama), tmp_path / "m.gguf"
+    texts, integers = ("readers", "makers"), ("online", "folded", "first", "rows", "head")
+    keys = dict(header.keys)
+    keys["ggml_ext.version"] = uint32_key("ggml_ext.version", 2)
+    keys["ggml_ext.transform.name"] = string_key("ggml_ext.transform.name", "awq")
+    for write, names in ((string_array_key, texts), (uint32_array_key, integers)):
+        keys |= {f"ggml_ext.site.{name}": write(f"ggml_ext.site.{name}", []) for name in names}
+    out = [
+        OutTensor(described.name, tensor.dims, described.type_id, tensor.n_bytes)
+        for described, tensor in zip(header.tensors, open_gguf(llama).tensors, strict=True)
+    ]
+    with path.open("wb") as file:
+        write_header(file, keys, out, header.alignment)
+        file.write(llama.read_bytes()[header.data :])
+    validate_keys(read_header(path))
+    adapter = folds.write_adapter(tmp_path / "a.gguf", folds.shapes_of(llama, folds.TARGETS))
+    found = []
+    for source in (llama, path):
+        result = run(patched_lib_dir, source, tmp_path / "out.npy", "--lora", str(adapter))
+        assert result.returncode == 0, result.stderr[-2000:]
+        found.append(np.load(tmp_path / "out.npy"))
+    assert np.array_equal(*found)

@@ -64,6 +64,8 @@ class Model:
         for name, entry in reader.fields.items():
             if name.startswith("GGUF.") or name == "general.architecture" or name.startswith("ggml_ext."):
                 continue
+            if entry.types == [Value.ARRAY]:
+                continue  # empty, which GGUFWriter does not write
             inner = entry.types[1] if entry.types[0] == Value.ARRAY else None
             writer.add_key_value(name, entry.contents(), entry.types[0], inner)
         for name, value in self.ours.items():
