@@ -1,6 +1,6 @@
 """What a calibration will take. Observing is timed on the model itself (observe/estimate.py); the rates of
 solving and rounding come from small matrices, extrapolated by their operation counts, good to a factor of
-two or so. """
+two or so."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _solving(method: recipes.Method) -> float:
     """Seconds to solve the transform of one site with _N channels and one matrix."""
     x, w = _moments()
     hessian = x.T @ x / len(x)
-    site = Site("attn_in", "probe", _N, (Linear("probe.weight", w),), None)
+    site = Site("probe", _N, (Linear("probe.weight", w),), None)
     stats = SiteStats(hessian, x.abs().amax(0), x, len(x))
     activation = recipes.ACTIVATIONS[method.activation]
     request = transforms.TransformRequest(

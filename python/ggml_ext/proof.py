@@ -25,11 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ggml_ext.block_file import Folded, Stored, block_path, load, save
+from ggml_ext.block_file import FileSite, Stored, block_path, load, save
 from ggml_ext.blockwise import Job, encode_block
 from ggml_ext.encode import Prepared, write
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.fold import folded
 from ggml_ext.llama import Model
 from ggml_ext.model_sites import ModelSites
 from ggml_ext.progress import track
@@ -121,36 +120,39 @@ def permuted(site: Site, random: np.random.Generator) -> SiteTransform:
 
 
 def _with(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> NDArray[np.float32]:
-    """The logits of a file with the transforms that ``draw`` gives."""
+    """The logits of such a file."""
+    return logits(written(model, work, draw, online, threads), threads)
+
+
+def written(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> Path:
+    """Makes a file, in ``work``, with the transforms that ``draw`` gives, and returns its path."""
     source, random = model.source, np.random.default_rng(0)
     types = {tensor.name: tensor.type_name for tensor in source.tensors}
     proven = {name: its if its in EXACT else "bf16" for name, its in types.items()}
     job = Job(proven, "rtn", model.read, threads=threads)
     tensors: dict[str, Stored] = {}
-    folds: list[Folded] = []
+    placed: list[FileSite] = []
     with track(source.n_blocks, "proof", "blocks") as advance:
         for index in range(source.n_blocks):
-            sites = {anchor: site for anchor, site in model.block(index).items() if site.kind}
+            sites = model.block(index)
             transforms = {anchor: draw(site, random) for anchor, site in sites.items()}
             packed, findings = encode_block(sites, None, transforms, job)
             save(block_path(work, index), packed, findings)
             tensors |= load(block_path(work, index))[0]
-            folds.append(folded(sites, transforms))
+            placed += findings.sites
             advance(1)
     prepared = Prepared(
         tensors=tensors,
         mix="",
         transform="flatquant" if online else "awq",
         rounding="rtn",
-        hadamard=(),
-        clip=(),
+        sites=placed,
         activation=None,
         errors={},
-        folds=folds,
     )
     out = work / "proof.gguf"
     choices = [
         Choice(name, tensors[name].type_name if name in tensors else its, "") for name, its in types.items()
     ]
     write(source, out, choices, None, None, prepared=prepared, threads=threads)
-    return logits(out, threads)
+    return out

@@ -44,7 +44,7 @@ def assert_foldable(site: Site, transform: SiteTransform) -> None:
     if site.fold is None:
         assert bool((transform.diag == 1).all())
         assert transform.head is None
-    if site.kind == "attn_out":
+    if site.head_dim:
         shared = transform.diag.view(site.n_head_kv, -1, site.head_dim)
         assert torch.equal(shared, shared[:, :1].expand_as(shared))
     else:
