@@ -26,7 +26,7 @@ from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
-from ggml_ext.source import Source, Tensor, open_gguf
+from ggml_ext.source import Tensor, open_gguf
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ConvertResult:
         if missing:
             lines.append(f"warning: no importances for {listed(missing)}; rounded without")
         if uncollected:
-            lines.append(f"llama-imatrix collects no importances for {listed(uncollected)}; rounded without")
+            lines.append(f"importance matrices have nothing for {listed(uncollected)}; rounded without")
         if self.raised:
             lines.append(
                 f"warning: {sum(self.raised.values())} importances are 0 or next to it and count as a "
@@ -88,7 +88,7 @@ class ConvertResult:
         return lines
 
 
-# Looked up row by row, or left out by llama-imatrix unless asked for.
+# Looked up row by row, or left out of importance matrices unless asked for.
 _UNCOLLECTED = rules.EMBEDDINGS | {rules.HEAD}
 
 
@@ -171,7 +171,20 @@ def convert(
     ):
         opened = open_gguf(model)
         shapes = [tensor.shape for tensor in opened.tensors]
-        matrix, about = _importance(source, opened, imatrix, calibration, work, ctx=ctx, threads=threads)
+        if calibration is None or imatrix is not None:
+            matrix, about = None if imatrix is None else load(imatrix), None
+        else:
+            files = _weights_and_tokenizer(source) if source.is_dir() else opened.files
+            matrix, about = importance.collect(
+                opened.path,
+                files,
+                calibration,
+                work,
+                ctx=ctx,
+                threads=threads,
+                parse_special=parse_special,
+                warn=warn,
+            )
         if request.base in rules.STOCK_MIXES:
             fallbacks = stock.quantize(opened, out, request, matrix, work=work, threads=threads)
         else:
@@ -220,24 +233,6 @@ def _as_gguf(source: Path, work: Path, *, trust_remote_code: bool) -> Iterator[P
         yield model
     except GgmlExtError as exc:
         raise GgmlExtError(str(exc).replace(str(model), str(source))) from exc
-
-
-def _importance(
-    source: Path,
-    opened: Source,
-    imatrix: Path | None,
-    calibration: Path | None,
-    work: Path,
-    *,
-    ctx: int,
-    threads: int,
-) -> tuple[Imatrix | None, importance.Calibration | None]:
-    if imatrix is not None:
-        return load(imatrix), None
-    if calibration is None:
-        return None, None
-    files = _weights_and_tokenizer(source) if source.is_dir() else list(opened.files)
-    return importance.collect(opened.path, files, calibration, work, ctx=ctx, threads=threads)
 
 
 _TOKENIZER = re.compile(
