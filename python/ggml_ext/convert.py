@@ -26,6 +26,7 @@ from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
+from ggml_ext.samples import text_or_default
 from ggml_ext.source import Tensor, open_gguf
 
 
@@ -122,7 +123,8 @@ def convert(
     recipe, options: how, see recipes.py. type_name: short for options with only a type: a ggml type (fq4,
     q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which
     llama-quantize makes itself unless a transform or gptq is asked for. imatrix: importance matrix of
-    llama-imatrix. calibration: text to compute one from, or to calibrate on. calibrated: folder of a
+    llama-imatrix. calibration: text to compute one from, or to calibrate on, by default the package's where
+    one is needed. calibrated: folder of a
     finished calibration of this model, which then decides everything else. type_for: (pattern, type) pairs;
     keep: patterns of tensors that stay as they are (re.search, names). threads: 0 means all. ctx: tokens
     per context of the calibration text. seed, device, matrices, parse_special: see
@@ -139,6 +141,8 @@ def convert(
     method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
     recipes.check(method, request.type_for, text=calibration is not None, imatrix=bool(imatrix))
+    if imatrix is None and (method.blockwise or method.rounding == "imatrix"):
+        calibration = text_or_default(calibration, warn)
     if method.blockwise and calibration is not None:
         from ggml_ext.calibrate import calibrate, discard
         from ggml_ext.calibration_plan import Request

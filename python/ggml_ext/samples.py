@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_ext import paths
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
 
@@ -34,6 +35,20 @@ def few_tokens(n_tokens: int, ctx: int, widest: int) -> str | None:
         f"rounding relies on little more than importances; a longer text and --samples {enough(ctx, widest)} "
         f"give {TOKENS_PER_CHANNEL} or more"
     )
+
+
+DEFAULT_TEXT = paths.PACKAGE / "texts" / "ggml-ext-default.txt"
+"""What calibration reads where nobody says what: English prose and some C, in the public domain."""
+
+
+def text_or_default(text: Path | None, warn: Callable[[str], None]) -> Path:
+    """The text itself, or the package's, said in a line."""
+    if text is None:
+        warn(
+            f"no --calibration: using the package's own text {DEFAULT_TEXT.name}, English prose and some C; "
+            "give one of the kind that the model will meet"
+        )
+    return text or DEFAULT_TEXT
 
 
 def read_text(text: Path) -> bytes:
