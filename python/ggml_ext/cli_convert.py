@@ -35,7 +35,11 @@ def _rule(value: str) -> tuple[str, str]:
 
 
 SourceArgument = Annotated[
-    Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or f32/f16/bf16/q8_0 GGUF.")
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="Hugging Face model folder, its name on the Hub (org/name[@revision]), or float or q8_0 GGUF.",
+    ),
 ]
 
 
@@ -166,7 +170,7 @@ def calibrate(
     its = settings
     rules = its.rules
     bound_threads(its.threads)
-    from ggml_ext import recipes
+    from ggml_ext import hub, recipes
 
     recipes.require_packages()
     its.require_device()
@@ -178,7 +182,7 @@ def calibrate(
     method = recipes.resolve(its.recipe, options, importances=True)
     method = recipes.with_matrices(method, options, its.matrices)
     request = Request(
-        source,
+        hub.fetch(source),
         text_or_default(its.calibration, warn),
         method,
         rules,

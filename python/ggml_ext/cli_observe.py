@@ -30,7 +30,11 @@ def size(value: str) -> int:
 
 def observe(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or GGUF file of any type.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="Hugging Face model folder, its name on the Hub (org/name[@revision]), or GGUF of any type.",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder, begun or to begin.")],
     calibration: CalibrationOption = None,
@@ -55,12 +59,14 @@ def observe(
 ) -> None:
     """Sum what a model's matrices read on a text; interrupted, the same command goes on."""
     allowed = size(memory)
+    from ggml_ext import hub
     from ggml_ext.observe.prepare import Request
     from ggml_ext.outputs import check_outputs, write_json
     from ggml_ext.samples import text_or_default
 
     check_outputs(json_out, inputs=[source, calibration])
     text = text_or_default(calibration, warn)
+    source = hub.fetch(source)
     request = Request(source, text, samples, ctx, seed, allowed, threads, parse_special, trust_remote_code)
     if dry_run:
         from ggml_ext.observe.estimate import estimate

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import encode, hf, importance, native, recipes, rules, stock
+from ggml_ext import encode, hf, hub, importance, native, recipes, rules, stock
 from ggml_ext.atomic import target, work_folder
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
@@ -118,7 +118,8 @@ def convert(
     trust_remote_code: bool = False,
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
-    """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
+    """Converts a Hugging Face model directory, a model on the Hub (hub.parse) or an f16/bf16/f32 GGUF file to
+    the GGUF file ``out``.
 
     recipe, options: how, see recipes.py. type_name: short for options with only a type: a ggml type (fq4,
     q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which
@@ -132,8 +133,9 @@ def convert(
     GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
-    hf.require(source)
     check_outputs(out, inputs=[source, imatrix, calibration, calibrated, matrices])
+    source = hub.fetch(source)
+    hf.require(source)
     if calibrated is not None:
         return _from_folder(source, calibrated, out, threads, started, warn)
     options = options or Options(type_name=type_name)
