@@ -158,16 +158,24 @@ enum { GGML_EXT_MOMENT_PANEL = 256 };  // rows of a second moment that are store
 //
 // A block of sums, `size` floats: tokens [1 + n_experts]; the moment sum x^T x in panels: rows i .. i + PANEL - 1 (or to
 // n - 1) of columns i .. n - 1, row after row; where n_experts > 0 then the diagonals [n_experts][n], sums of x^2 over the
-// tokens that each expert got; and if own_moments, n_experts moments in panels.
+// tokens that each expert got; and with MOMENTS_OWN n_experts moments in panels. With MOMENTS_NONE, [n] sums of x^2 take
+// the place of the moment.
+enum ggml_ext_moments {
+    GGML_EXT_MOMENTS_NONE   = 0,
+    GGML_EXT_MOMENTS_SHARED = 1,
+    GGML_EXT_MOMENTS_OWN    = 2,
+};
+
 struct ggml_ext_site_sums {
     const float * before;         // the sums until now, NULL for zeros; may be `after`
     float *       after;          // before + the sums of the decode; NULL: the site is not observed
-    float *       absmax;         // [n] in and out: largest |x| of each channel, x scaled as in the sums; or NULL
+    float *       absmax;         // [n] in and out: largest |x| of each channel, x scaled as in the sums; or NULL, as
+                                  // with MOMENTS_NONE
     float *       sample;         // [sample_rows][n]: row r of the text, scaled, r a multiple of sample_stride, at
                                   // r / sample_stride; or NULL
     int64_t       sample_rows;    // rows beyond are GGML_EXT_E_SHAPE
     int64_t       sample_stride;  // >= 1
-    int32_t       own_moments;
+    int32_t       moments;        // enum ggml_ext_moments
 };
 
 // n_threads: of the sums. NULL without memory or a CPU backend. [llama]
@@ -181,7 +189,7 @@ GGML_EXT_API void ggml_ext_observer_free(struct ggml_ext_observer * observer);
 GGML_EXT_API const char * ggml_ext_observer_table(const struct ggml_ext_observer * observer);
 
 // Floats of a block of sums, or an error. [llama]
-GGML_EXT_API int64_t ggml_ext_observer_size(int64_t n, int64_t n_experts, int32_t own_moments);
+GGML_EXT_API int64_t ggml_ext_observer_size(int64_t n, int64_t n_experts, int32_t moments);
 
 // Where the sums of the next decodes go: one for each site of the table, in its order. Returns 0 or GGML_EXT_E_SHAPE for
 // another number of sites. [llama]

@@ -99,6 +99,40 @@ void power_op(ggml_tensor *, int ith, int nth, void * user_data) {
     }
 }
 
+struct diagonal {
+    const ggml_ext_rows * x;
+    const float *         before;  // null: zeros
+    float *               after;
+};
+
+// Sums of `short_sum` rows are added to each other, which bounds their error.
+void diagonal_op(ggml_tensor *, int ith, int nth, void * user_data) {
+    constexpr int64_t short_sum = 64;
+    const diagonal &  its       = *static_cast<const diagonal *>(user_data);
+    const int64_t     n_rows    = int64_t(its.x->at.size());
+    const part        range     = part_of(its.x->n, tile, ith, nth);
+    for (int64_t c0 = range.first; c0 < range.last; c0 += tile) {
+        const int64_t width      = std::min(tile, range.last - c0);
+        float         sums[tile] = {};
+        for (int64_t r0 = 0; r0 < n_rows; r0 += short_sum) {
+            float short_sums[tile] = {};
+            for (int64_t r = r0; r < std::min(r0 + short_sum, n_rows); r++) {
+                const float * x     = its.x->at[r] + c0;
+                const float   scale = its.x->scale[r] * its.x->scale[r];
+                for (int64_t c = 0; c < width; c++) {
+                    short_sums[c] += scale * x[c] * x[c];
+                }
+            }
+            for (int64_t c = 0; c < width; c++) {
+                sums[c] += short_sums[c];
+            }
+        }
+        for (int64_t c = 0; c < width; c++) {
+            its.after[c0 + c] = (its.before ? its.before[c0 + c] : 0.0f) + sums[c];
+        }
+    }
+}
+
 ggml_context_ptr context(size_t n_tensors) {
     const ggml_init_params params = { n_tensors * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
                                       nullptr, /*no_alloc=*/true };
@@ -128,23 +162,28 @@ ggml_ext_summer::ggml_ext_summer(int n_threads) :
     allocator.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
 }
 
-bool ggml_ext_summer::compute(ggml_context * ctx, ggml_cgraph * graph) {
-    (void) ctx;
+bool ggml_ext_summer::compute(ggml_cgraph * graph) {
     return ggml_gallocr_alloc_graph(allocator.get(), graph) &&
            ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS;
 }
 
+bool ggml_ext_summer::call(ggml_custom_op_t op, void * its) {
+    ggml_context_ptr ctx   = context(2);
+    ggml_cgraph *    graph = ggml_new_graph_custom(ctx.get(), 2, false);
+    ggml_build_forward_expand(
+        graph, ggml_custom_4d(ctx.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, op, GGML_N_TASKS_MAX, its));
+    return compute(graph);
+}
+
 std::vector<double> ggml_ext_summer::powers(const ggml_ext_rows & x) {
     std::vector<double> result(x.at.size());
-    squares             its   = { &x, result.data() };
-    ggml_context_ptr    ctx   = context(2);
-    ggml_cgraph *       graph = ggml_new_graph_custom(ctx.get(), 2, false);
-    ggml_build_forward_expand(
-        graph, ggml_custom_4d(ctx.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, power_op, GGML_N_TASKS_MAX, &its));
-    if (!compute(ctx.get(), graph)) {
-        return {};
-    }
-    return result;
+    squares             its = { &x, result.data() };
+    return call(power_op, &its) ? result : std::vector<double>();
+}
+
+int32_t ggml_ext_summer::add_diagonal(const ggml_ext_rows & x, const float * before, float * after) {
+    diagonal its = { &x, before, after };
+    return call(diagonal_op, &its) ? 0 : GGML_EXT_E_MEMORY;
 }
 
 int32_t ggml_ext_summer::add_moment(const ggml_ext_rows & x, const float * before, float * after, float * absmax) {
@@ -180,7 +219,7 @@ int32_t ggml_ext_summer::add_moment(const ggml_ext_rows & x, const float * befor
                                                             GGML_N_TASKS_MAX, &sums.back()));
             offset += height * (x.n - i);
         }
-        if (!compute(ctx.get(), graph)) {
+        if (!compute(graph)) {
             return GGML_EXT_E_MEMORY;
         }
         before = after;

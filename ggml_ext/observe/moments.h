@@ -1,4 +1,4 @@
-// Sums over the rows of an activation: second moments, the largest values, some of the rows. ggml-ext.h has the layout.
+// Sums over the rows of an activation: second moments, their diagonals, the largest values. ggml-ext.h has the layout.
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct ggml_ext_rows {
 // Floats of a moment of n channels in panels.
 int64_t ggml_ext_moment_size(int64_t n);
 
-// Matrix products on a CPU backend of its own.
+// Sums on the threads of a CPU backend of its own.
 class ggml_ext_summer {
   public:
     explicit ggml_ext_summer(int n_threads);
@@ -33,8 +33,12 @@ class ggml_ext_summer {
     // GGML_EXT_E_MEMORY.
     int32_t add_moment(const ggml_ext_rows & x, const float * before, float * after, float * absmax);
 
+    // The same for sums of x^2 [n].
+    int32_t add_diagonal(const ggml_ext_rows & x, const float * before, float * after);
+
   private:
-    bool compute(ggml_context * ctx, ggml_cgraph * graph);
+    bool compute(ggml_cgraph * graph);
+    bool call(ggml_custom_op_t op, void * its);
 
     ggml_backend_ptr backend;
     ggml_gallocr_ptr allocator;

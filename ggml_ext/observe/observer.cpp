@@ -174,12 +174,14 @@ void ggml_ext_observer::add(const ggml_ext_value & value, const ggml_tensor * no
         counted.push_back(weight);
     }
 
-    const int64_t n_experts = site.n_experts, size = ggml_ext_moment_size(site.n);
-    const bool    first    = !touched[value.site];
-    const float * before   = first ? into.before : into.after;
-    float *       after    = into.after;
-    const auto    previous = [&](int64_t at) { return before ? before[at] : 0.0f; };
-    after[0]               = previous(0) + count(counted);
+    const int64_t n_experts = site.n_experts;
+    const bool    diagonal  = into.moments == GGML_EXT_MOMENTS_NONE;
+    const int64_t size      = diagonal ? site.n : ggml_ext_moment_size(site.n);
+    const bool    first     = !touched[value.site];
+    const float * before    = first ? into.before : into.after;
+    float *       after     = into.after;
+    const auto    previous  = [&](int64_t at) { return before ? before[at] : 0.0f; };
+    after[0]                = previous(0) + count(counted);
     for (int64_t e = 0; e < n_experts; e++) {
         float its = 0;
         for (const size_t r : rows.experts[e]) {
@@ -187,25 +189,17 @@ void ggml_ext_observer::add(const ggml_ext_value & value, const ggml_tensor * no
         }
         after[1 + e] = previous(1 + e) + its;
     }
-    int64_t at     = 1 + n_experts;
-    int32_t status = summer.add_moment(rows.all, before ? before + at : nullptr, after + at, into.absmax);
+    int64_t    at     = 1 + n_experts;
+    const auto from   = [&]() { return before ? before + at : nullptr; };
+    int32_t    status = diagonal ? summer.add_diagonal(rows.all, from(), after + at) :
+                                   summer.add_moment(rows.all, from(), after + at, into.absmax);
     at += size;
-    for (int64_t e = 0; e < n_experts; e++, at += site.n) {
-        const ggml_ext_rows its = some(rows.all, rows.experts[e]);
-        std::vector<float>  squares(site.n);
-        for (size_t r = 0; r < its.at.size(); r++) {
-            const float scale = its.scale[r] * its.scale[r];
-            for (int64_t c = 0; c < site.n; c++) {
-                squares[c] += scale * its.at[r][c] * its.at[r][c];
-            }
-        }
-        for (int64_t c = 0; c < site.n; c++) {
-            after[at + c] = previous(at + c) + squares[c];
-        }
+    for (int64_t e = 0; e < n_experts && status == 0; e++, at += site.n) {
+        status = summer.add_diagonal(some(rows.all, rows.experts[e]), from(), after + at);
     }
-    for (int64_t e = 0; e < n_experts && into.own_moments && status == 0; e++, at += size) {
-        status =
-            summer.add_moment(some(rows.all, rows.experts[e]), before ? before + at : nullptr, after + at, nullptr);
+    const int64_t n_own = into.moments == GGML_EXT_MOMENTS_OWN ? n_experts : 0;
+    for (int64_t e = 0; e < n_own && status == 0; e++, at += size) {
+        status = summer.add_moment(some(rows.all, rows.experts[e]), from(), after + at, nullptr);
     }
     if (status != 0) {
         return fail(status, value.site);
@@ -259,12 +253,12 @@ const char * ggml_ext_observer_table(const ggml_ext_observer * observer) {
     return observer->json.empty() ? nullptr : observer->json.c_str();
 }
 
-int64_t ggml_ext_observer_size(int64_t n, int64_t n_experts, int32_t own_moments) {
-    if (n < 1 || n_experts < 0) {
+int64_t ggml_ext_observer_size(int64_t n, int64_t n_experts, int32_t moments) {
+    if (n < 1 || n_experts < 0 || moments < GGML_EXT_MOMENTS_NONE || moments > GGML_EXT_MOMENTS_OWN) {
         return GGML_EXT_E_SHAPE;
     }
-    const int64_t moment = ggml_ext_moment_size(n);
-    return 1 + n_experts + moment + n_experts * n + (own_moments ? n_experts * moment : 0);
+    const int64_t moment = moments == GGML_EXT_MOMENTS_NONE ? n : ggml_ext_moment_size(n);
+    return 1 + n_experts + moment + n_experts * n + (moments == GGML_EXT_MOMENTS_OWN ? n_experts * moment : 0);
 }
 
 int32_t ggml_ext_observer_sums(ggml_ext_observer * observer, int64_t n_sites, const ggml_ext_site_sums * sums) {

@@ -32,7 +32,6 @@ from ggml_ext.calibration_folder import OBSERVATION, held
 from ggml_ext.calibration_plan import Plan, Request
 from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
-from ggml_ext.importance import read_text
 from ggml_ext.model_sites import ModelSites
 from ggml_ext.observe import prepare, run
 from ggml_ext.observe.reader import Observation
@@ -41,6 +40,7 @@ from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held
 from ggml_ext.progress import track
 from ggml_ext.proof import prove
+from ggml_ext.samples import read_text
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
 from ggml_ext.source import Source, open_gguf
 from ggml_ext.transforms import TransformRequest

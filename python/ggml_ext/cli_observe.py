@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ggml_ext.cli_shared import (
+    CalibrationOption,
+    DryRunOption,
+    ParseSpecialOption,
+    SeedOption,
+    TrustOption,
+    warn,
+)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)i?B?", re.IGNORECASE)
 
@@ -22,64 +30,55 @@ def size(value: str) -> int:
 
 def observe(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder, or GGUF file of any type.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="Hugging Face model folder, its name on the Hub (org/name[@revision]), or GGUF of any type.",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder, begun or to begin.")],
-    calibration: Annotated[Path, typer.Option(metavar="TEXT", help="Text to observe on (UTF-8).")],
+    calibration: CalibrationOption = None,
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="Windows of the text; by default 128, or more for wide matrices."),
     ] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of where the windows are.")] = 0,
+    seed: SeedOption = 0,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for batches, beside the mapped model.")
     ] = "8G",
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
     ] = None,
-    parse_special: Annotated[
-        bool,
-        typer.Option("--parse-special", help="Control tokens spelled in the text, as in chats, are tokens."),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python files of the model folder that its tokenizer needs; read them.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what memory, disk and time it would take.")
-    ] = False,
+    parse_special: ParseSpecialOption = False,
+    trust_remote_code: TrustOption = False,
+    dry_run: DryRunOption = False,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
     ] = None,
 ) -> None:
     """Sum what a model's matrices read on a text; interrupted, the same command goes on."""
     allowed = size(memory)
+    from ggml_ext import hub
     from ggml_ext.observe.prepare import Request
     from ggml_ext.outputs import check_outputs, write_json
+    from ggml_ext.samples import text_or_default
 
-    request = Request(
-        source, calibration, samples, ctx, seed, allowed, threads, parse_special, trust_remote_code
-    )
     check_outputs(json_out, inputs=[source, calibration])
+    text = text_or_default(calibration, warn)
+    source = hub.fetch(source)
+    request = Request(source, text, samples, ctx, seed, allowed, threads, parse_special, trust_remote_code)
     if dry_run:
         from ggml_ext.observe.estimate import estimate
 
-        estimated = estimate(request, out, warn=_warn)
+        estimated = estimate(request, out, warn=warn)
         if json_out is not None:
             write_json(json_out, estimated.as_json())
         print("\n".join(estimated.lines()))
         return
     from ggml_ext.observe.run import observe as run_observe
 
-    observed = run_observe(request, out, warn=_warn)
+    observed = run_observe(request, out, warn=warn)
     if json_out is not None:
         write_json(json_out, observed.as_json())
     print(observed.summary())
-
-
-def _warn(line: str) -> None:
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)

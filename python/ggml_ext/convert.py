@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import encode, hf, importance, native, recipes, rules, stock
+from ggml_ext import encode, hf, hub, importance, native, recipes, rules, stock
 from ggml_ext.atomic import target, work_folder
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
-from ggml_ext.source import Source, Tensor, open_gguf
+from ggml_ext.samples import text_or_default
+from ggml_ext.source import Tensor, open_gguf
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ConvertResult:
         if missing:
             lines.append(f"warning: no importances for {listed(missing)}; rounded without")
         if uncollected:
-            lines.append(f"llama-imatrix collects no importances for {listed(uncollected)}; rounded without")
+            lines.append(f"importance matrices have nothing for {listed(uncollected)}; rounded without")
         if self.raised:
             lines.append(
                 f"warning: {sum(self.raised.values())} importances are 0 or next to it and count as a "
@@ -88,7 +89,7 @@ class ConvertResult:
         return lines
 
 
-# Looked up row by row, or left out by llama-imatrix unless asked for.
+# Looked up row by row, or left out of importance matrices unless asked for.
 _UNCOLLECTED = rules.EMBEDDINGS | {rules.HEAD}
 
 
@@ -117,12 +118,14 @@ def convert(
     trust_remote_code: bool = False,
     warn: Callable[[str], None] = _warn,
 ) -> ConvertResult:
-    """Converts a Hugging Face model directory or an f16/bf16/f32 GGUF file to the GGUF file ``out``.
+    """Converts a Hugging Face model directory, a model on the Hub (hub.parse) or an f16/bf16/f32 GGUF file to
+    the GGUF file ``out``.
 
     recipe, options: how, see recipes.py. type_name: short for options with only a type: a ggml type (fq4,
     q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which
     llama-quantize makes itself unless a transform or gptq is asked for. imatrix: importance matrix of
-    llama-imatrix. calibration: text to compute one from, or to calibrate on. calibrated: folder of a
+    llama-imatrix. calibration: text to compute one from, or to calibrate on, by default the package's where
+    one is needed. calibrated: folder of a
     finished calibration of this model, which then decides everything else. type_for: (pattern, type) pairs;
     keep: patterns of tensors that stay as they are (re.search, names). threads: 0 means all. ctx: tokens
     per context of the calibration text. seed, device, matrices, parse_special: see
@@ -130,8 +133,9 @@ def convert(
     GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
-    hf.require(source)
     check_outputs(out, inputs=[source, imatrix, calibration, calibrated, matrices])
+    source = hub.fetch(source)
+    hf.require(source)
     if calibrated is not None:
         return _from_folder(source, calibrated, out, threads, started, warn)
     options = options or Options(type_name=type_name)
@@ -139,6 +143,8 @@ def convert(
     method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
     recipes.check(method, request.type_for, text=calibration is not None, imatrix=bool(imatrix))
+    if imatrix is None and (method.blockwise or method.rounding == "imatrix"):
+        calibration = text_or_default(calibration, warn)
     if method.blockwise and calibration is not None:
         from ggml_ext.calibrate import calibrate, discard
         from ggml_ext.calibration_plan import Request
@@ -171,7 +177,20 @@ def convert(
     ):
         opened = open_gguf(model)
         shapes = [tensor.shape for tensor in opened.tensors]
-        matrix, about = _importance(source, opened, imatrix, calibration, work, ctx=ctx, threads=threads)
+        if calibration is None or imatrix is not None:
+            matrix, about = None if imatrix is None else load(imatrix), None
+        else:
+            files = _weights_and_tokenizer(source) if source.is_dir() else opened.files
+            matrix, about = importance.collect(
+                opened.path,
+                files,
+                calibration,
+                work,
+                ctx=ctx,
+                threads=threads,
+                parse_special=parse_special,
+                warn=warn,
+            )
         if request.base in rules.STOCK_MIXES:
             fallbacks = stock.quantize(opened, out, request, matrix, work=work, threads=threads)
         else:
@@ -220,24 +239,6 @@ def _as_gguf(source: Path, work: Path, *, trust_remote_code: bool) -> Iterator[P
         yield model
     except GgmlExtError as exc:
         raise GgmlExtError(str(exc).replace(str(model), str(source))) from exc
-
-
-def _importance(
-    source: Path,
-    opened: Source,
-    imatrix: Path | None,
-    calibration: Path | None,
-    work: Path,
-    *,
-    ctx: int,
-    threads: int,
-) -> tuple[Imatrix | None, importance.Calibration | None]:
-    if imatrix is not None:
-        return load(imatrix), None
-    if calibration is None:
-        return None, None
-    files = _weights_and_tokenizer(source) if source.is_dir() else list(opened.files)
-    return importance.collect(opened.path, files, calibration, work, ctx=ctx, threads=threads)
 
 
 _TOKENIZER = re.compile(

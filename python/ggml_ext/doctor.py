@@ -14,7 +14,7 @@ from ggml_ext import __version__, cuda, paths, tools
 from ggml_ext.errors import GgmlExtError
 
 CONVERTER_MODULES = ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf")
-NEEDED_TOOLS = ("llama-bench", "llama-imatrix", "llama-quantize")
+NEEDED_TOOLS = ("llama-bench", "llama-quantize")
 
 
 @dataclass(frozen=True)

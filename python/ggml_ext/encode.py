@@ -137,7 +137,7 @@ def _job(tensor: Tensor, choice: Choice, matrix: Imatrix | None) -> _Job:
     if importance is None and choice.target != tensor.type_name and native.needs_imatrix(choice.target):
         raise GgmlExtError(
             f"{tensor.name}: type {choice.target} needs an importance matrix; "
-            "add --calibration TEXT or --imatrix FILE that covers this tensor"
+            "add --rounding imatrix, --calibration TEXT or --imatrix FILE that covers this tensor"
         )
     n_bytes = tensor.n_bytes
     if choice.target != tensor.type_name:

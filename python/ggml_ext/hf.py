@@ -37,8 +37,7 @@ def require(path: Path) -> None:
     """Raises GgmlExtError unless there is such a file or folder."""
     if not path.exists():
         raise GgmlExtError(
-            f"{path}: no such file or directory; check the path of the model, and download it first if that "
-            "is its name on the Hugging Face Hub"
+            f"{path}: no such file or directory; check the path, or the model's name on the Hugging Face Hub"
         )
 
 

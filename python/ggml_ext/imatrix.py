@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,20 +69,33 @@ class Imatrix:
             rows = self.rows(tensor)
             if rows is not None:
                 raised[tensor.name] = usable(rows).reshape(-1)
-        out: list[tuple[OutTensor, NDArray[np.float32]]] = []
-        for name, entry in raised.items():
-            out.append((OutTensor(name + _SUMS, (entry.size, 1), _F32, entry.nbytes), entry))
-            out.append((OutTensor(name + _COUNTS, (1, 1), _F32, 4), np.ones(1, np.float32)))
-        keys = {
-            "general.type": string_key("general.type", "imatrix"),
-            "imatrix.datasets": string_array_key("imatrix.datasets", [self.dataset]),
-            "imatrix.chunk_count": uint32_key("imatrix.chunk_count", self.chunks),
-            "imatrix.chunk_size": uint32_key("imatrix.chunk_size", self.chunk_length),
-        }
-        with path.open("wb") as file:
-            write_header(file, keys, [described for described, _ in out], _ALIGNMENT)
-            for described, data in out:
-                file.write(data.astype("<f4").tobytes() + padding(described.n_bytes, _ALIGNMENT))
+        sums = {name: (entry[None], np.ones(1, np.float32)) for name, entry in raised.items()}
+        write(path, sums, self.dataset, self.chunks, self.chunk_length)
+
+
+def write(
+    path: Path,
+    sums: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    dataset: str,
+    chunks: int,
+    chunk_length: int,
+) -> None:
+    """Writes an importance matrix as llama-imatrix does. sums: tensor -> sums of squares [experts, k] and the
+    rows in them [experts]; the others: see Imatrix."""
+    out: list[tuple[OutTensor, NDArray[np.float32]]] = []
+    for name, (squares, counts) in sums.items():
+        out.append((OutTensor(name + _SUMS, squares.shape[::-1], _F32, squares.nbytes), squares))
+        out.append((OutTensor(name + _COUNTS, (1, counts.size), _F32, counts.nbytes), counts))
+    keys = {
+        "general.type": string_key("general.type", "imatrix"),
+        "imatrix.datasets": string_array_key("imatrix.datasets", [dataset]),
+        "imatrix.chunk_count": uint32_key("imatrix.chunk_count", chunks),
+        "imatrix.chunk_size": uint32_key("imatrix.chunk_size", chunk_length),
+    }
+    with path.open("wb") as file:
+        write_header(file, keys, [described for described, _ in out], _ALIGNMENT)
+        for described, data in out:
+            file.write(data.astype("<f4").tobytes() + padding(described.n_bytes, _ALIGNMENT))
 
 
 def load(path: Path) -> Imatrix:

@@ -1,8 +1,9 @@
-"""Importance matrices from a text, computed by llama-imatrix and kept for the next conversion.
+"""Importance matrices from a text, as llama-imatrix computes them, kept for the next conversion.
 
-The computation is the one step of a conversion that can take hours. Its result lies in the user's cache
-folder under a digest of everything it depends on, so that the same command, interrupted later on, does not
-repeat it, and neither does a conversion of the same model to another type.
+llama.cpp runs the model over the text, and the observer sums the squares that its matrices read (observe/).
+That is the one step of a conversion that can take hours. Its result, and what there is of it after an
+interruption, lies in the user's cache folder under a digest of everything it depends on, so that neither the
+same command nor a conversion of the same model to another type repeats it.
 """
 
 from __future__ import annotations
@@ -10,25 +11,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import process, stack, tools
 from ggml_ext.atomic import atomic_path
-from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.files import cache_dir
-from ggml_ext.imatrix import Imatrix, load
-from ggml_ext.llama import Model
+from ggml_ext.imatrix import Imatrix, load, write
+from ggml_ext.observe.description import versions
+from ggml_ext.observe.prepare import Request, Warn
+from ggml_ext.observe.reader import Observation
+from ggml_ext.observe.run import discard, observe
 from ggml_ext.outputs import identity
-from ggml_ext.progress import track
+from ggml_ext.owned_folder import BusyError
+from ggml_ext.samples import read_text
 
 _KEEP_DAYS = 30
 _FOLDER = re.compile(r"[0-9a-f]{24}")
+_OBSERVATION = "observation"
 
 
 @dataclass(frozen=True)
@@ -46,61 +50,52 @@ class Calibration:
 
 
 def collect(
-    model: Path, files: Sequence[Path], text: Path, work: Path, *, ctx: int, threads: int = 0
+    model: Path,
+    files: Sequence[Path],
+    text: Path,
+    work: Path,
+    *,
+    ctx: int,
+    threads: int = 0,
+    parse_special: bool = False,
+    warn: Warn,
 ) -> tuple[Imatrix, Calibration]:
     """Importances of the GGUF file ``model`` on the text, from the cache if they are there.
 
     files: what the model was made from; their paths, sizes and times of change identify it. work: a folder
-    for temporary files. The text is read once, so it may be a pipe, in contexts of ``ctx`` tokens. Raises
-    GgmlExtError for a text that is missing, empty or too short and for a model that llama.cpp cannot run.
+    for temporary files. The text is read once, so it may be a pipe, in contexts of ``ctx`` tokens.
+    parse_special: see samples.windows. warn: gets one line at a time. Raises GgmlExtError for a text that is
+    missing, empty or too short and for a model that llama.cpp cannot run.
     """
     content = read_text(text)
     sha256 = hashlib.sha256(content).hexdigest()
-    name = dataset_name(text, sha256)
-    cached = _cached(files, sha256, ctx, f"{Path(name).stem}.imatrix.gguf")
-    matrix = None if cached is None else _load_cached(cached)
+    request = Request(
+        model, text, ctx=ctx, threads=threads or None, parse_special=parse_special, importances=True
+    )
+    place = _cached(files, sha256, request)
+    name = f"{_dataset(text, sha256)}.imatrix.gguf"
+    matrix = None if place is None else _load_cached(place / name)
     if matrix is None:
-        (work / name).write_bytes(content)  # the name lands in the file
-        computed = _compute(model, text, content, name, work, ctx=ctx, threads=threads)
-        matrix = load(computed if cached is None else _keep(computed, cached))
+        matrix = load(_compute(request, content, place, work, name, warn))
     return matrix, Calibration(sha256, matrix.chunks, ctx)
 
 
-def read_text(text: Path) -> bytes:
-    """The bytes of a calibration text. Raises GgmlExtError if it cannot be read or is empty."""
-    try:
-        content = text.read_bytes()
-    except OSError as exc:
-        raise GgmlExtError(f"{text}: {exc.strerror}; check the path of the calibration text") from exc
-    if not content.strip():
-        raise GgmlExtError(f"{text}: empty; calibration needs a text of the kind the model will meet")
-    return content
-
-
-def text_sha256(text: Path) -> str:
-    """SHA-256 of the text's bytes, in hexadecimal. Raises GgmlExtError as read_text does."""
-    return hashlib.sha256(read_text(text)).hexdigest()
-
-
-def dataset_name(text: Path, sha256: str) -> str:
+def _dataset(text: Path, sha256: str) -> str:
     """A name for the text that is the same on every machine and says which text it was."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", text.stem)
-    return f"{stem[:100]}-{sha256[:12]}.txt"
+    return f"{stem[:100]}-{sha256[:12]}"
 
 
-def cache_root() -> Path:
-    """Folder of the importance matrices. Raises GgmlExtError if there is no place for a cache."""
-    return cache_dir() / "imatrix"
-
-
-def _cached(files: Sequence[Path], sha256: str, ctx: int, name: str) -> Path | None:
+def _cached(files: Sequence[Path], sha256: str, request: Request) -> Path | None:
     """Where the cache has the matrix, or will have it; None if there is no place for a cache."""
+    facts = [[identity(path) for path in files], sha256, request.ctx, request.parse_special, versions()]
     try:
-        root = cache_root()
-    except GgmlExtError:
+        root = cache_dir() / "imatrix"
+        root.mkdir(parents=True, exist_ok=True)
+    except (OSError, GgmlExtError):
         return None
-    depends_on = [[identity(path) for path in files], sha256, ctx, identity(tools.find("llama-imatrix"))]
-    return root / hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:24] / name
+    folder = root / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    return folder if os.access(root, os.W_OK) or folder.is_dir() else None
 
 
 def _load_cached(cached: Path) -> Imatrix | None:
@@ -110,72 +105,48 @@ def _load_cached(cached: Path) -> Imatrix | None:
         return None
 
 
-def _keep(computed: Path, cached: Path) -> Path:
-    """Copies the result to the cache and returns where it is now. Without a cache it stays where it was."""
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(cached) as temporary:
-            shutil.copyfile(computed, temporary)
-    except (OSError, GgmlExtError):
-        return computed
-    _prune(cached.parent.parent)
-    return cached
-
-
 def _prune(root: Path) -> None:
     """Removes what lies in the cache for longer than _KEEP_DAYS; what no run of ours put there stays."""
     for folder in root.iterdir():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, GgmlExtError):
             if _FOLDER.fullmatch(folder.name) and folder.stat().st_mtime < time.time() - _KEEP_DAYS * 86400:
                 for path in folder.glob("*.imatrix.gguf"):
                     path.unlink()
+                if (folder / _OBSERVATION).is_dir():
+                    discard(folder / _OBSERVATION)
                 folder.rmdir()
 
 
 def _compute(
-    model: Path, text: Path, content: bytes, name: str, folder: Path, *, ctx: int, threads: int
+    request: Request, content: bytes, cached: Path | None, work: Path, name: str, warn: Warn
 ) -> Path:
-    """Runs llama-imatrix on the text, which lies in ``folder`` as ``name``, and returns its file.
-
-    Same model, text, context and machine: same file.
-    """
-    contexts, run = _contexts(model, text, content, ctx)
-    out = folder / f"{Path(name).stem}.imatrix.gguf"
-    # A batch of one context: llama-imatrix asks for the logits of every token of a batch.
-    command: list[str | Path] = [tools.find("llama-imatrix"), "-m", model.absolute()]
-    command += ["-f", name, "-o", out.name, "-c", str(ctx), "-b", str(ctx), "-ub", str(min(ctx, 512))]
-    command += ["-t", str(threads or physical_cores())]
-    command = stack.command(command, run)
-    with track(contexts, "importance matrix", "contexts") as advance:
-        done = process.up_to(advance)
-
-        def watch(output: str) -> None:  # "[n]perplexity," after every context
-            done(max(map(int, re.findall(r"\[(\d+)\]\d", output)), default=0))
-
-        finished = process.run(command, watch=watch, cwd=folder, env=tools.environment())
-    if "non-finite values" in finished.output:
-        raise GgmlExtError(f"{model}: gives NaN or Inf on {text}; the model is damaged")
-    if finished.status != 0 or not out.is_file():
-        raise GgmlExtError(
-            f"{model}: llama-imatrix failed ({process.last_words(finished)}); run ggml-ext doctor"
-        )
-    return out
+    """Observes in the cache and returns the matrix's file; in ``work`` without a cache, and where another run
+    is computing the same there."""
+    place = work if cached is None else cached
+    folder = place / _OBSERVATION
+    try:
+        observe(request, folder, warn=warn, temporary=True, content=content)
+    except BusyError:
+        return _compute(request, content, None, work, name, warn)
+    except BaseException:
+        with contextlib.suppress(OSError):  # there is something to go on with
+            place.rmdir()
+        raise
+    with atomic_path(place / name) as temporary:
+        _write(Observation(folder), temporary, name.removesuffix(".imatrix.gguf") + ".txt")
+    discard(folder)
+    if cached is not None:
+        _prune(cached.parent)
+    return place / name
 
 
-def _contexts(model: Path, text: Path, content: bytes, ctx: int) -> tuple[int, int]:
-    """Number of contexts in the text, and its longest run for stack.command.
-
-    Raises GgmlExtError for fewer than two contexts, which llama-imatrix wants.
-
-    llama-imatrix says so too, but its log is written by a thread of its own and lost when it ends early.
-    """
-    with Model(model, weights=False) as loaded:
-        loaded.check_ctx(ctx)
-        read = content.removesuffix(b"\n")
-        n_tokens, run = len(loaded.tokenize(read)), loaded.longest_run(read)
-    if n_tokens < 2 * ctx:
-        raise GgmlExtError(
-            f"{text}: only {n_tokens} tokens, and contexts of {ctx} need {2 * ctx} at least; "
-            "give a longer text or a smaller --ctx"
-        )
-    return n_tokens // ctx, run
+def _write(seen: Observation, path: Path, dataset: str) -> None:
+    """The figures of the blocks' matrices as llama-imatrix writes them; it leaves the others out too."""
+    tensors = [reader.tensor for site in seen.table.sites for reader in site.readers]
+    sums = {}
+    for tensor in sorted(tensor for tensor in tensors if tensor.startswith("blk.")):
+        found = seen.importance(tensor)
+        assert found is not None
+        means, rows = found
+        sums[tensor] = (means * rows[:, None], rows)
+    write(path, sums, dataset, seen.description.windows, seen.description.ctx)

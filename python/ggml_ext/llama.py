@@ -222,7 +222,7 @@ class Model:
         return stack.call(lambda: self._tokenize(text, special), self.longest_run(text))
 
     def longest_run(self, text: bytes) -> int:
-        """Bound on how deep tokenizing the text goes, for stack.call and stack.command."""
+        """Bound on how deep tokenizing the text goes, for stack.call."""
         if self._api.llama_vocab_type(self.vocab) != self._api.LLAMA_VOCAB_TYPE_BPE:
             return 0  # the others have no std::regex
         return stack.longest_run(text, words=self._metadata("tokenizer.ggml.pre") == "whitespace")

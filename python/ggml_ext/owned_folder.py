@@ -25,6 +25,10 @@ SOURCE = "source.gguf"
 _MAX_LOCK = 8192
 
 
+class BusyError(GgmlExtError):
+    """Another run holds the folder."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a folder is for. ``name``: as the lock and messages have it. ``is_plan``: whether the folder's
@@ -149,7 +153,7 @@ def _open_lock(folder: Path, before: _Facts | None) -> IO[bytes]:
         busy = True
     if busy:
         file.close()
-        raise GgmlExtError(f"{folder}: another run is using it; wait for it or stop it")
+        raise BusyError(f"{folder}: another run is using it; wait for it or stop it")
     return file
 
 

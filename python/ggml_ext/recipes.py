@@ -163,15 +163,11 @@ def check(
         raise GgmlExtError("--imatrix and --calibration are two sources of importances; give one of the two")
     _check_types(method, [name for _, name in type_for])
     if method.blockwise:
-        _check_blockwise(method, text=text, imatrix=imatrix)
+        _check_blockwise(method, imatrix=imatrix)
     elif ACTIVATIONS[method.activation] is not None:
         raise GgmlExtError(
             f"--activation {method.activation}: nothing prepares this model for it; add --transform or "
             "--rounding gptq, or switch a finished model with GGML_EXT_ACT"
-        )
-    elif ROUNDINGS[method.rounding].measures and not (text or imatrix):
-        raise GgmlExtError(
-            f"--rounding {method.rounding}: there are no importances; add --calibration or --imatrix"
         )
     elif not ROUNDINGS[method.rounding].measures and (text or imatrix):
         raise GgmlExtError(
@@ -202,7 +198,7 @@ def require_packages() -> None:
             raise GgmlExtError(f"calibration needs the package {name}; pip install 'ggml-ext[calibrate]'")
 
 
-def _check_blockwise(method: Method, *, text: bool, imatrix: bool) -> None:
+def _check_blockwise(method: Method, *, imatrix: bool) -> None:
     require_packages()
     asked = f"--rounding {method.rounding}"
     if method.transform != "none":
@@ -212,8 +208,6 @@ def _check_blockwise(method: Method, *, text: bool, imatrix: bool) -> None:
             f"{asked}: takes its statistics from the text, in the transformed basis; give --calibration TEXT "
             "instead of --imatrix"
         )
-    if not text:
-        raise GgmlExtError(f"{asked}: needs a text of the kind the model will meet; add --calibration TEXT")
     if method.type_name in FLOAT_TYPES and ROUNDINGS[method.rounding].compensates:
         raise GgmlExtError(
             f"--rounding {method.rounding}: type {method.type_name} leaves nothing to round; "

@@ -9,10 +9,8 @@ tokens are the same as everywhere else, whatever the text, so that is what such 
 from __future__ import annotations
 
 import re
-import resource
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 from ggml_ext.errors import GgmlExtError
@@ -72,20 +70,6 @@ def call(function: Callable[[], T], run: int) -> T:
     if failed:
         raise failed[0]
     return done[0]
-
-
-def command(arguments: Sequence[str | Path], run: int) -> list[str | Path]:
-    """The command line of a program that tokenizes such a run in its main thread, whose stack the shell sets.
-
-    Raises GgmlExtError where the hard limit does not allow that much.
-    """
-    needed = _needed(run)
-    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    if run <= _ORDINARY or soft == resource.RLIM_INFINITY or soft >= needed:
-        return list(arguments)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise _no_stack(run)
-    return ["/bin/sh", "-c", 'ulimit -S -s "$0" && exec "$@"', str(needed >> 10), *arguments]
 
 
 def _needed(run: int) -> int:

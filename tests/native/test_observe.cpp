@@ -64,7 +64,7 @@ void test_moment(ggml_ext_summer & summer, int64_t n, int64_t n_rows) {
     const floats        buffer = normal((n + 3) * 64);
     const ggml_ext_rows x = scattered(buffer, n, n_rows), more = scattered(buffer, n, 7);
     const int64_t       size = ggml_ext_moment_size(n);
-    CHECK(size == ggml_ext_observer_size(n, 0, 0) - 1, "n %lld", (long long) n);
+    CHECK(size == ggml_ext_observer_size(n, 0, GGML_EXT_MOMENTS_SHARED) - 1, "n %lld", (long long) n);
 
     floats first(size, NAN), second(size, NAN), absmax(n, 0.0f);
     CHECK(summer.add_moment(x, nullptr, first.data(), absmax.data()) == 0, "n %lld", (long long) n);
@@ -76,8 +76,20 @@ void test_moment(ggml_ext_summer & summer, int64_t n, int64_t n_rows) {
     const ggml_ext_rows none = { n, {}, {} };
     CHECK(summer.add_moment(none, first.data(), same.data(), nullptr) == 0 && same == first, "no rows");
 
+    floats diagonal(n, NAN), further(n, NAN);
+    CHECK(summer.add_diagonal(x, nullptr, diagonal.data()) == 0, "n %lld", (long long) n);
+    CHECK(summer.add_diagonal(more, diagonal.data(), further.data()) == 0, "n %lld", (long long) n);
+    CHECK(summer.add_diagonal(none, diagonal.data(), diagonal.data()) == 0, "no rows");
+
     const std::vector<double> wanted = product(x), added = product(more);
-    double                    worst = 0;
+    for (int64_t c = 0; c < n; c++) {
+        const double once = wanted[c * n + c], twice = once + added[c * n + c];
+        CHECK(std::fabs(diagonal[c] - once) <= 1e-6 * once, "channel %lld: %g, not %g", (long long) c, diagonal[c],
+              once);
+        CHECK(std::fabs(further[c] - twice) <= 1e-6 * twice, "channel %lld: %g, not %g", (long long) c, further[c],
+              twice);
+    }
+    double worst = 0;
     each(n, [&](int64_t at, int64_t i, int64_t j) {
         const auto relative = [&](double difference, const auto & power) {
             return std::fabs(difference) / (std::sqrt(power(i) * power(j)) + 1e-30);
@@ -109,10 +121,12 @@ void test_moment(ggml_ext_summer & summer, int64_t n, int64_t n_rows) {
 }  // namespace
 
 int main() {
-    CHECK(ggml_ext_observer_size(0, 0, 0) == GGML_EXT_E_SHAPE, "no channels");
-    CHECK(ggml_ext_observer_size(4, -1, 0) == GGML_EXT_E_SHAPE, "negative experts");
-    CHECK(ggml_ext_observer_size(300, 2, 0) == 3 + 256 * 300 + 44 * 44 + 600, "experts' diagonals");
-    CHECK(ggml_ext_observer_size(300, 2, 1) == 3 + 3 * (256 * 300 + 44 * 44) + 600, "experts' moments");
+    CHECK(ggml_ext_observer_size(0, 0, 1) == GGML_EXT_E_SHAPE, "no channels");
+    CHECK(ggml_ext_observer_size(4, -1, 1) == GGML_EXT_E_SHAPE, "negative experts");
+    CHECK(ggml_ext_observer_size(4, 0, 3) == GGML_EXT_E_SHAPE, "unknown moments");
+    CHECK(ggml_ext_observer_size(300, 2, GGML_EXT_MOMENTS_NONE) == 3 + 300 + 600, "diagonals only");
+    CHECK(ggml_ext_observer_size(300, 2, GGML_EXT_MOMENTS_SHARED) == 3 + 256 * 300 + 44 * 44 + 600, "their diagonals");
+    CHECK(ggml_ext_observer_size(300, 2, GGML_EXT_MOMENTS_OWN) == 3 + 3 * (256 * 300 + 44 * 44) + 600, "own moments");
     for (const int n_threads : { 1, 2 }) {
         ggml_ext_summer summer(n_threads);
         CHECK(summer.ready(), "no CPU backend");

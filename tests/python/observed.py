@@ -16,6 +16,8 @@ from ggml_ext.observe.observer import LARGEST_TOKEN
 
 PANEL = 256
 
+_MOMENT = 1  # GGML_EXT_MOMENTS_SHARED
+
 Float = NDArray[np.float32]
 
 
@@ -79,12 +81,13 @@ class ObservedModel:
         ``token_weights`` [ctx]: how much a window's tokens count, 1 by default.
         """
         ffi, library, sites = self._ffi, self._library, self.table()["sites"]
-        sizes = [library.ggml_ext_observer_size(site["n"], site["experts"], 0) for site in sites]
+        sizes = [library.ggml_ext_observer_size(site["n"], site["experts"], _MOMENT) for site in sites]
         blocks = [np.zeros(size, np.float32) for size in sizes]
         largest = [np.zeros(site["n"], np.float32) for site in sites]
         into = ffi.new("struct ggml_ext_site_sums[]", len(sites))
         for its, block, absmax in zip(into, blocks, largest, strict=True):
             its.before = its.after = ffi.from_buffer("float[]", block)
+            its.moments = _MOMENT
             its.absmax, its.sample_stride = ffi.from_buffer("float[]", absmax), 1
         assert library.ggml_ext_observer_sums(self._observer, len(sites), into) == 0
         weights = ffi.NULL if token_weights is None else ffi.from_buffer("float[]", token_weights)

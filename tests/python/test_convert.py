@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import struct
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 from numpy.typing import NDArray
 
 import models
-from ggml_ext import encode, hf, native, source, tools
+from ggml_ext import encode, hf, native, samples, source, tools
 from ggml_ext.convert import ConvertResult, convert
 from ggml_ext.header import value
-from ggml_ext.importance import text_sha256
+from ggml_ext.recipes import Options
+from ggml_ext.samples import DEFAULT_TEXT
 from ggml_ext.source import open_gguf
 from ggml_ext.writer import OutTensor, string_key, write_header
 
@@ -152,7 +154,7 @@ def test_calibration_is_used_and_recorded(base: Path, text: Path, tmp_path: Path
     quiet(src, plain)
     meta = keys(out)
     assert meta["ggml_ext.rounding"] == "imatrix"
-    assert meta["ggml_ext.calibration.hash"] == text_sha256(text)
+    assert meta["ggml_ext.calibration.hash"] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert meta["ggml_ext.calibration.length"] == CTX
     assert meta["ggml_ext.calibration.samples"] == meta["quantize.imatrix.chunks_count"] > 1
     assert meta["ggml_ext.calibration.seed"] == 0
@@ -163,9 +165,30 @@ def test_calibration_is_used_and_recorded(base: Path, text: Path, tmp_path: Path
     assert content(out)["blk.0.attn_q.weight"] != content(plain)["blk.0.attn_q.weight"]
     assert sorted(result.without_importance) == ["output.weight", "token_embd.weight"]
     assert len(lines) == 1
-    assert lines[0].startswith("llama-imatrix collects no importances for 2 tensors")
+    assert lines[0].startswith("importance matrices have nothing for 2 tensors")
     quiet(src, tmp_path / "again.gguf", calibration=text, ctx=CTX, threads=1)
     assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
+
+
+def test_the_packages_text_where_none_is_given(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named, and the file is what the same text gives when it is given."""
+    monkeypatch.setattr(samples, "DEFAULT_TEXT", text)
+    src, out, lines = models.llama_gguf(base), tmp_path / "m.gguf", list[str]()
+    convert(src, out, options=Options(rounding="imatrix"), ctx=CTX, threads=1, warn=lines.append)
+    assert lines[0].startswith("no --calibration: using the package's own text calibration.txt")
+    assert keys(out)["ggml_ext.calibration.hash"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    quiet(src, tmp_path / "same.gguf", calibration=text, ctx=CTX, threads=1)
+    assert (tmp_path / "same.gguf").read_bytes() == out.read_bytes()
+
+
+def test_the_packages_text() -> None:
+    """Large enough for its purpose, and said to be in the public domain, work by work."""
+    content = DEFAULT_TEXT.read_text(encoding="utf-8")
+    assert 200_000 < len(content) < 260_000
+    rows = DEFAULT_TEXT.with_name("README.md").read_text(encoding="utf-8").count("\n| ")
+    assert rows - 1 == len(content.split("\n\n\n"))
 
 
 def llama_quantize(src: Path, out: Path, type_name: str, *options: str | Path) -> None:

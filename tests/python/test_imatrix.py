@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import os
 import struct
 import threading
@@ -18,8 +18,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import models
-from ggml_ext import convert, imatrix, importance, paths, process
+from ggml_ext import convert, imatrix, importance
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.observe import prepare, run
+from ggml_ext.observe.observer import Observer
+from ggml_ext.observe.prepare import Request, Warn
+from ggml_ext.owned_folder import held
 from ggml_ext.source import Tensor, open_gguf
 
 CTX = 64
@@ -125,6 +129,10 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+def collect(*arguments: Any, **options: Any) -> tuple[imatrix.Imatrix, importance.Calibration]:
+    return importance.collect(*arguments, warn=lambda _line: None, **options)
+
+
 def work(tmp_path: Path, name: str) -> Path:
     folder = tmp_path / name
     folder.mkdir()
@@ -132,22 +140,22 @@ def work(tmp_path: Path, name: str) -> Path:
 
 
 def test_a_text_gives_importances_of_every_matrix(llama: Path, text: Path, tmp_path: Path) -> None:
-    matrix, about = importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
+    matrix, about = collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
     matrices = [t for t in open_gguf(llama).tensors if t.name.startswith("blk.") and len(t.dims) == 2]
     assert len(matrices) == 7 * models.LAYERS
     assert all(matrix.rows(t) is not None for t in matrices)
     assert matrix.chunks == about.samples > 1
     assert (about.length, about.seed) == (CTX, 0)
-    assert about.sha256 == importance.text_sha256(text)
+    assert about.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
     assert matrix.dataset == f"a_text-{about.sha256[:12]}.txt"
 
 
 def test_the_same_text_gives_the_same_file(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = importance.collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    first, _ = collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    second, _ = importance.collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    second, _ = collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
     assert first.path != second.path
     assert first.path.read_bytes() == second.path.read_bytes()
 
@@ -155,57 +163,79 @@ def test_the_same_text_gives_the_same_file(
 def test_a_finished_computation_is_not_repeated(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = importance.collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    first, _ = collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
 
-    def never(*_arguments: object, **_options: object) -> process.Finished:
+    def never(*_arguments: object, **_options: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(process, "run", never)
-    again, _ = importance.collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    monkeypatch.setattr(importance, "observe", never)
+    again, _ = collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
     assert again.path == first.path
     with pytest.raises(AssertionError, match="computed again"):
-        importance.collect(llama, [llama], text, work(tmp_path, "w3"), ctx=CTX // 2, threads=1)
+        collect(llama, [llama], text, work(tmp_path, "w3"), ctx=CTX // 2, threads=1)
 
 
-def test_a_text_shorter_than_two_contexts_is_an_error(llama: Path, tmp_path: Path) -> None:
+def test_a_text_shorter_than_a_context_is_an_error(llama: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    with pytest.raises(GgmlExtError, match=r"short\.txt: only \d+ tokens, and contexts of 512 need 1024"):
-        importance.collect(llama, [llama], short, work(tmp_path, "w"), ctx=512)
+    with pytest.raises(GgmlExtError, match=r"short\.txt: only \d+ tokens, and a window needs 512"):
+        collect(llama, [llama], short, work(tmp_path, "w"), ctx=512)
 
 
 def test_missing_and_empty_texts_are_errors(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(GgmlExtError, match=r"none\.txt: No such file"):
-        importance.collect(llama, [llama], tmp_path / "none.txt", tmp_path, ctx=CTX, threads=1)
+        collect(llama, [llama], tmp_path / "none.txt", tmp_path, ctx=CTX, threads=1)
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(GgmlExtError, match=r"empty\.txt: empty"):
-        importance.collect(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)
+        collect(llama, [llama], tmp_path / "empty.txt", tmp_path, ctx=CTX, threads=1)
 
 
 def test_a_text_that_can_be_read_once(llama: Path, text: Path, tmp_path: Path) -> None:
     """A pipe, as of <(...): the same importances as of the file."""
-    expected, _ = importance.collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    expected, _ = collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
     pipe = tmp_path / "63"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_bytes(text.read_bytes()))
     writer.start()
-    found, _ = importance.collect(llama, [text], pipe, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    found, _ = collect(llama, [text], pipe, work(tmp_path, "w2"), ctx=CTX, threads=1)
     writer.join()
     for name, entry in expected.entries.items():
         np.testing.assert_array_equal(found.entries[name], entry)
 
 
-def test_no_links_are_needed(
+def test_an_interrupted_computation_goes_on(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """exFAT and CIFS have none."""
+    """Fails if windows are read again or left out: killed in between, the same file comes out."""
+    monkeypatch.setattr(prepare, "BATCH_TOKENS", CTX)
+    expected, _ = collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    monkeypatch.setattr(run, "COMMIT_SECONDS", 0.0)
+    left, decode = [2], Observer.decode
 
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+    def interrupted(*arguments: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return decode(*arguments)
 
-    monkeypatch.setattr(os, "symlink", refuse)
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    assert importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)[0].entries
+    monkeypatch.setattr(Observer, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    left[0] = expected.chunks - 2
+    found, _ = collect(llama, [llama], text, work(tmp_path, "w3"), ctx=CTX, threads=1)
+    assert left[0] == 0
+    assert found.path.read_bytes() == expected.path.read_bytes()
+    assert list(found.path.parent.iterdir()) == [found.path]
+
+
+def test_another_run_computes_the_same(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Its folder in the cache is left alone; this run's own does."""
+    first, _ = collect(llama, [llama], text, work(tmp_path, "w1"), ctx=CTX, threads=1)
+    first.path.unlink()
+    with held(first.path.parent / "observation", run.KIND, temporary=True):
+        again, _ = collect(llama, [llama], text, work(tmp_path, "w2"), ctx=CTX, threads=1)
+    assert again.path.parent == tmp_path / "w2"
 
 
 def test_a_cache_is_not_needed(
@@ -220,7 +250,7 @@ def test_a_cache_is_not_needed(
     monkeypatch.delenv("GGML_EXT_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     folder = work(tmp_path, "w")
-    matrix, _ = importance.collect(llama, [llama], text, folder, ctx=CTX, threads=1)
+    matrix, _ = collect(llama, [llama], text, folder, ctx=CTX, threads=1)
     assert matrix.path.parent == folder
 
 
@@ -228,9 +258,11 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Models whose importances are computed from now on; the computing itself is left out."""
     computed: list[Path] = []
 
-    def compute(model: Path, _text: Path, _content: bytes, name: str, folder: Path, **_: object) -> Path:
-        computed.append(model)
-        return write_imatrix(folder / "i.gguf", {"a.weight": (np.ones((1, 256)), np.array([1]))})
+    def compute(request: Request, _content: bytes, place: Path, _work: Path, name: str, _warn: Warn) -> Path:
+        computed.append(request.source)
+        place.mkdir(parents=True, exist_ok=True)
+        importance._prune(place.parent)
+        return write_imatrix(place / name, {"a.weight": (np.ones((1, 256)), np.array([1]))})
 
     monkeypatch.setattr(importance, "_compute", compute)
     return computed
@@ -242,11 +274,11 @@ def test_the_cache_is_where_the_environment_says(
     computed = _counted(monkeypatch)
     monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "elsewhere"))
     for name in ("w1", "w2"):
-        matrix, _ = importance.collect(text, [text], text, work(tmp_path, name), ctx=CTX)
+        matrix, _ = collect(text, [text], text, work(tmp_path, name), ctx=CTX)
         assert matrix.path.is_relative_to(tmp_path / "elsewhere" / "imatrix")
     assert len(computed) == 1
     matrix.path.write_bytes(bytes(matrix.path.stat().st_size))  # as a power failure may leave it
-    importance.collect(text, [text], text, work(tmp_path, "w3"), ctx=CTX)
+    collect(text, [text], text, work(tmp_path, "w3"), ctx=CTX)
     assert len(computed) == 2
 
 
@@ -260,7 +292,7 @@ def test_only_our_own_old_files_leave_the_cache(
         (root / folder).mkdir(parents=True)
         (root / folder / file).write_text("text")
         os.utime(root / folder, (1, 1))
-    importance.collect(text, [text], text, work(tmp_path, "w"), ctx=CTX)
+    collect(text, [text], text, work(tmp_path, "w"), ctx=CTX)
     assert not (root / ("0" * 24)).exists()
     assert (root / ("1" * 24) / "mine").exists()
     assert (root / "my-matrices" / "a.imatrix.gguf").exists()
@@ -293,7 +325,7 @@ def test_outputs_in_the_models_folder_do_not_make_it_another_model(
 
 def test_a_matrix_behind_a_link(llama: Path, text: Path, tmp_path: Path) -> None:
     """As in the Hugging Face cache, where the file itself has another name in another folder."""
-    matrix, _ = importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
+    matrix, _ = collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)
     blobs, snapshot = work(tmp_path, "blobs"), work(tmp_path, "snapshot")
     (blobs / "89ab").write_bytes(matrix.path.read_bytes())
     (snapshot / "im.gguf").symlink_to(Path("..") / "blobs" / "89ab")
@@ -302,14 +334,6 @@ def test_a_matrix_behind_a_link(llama: Path, text: Path, tmp_path: Path) -> None
     )
 
 
-def test_tools_in_a_relative_folder(
-    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are started in other folders."""
-    for variable, folder in (("GGML_EXT_BIN_DIR", paths.bin_dir()), ("GGML_EXT_LIB_DIR", paths.lib_dir())):
-        monkeypatch.setenv(variable, os.path.relpath(folder))
-    assert paths.library("ggml-base").is_absolute()
-    assert importance.collect(llama, [llama], text, work(tmp_path, "w"), ctx=CTX, threads=1)[0].entries
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     where=st.floats(0, 1),

@@ -23,9 +23,8 @@ import tiny_families as tiny
 from eval_models import make_model, text_of
 from ggml_ext import imatrix, tools
 from ggml_ext.llama import Model
-from ggml_ext.observe import observer as observers
 from ggml_ext.observe import prepare
-from ggml_ext.observe.layout import block_floats, panels
+from ggml_ext.observe.layout import DIAGONAL, MOMENT, OWN_MOMENTS, block_floats, panels
 from ggml_ext.observe.observer import LARGEST_TOKEN, Observer
 from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
@@ -62,22 +61,16 @@ def assert_moment(found: NDArray[np.float32], expected: Doubles, bound: float) -
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_importances_are_llama_imatrixs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int
-) -> None:
+def test_importances_are_llama_imatrixs(tmp_path: Path, experts: int) -> None:
     """Fails if tokens are missed or counted twice, in the last block above all, or experts mixed up."""
     model = make_model(tmp_path / "m.gguf", kind=Type.F32, blocks=2, experts=experts)
     text = tmp_path / "text"
     text.write_text(text_of(160))
     with Model(model, weights=False) as loaded:
         tokens = loaded.tokenize(text.read_bytes().removesuffix(b"\n"))
-    windows = tokens[: len(tokens) // CTX * CTX].reshape(-1, CTX).copy()
-    windows[:, 0] = 1
-    assert len(windows) > 5
-    monkeypatch.setattr(prepare, "windows", lambda *_, **__: windows.astype(np.int64))
-    monkeypatch.setattr(observers, "LARGEST_TOKEN", 0.0)
+    assert len(tokens) > 5 * CTX
     with batches_of(3 * CTX):
-        seen = quiet(Request(model, text, ctx=CTX, threads=1), tmp_path / "o")
+        seen = quiet(Request(model, text, ctx=CTX, threads=1, importances=True), tmp_path / "o")
     out = tmp_path / "i.gguf"
     command = [
         tools.find("llama-imatrix"),
@@ -95,13 +88,15 @@ def test_importances_are_llama_imatrixs(
     command += ["-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
     subprocess.run(command, check=True, capture_output=True, env=tools.environment())
     theirs = imatrix.load(out)
-    assert theirs.chunks == len(windows)
+    assert theirs.chunks == seen.description.windows == len(tokens) // CTX
     assert len(theirs.entries) == 2 * (8 if experts else 7)
     for name, expected in theirs.entries.items():
         found = seen.importance(name)
         assert found is not None
-        assert found.shape == (experts if name.endswith("_exps.weight") else 1, expected.size // len(found))
-        np.testing.assert_allclose(found.reshape(-1), expected, rtol=2e-5)
+        means, rows = found
+        assert means.shape == (experts if name.endswith("_exps.weight") else 1, expected.size // len(means))
+        assert rows.sum() == theirs.chunks * CTX * (2 if len(rows) > 1 else 1)
+        np.testing.assert_allclose(means.reshape(-1), expected, rtol=2e-5)
     assert seen.importance("output_norm.weight") is None
     assert seen.importance("output.weight") is not None
 
@@ -295,8 +290,8 @@ def test_a_router_reads_all_tokens(mixture: Observation) -> None:
     experts = mixture.importance("blk.0.ffn_up_exps.weight")
     assert router is not None
     assert experts is not None
-    assert (router.shape, experts.shape) == ((1, site.n), (4, site.n))
-    np.testing.assert_array_equal(router[0], mixture.moment(site).diagonal())
+    assert (router[0].shape, experts[0].shape) == ((1, site.n), (4, site.n))
+    np.testing.assert_array_equal(router[0][0], mixture.moment(site).diagonal())
 
 
 def test_samples_of_a_mixture_are_of_every_slot(mixture: Observation) -> None:
@@ -313,12 +308,10 @@ def test_samples_of_a_mixture_are_of_every_slot(mixture: Observation) -> None:
 def test_panels_hold_a_moment_once(n: int) -> None:
     assert sum(rows for _, rows in panels(n)) == n
     for experts in (0, 3):
-        for own in (False, True):
+        for moments in (DIAGONAL, MOMENT, OWN_MOMENTS):
             site = Site("a", n, experts, (), ())
             with Observer(1) as observer:
-                assert block_floats(site, own and experts > 0) == observer.size(
-                    n, experts, own and experts > 0
-                )
+                assert block_floats(site, moments) == observer.size(n, experts, moments)
 
 
 def test_special_tokens(tmp_path: Path) -> None:

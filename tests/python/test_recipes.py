@@ -70,12 +70,9 @@ def test_unknown_recipe() -> None:
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        (Method(rounding="gptq"), {"text": False}, "--rounding gptq: needs a text"),
-        (Method(transform="hadamard"), {"text": False}, "--transform hadamard: needs a text"),
         (Method(transform="awq"), {"text": False, "imatrix": True}, "instead of --imatrix"),
         (Method(), {"imatrix": True}, "give one of the two"),
         (Method(), {}, "--rounding rtn: without a transform it uses no calibration"),
-        (Method(rounding="imatrix"), {"text": False}, "there are no importances"),
         (Method(activation="a4"), {"text": False}, "--activation a4: nothing prepares this model"),
         (Method("f32", "flatquant", "gptq"), {}, "type f32 leaves nothing to round"),
         (Method("q5_k_m", "awq", "gptq"), {}, "only llama-quantize knows this mix"),

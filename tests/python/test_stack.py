@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny_bpe
-from ggml_ext import process, stack
+from ggml_ext import stack
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.importance import collect
 from ggml_ext.llama import Model
@@ -99,24 +98,10 @@ def test_a_run_beyond_memory_is_one_line() -> None:
         stack.call(lambda: 0, 10**13)
 
 
-def test_a_program_gets_the_stack_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [sys.executable, "-c", "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"]
-    assert stack.command(arguments, 100) == arguments
-    limits = (8 << 20, resource.RLIM_INFINITY)
-    monkeypatch.setattr(resource, "getrlimit", lambda _which: limits)
-    finished = process.run(stack.command(arguments, 100_000))
-    assert finished.status == 0
-    assert int(finished.output) >= 100_000 * stack.BYTES_PER_CHARACTER
-    limits = (8 << 20, 16 << 20)
-    with pytest.raises(GgmlExtError, match="100000 characters"):
-        stack.command(arguments, 100_000)
-
-
 def test_importances_of_a_text_with_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama-imatrix tokenizes the text too, in a process of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tiny_bpe.write(tmp_path / "m.gguf", pre="gpt-4o")
     text = tmp_path / "text.txt"
     text.write_text("a" * 45000 + "\n" + "Some other words. " * 20)
-    matrix, _ = collect(model, [model], text, tmp_path, ctx=1024, threads=1)
+    matrix, _ = collect(model, [model], text, tmp_path, ctx=1024, threads=1, warn=print)
     assert matrix.chunks == len(text.read_bytes()) // 1024

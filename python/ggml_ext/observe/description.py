@@ -18,7 +18,7 @@ from ggml_ext.observe.layout import Layout, Place
 from ggml_ext.observe.sites import Table, from_json
 from ggml_ext.owned_folder import PLAN
 
-VERSION = 1
+VERSION = 2
 
 _LIBRARIES = ("ggml-base", "llama")
 

@@ -22,7 +22,6 @@ import numpy as np
 from ggml_ext import hf
 from ggml_ext.atomic import work_folder
 from ggml_ext.cpus import physical_cores
-from ggml_ext.importance import read_text
 from ggml_ext.llama import Model
 from ggml_ext.observe.layout import block_floats
 from ggml_ext.observe.observer import Observer, Target
@@ -30,6 +29,7 @@ from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE
+from ggml_ext.samples import read_text
 from ggml_ext.source import Source, open_gguf
 
 _SUMS_BYTES = 512 << 20  # of the sites that are timed
@@ -187,7 +187,7 @@ def _time(prepared: Prepared, threads: int) -> _Seconds:
         def seconds(targets: list[Target], n_windows: int) -> float:
             observer.aim(targets)
             started = time.monotonic()
-            observer.decode(model, prepared.tokens[:n_windows], 0)
+            observer.decode(model, prepared.tokens[:n_windows], 0, prepared.description.largest)
             return time.monotonic() - started
 
         one = seconds(every, 1)
@@ -203,14 +203,14 @@ def _targets(prepared: Prepared) -> list[Target]:
     """A target per site. Sites of one form share memory as far as _SUMS_BYTES makes them: what becomes of the
     sums does not matter, and adding to them takes the same time."""
     pairs = list(zip(prepared.table.sites, prepared.layout.places, strict=True))
-    forms = [(site.n, site.experts, place.own_moments) for site, place in pairs]
+    forms = [(site.n, site.experts, place.moments) for site, place in pairs]
     kept = min(1.0, _SUMS_BYTES / prepared.layout.sums_bytes)
-    shared: dict[tuple[int, int, bool], list[Target]] = {form: [] for form in forms}
+    shared: dict[tuple[int, int, int], list[Target]] = {form: [] for form in forms}
     targets: list[Target] = []
     for form, (site, place) in zip(forms, pairs, strict=True):
         if len(shared[form]) < max(1, int(kept * forms.count(form))):
-            sums = np.zeros(block_floats(site, place.own_moments), np.float32)
-            shared[form].append(Target(sums, sums, own_moments=place.own_moments))
+            sums = np.zeros(block_floats(site, place.moments), np.float32)
+            shared[form].append(Target(sums, sums, moments=place.moments))
         targets.append(shared[form][len(targets) % len(shared[form])])
     return targets
 

@@ -1,7 +1,8 @@
 """Where an observation's files have the figures of each site. docs/observe.md describes the files.
 
 The sums of a site are one block of floats (struct ggml_ext_site_sums in ggml-ext.h): tokens [1 + experts],
-the second moment in panels, and with experts the diagonals [experts, n] and, if kept, a moment of each.
+the second moment in panels or only its diagonal [n], and with experts the diagonals [experts, n] and, if
+kept, a moment of each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ PANEL = 256
 ALIGNMENT = 64  # bytes: a cache line
 FLOAT = 4
 
+DIAGONAL, MOMENT, OWN_MOMENTS = range(3)
+"""What is kept of a site's second moments: the diagonal, the moment of all rows, that of each expert too.
+As enum ggml_ext_moments."""
+
 SAMPLE_ROWS = 1024
 """Most rows of a site that are kept as they are."""
 
@@ -27,13 +32,13 @@ OWN_MOMENT_TOKENS = 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site's figures lie. ``rows``: per token, at most. ``own_moments``: whether there is a moment of
-    each expert. ``stride``: of ``sample_rows`` kept rows. ``sums``, ``absmax``, ``sample``: bytes from the
+    """Where a site's figures lie. ``rows``: per token, at most. ``moments``: DIAGONAL, MOMENT or
+    OWN_MOMENTS. ``stride``: of ``sample_rows`` kept rows. ``sums``, ``absmax``, ``sample``: bytes from the
     start of each file."""
 
     anchor: str
     rows: int
-    own_moments: bool
+    moments: int
     stride: int
     sample_rows: int
     sums: int
@@ -62,10 +67,11 @@ def moment_floats(n: int) -> int:
     return sum(rows * (n - first) for first, rows in panels(n))
 
 
-def block_floats(site: Site, own_moments: bool) -> int:
+def block_floats(site: Site, moments: int) -> int:
     """Floats of a site's block of sums, as ggml_ext_observer_size has it."""
-    moments = 1 + (site.experts if own_moments else 0)
-    return 1 + site.experts + site.experts * site.n + moments * moment_floats(site.n)
+    own = site.experts * moment_floats(site.n) if moments == OWN_MOMENTS else 0
+    shared = site.n if moments == DIAGONAL else moment_floats(site.n)
+    return 1 + site.experts + shared + site.experts * site.n + own
 
 
 def rows_per_token(site: Site, used: int) -> int:
@@ -78,17 +84,22 @@ def rows_per_token(site: Site, used: int) -> int:
     return max(used, 1) if site.routed else site.experts
 
 
-def lay_out(table: Table, n_tokens: int, used: int) -> Layout:
-    """The layout for an observation of ``n_tokens`` tokens. ``used``: experts per token of a mixture."""
+def lay_out(table: Table, n_tokens: int, used: int, *, diagonals: bool) -> Layout:
+    """The layout for an observation of ``n_tokens`` tokens. ``used``: experts per token of a mixture.
+    ``diagonals``: nothing but diagonals is kept."""
     places = []
     sums = absmax = sample = 0
     for site in table.sites:
         rows = rows_per_token(site, used)
-        own = keeps_moments(site, n_tokens, used)
+        if diagonals:
+            places.append(Place(site.anchor, rows, DIAGONAL, 1, 0, sums, 0, 0))
+            sums += _aligned(FLOAT * block_floats(site, DIAGONAL))
+            continue
+        moments = OWN_MOMENTS if keeps_moments(site, n_tokens, used) else MOMENT
         stride = sample_stride(n_tokens * rows, rows)
         kept = -(-n_tokens * rows // stride)
-        places.append(Place(site.anchor, rows, own, stride, kept, sums, absmax, sample))
-        sums += _aligned(FLOAT * block_floats(site, own))
+        places.append(Place(site.anchor, rows, moments, stride, kept, sums, absmax, sample))
+        sums += _aligned(FLOAT * block_floats(site, moments))
         absmax += _aligned(FLOAT * site.n)
         sample += _aligned(FLOAT * site.n * kept)
     return Layout(tuple(places), sums, absmax, sample)

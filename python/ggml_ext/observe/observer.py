@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
 from ggml_ext.native import error_name, llama_library
+from ggml_ext.observe.layout import MOMENT
 from ggml_ext.observe.sites import Table, parse
 
 LARGEST_TOKEN = 64.0
@@ -26,14 +27,14 @@ class NotFiniteError(GgmlExtError):
 class Target:
     """Where the sums of a site go: float32 arrays, ``after`` of a block's size and perhaps ``before`` itself,
     ``absmax`` [n], ``sample`` [rows, n] flat, beside ``absmax`` only. ``before`` None: zeros; ``after``
-    None: not observed."""
+    None: not observed. ``moments``: see layout.Place."""
 
     before: NDArray[np.float32] | None
     after: NDArray[np.float32] | None
     absmax: NDArray[np.float32] | None = None
     sample: NDArray[np.float32] | None = None
     stride: int = 1
-    own_moments: bool = False
+    moments: int = MOMENT
 
 
 class Observer:
@@ -85,9 +86,9 @@ class Observer:
         """The same, parsed."""
         return parse(self.table_text())
 
-    def size(self, n: int, experts: int, own_moments: bool) -> int:
+    def size(self, n: int, experts: int, moments: int) -> int:
         """Floats of a block of sums."""
-        return int(self._library.ggml_ext_observer_size(n, experts, own_moments))
+        return int(self._library.ggml_ext_observer_size(n, experts, moments))
 
     def aim(self, targets: Sequence[Target]) -> None:
         """Says where the sums of the next decodes go, one target per site of the table.
@@ -102,21 +103,24 @@ class Observer:
                 pointer = self._ffi.NULL if array is None else self._ffi.from_buffer("float[]", array)
                 setattr(struct, name, pointer)
                 kept.append(pointer)
-            struct.sample_stride, struct.own_moments = target.stride, target.own_moments
+            struct.sample_stride, struct.moments = target.stride, target.moments
             if target.sample is not None and target.absmax is not None:
                 struct.sample_rows = target.sample.size // target.absmax.size
         self._check(self._library.ggml_ext_observer_sums(self._observer, len(targets), structs))
         self._kept = kept
 
-    def decode(self, model: Model, windows: NDArray[np.int32], first_token: int) -> int:
+    def decode(
+        self, model: Model, windows: NDArray[np.int32], first_token: int, largest: float = LARGEST_TOKEN
+    ) -> int:
         """Decodes ``windows`` [n, ctx] at once, their sums added; returns the number of sites seen.
 
-        first_token: how many tokens came before. Raises NotFiniteError for NaN or Inf in a site, GgmlExtError
-        for what else goes wrong, KeyboardInterrupt on Ctrl-C: the sums are then in between and of no use.
+        first_token: how many tokens came before. largest: as LARGEST_TOKEN, 0 for no limit.
+        Raises NotFiniteError for NaN or Inf in a site, GgmlExtError for what else goes wrong,
+        KeyboardInterrupt on Ctrl-C: the sums are then in between and of no use.
         """
         n, ctx = windows.shape
         begun = self._library.ggml_ext_observer_begin(
-            self._observer, first_token, n * ctx, LARGEST_TOKEN, self._ffi.NULL
+            self._observer, first_token, n * ctx, largest, self._ffi.NULL
         )
         self._check(begun)
         model.clear()

@@ -20,7 +20,7 @@ from ggml_ext.observe.description import Description, layout_facts, versions
 from ggml_ext.observe.layout import FLOAT, PANEL, Layout, lay_out
 from ggml_ext.observe.observer import LARGEST_TOKEN, Observer
 from ggml_ext.observe.sites import Table
-from ggml_ext.samples import enough, few_tokens, windows
+from ggml_ext.samples import consecutive, enough, few_tokens, windows
 from ggml_ext.source import Source, open_gguf
 
 BATCH_TOKENS = 4096
@@ -40,7 +40,9 @@ class Request:
     """An observation. ``source``: Hugging Face folder or GGUF file. ``samples``: windows of ``ctx`` tokens,
     None for as many as the widest matrix needs. ``memory``: bytes, of what is not a mapped file. ``threads``:
     None for one per core; with one the figures do not depend on how often a run was interrupted.
-    ``parse_special``: see samples.windows. ``trust_remote_code``: see hf.to_gguf."""
+    ``parse_special``: see samples.windows. ``trust_remote_code``: see hf.to_gguf. ``importances``: what
+    llama-imatrix computes and no more: all windows of the text from its start, diagonals, no token scaled
+    down."""
 
     source: Path
     text: Path
@@ -51,6 +53,7 @@ class Request:
     threads: int | None = None
     parse_special: bool = False
     trust_remote_code: bool = False
+    importances: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,24 +81,11 @@ def prepare(request: Request, model: Path, content: bytes, warn: Warn) -> Prepar
         widest, bos = observer.table().widest, loaded.bos
         if not widest:
             raise GgmlExtError(f"{model}: llama.cpp's graph has no matrix to observe; give another model")
-        samples = request.samples or enough(request.ctx, widest)
-        tokens = windows(
-            model,
-            request.text,
-            ctx=request.ctx,
-            samples=samples,
-            seed=request.seed,
-            warn=warn,
-            content=content,
-            parse_special=request.parse_special,
-        ).astype(np.int32)
-        remark = few_tokens(tokens.size, request.ctx, widest)
-        if remark is not None:
-            warn(remark)
+        tokens = _windows(request, model, content, widest, warn)
         n_seq, memory = _fit(loaded, observer, request, len(tokens))
         observer.start(loaded, ctx=request.ctx, n_seq=n_seq)
         table, text = observer.table(), observer.table_text()
-    layout = lay_out(table, tokens.size, experts_used(source))
+    layout = lay_out(table, tokens.size, experts_used(source), diagonals=request.importances)
     folder = request.source if request.source.is_dir() else None
     return Prepared(
         model,
@@ -113,12 +103,34 @@ def prepare(request: Request, model: Path, content: bytes, warn: Warn) -> Prepar
             seed=request.seed,
             bos=bos,
             batch=n_seq * request.ctx,
-            largest=LARGEST_TOKEN,
+            largest=0.0 if request.importances else LARGEST_TOKEN,
             versions=versions(),
             table=json.loads(text),
             **layout_facts(layout),
         ),
     )
+
+
+def _windows(request: Request, model: Path, content: bytes, widest: int, warn: Warn) -> NDArray[np.int32]:
+    if request.importances:
+        found = consecutive(
+            model, request.text, ctx=request.ctx, content=content, parse_special=request.parse_special
+        )
+        return found.astype(np.int32)
+    tokens = windows(
+        model,
+        request.text,
+        ctx=request.ctx,
+        samples=request.samples or enough(request.ctx, widest),
+        seed=request.seed,
+        warn=warn,
+        content=content,
+        parse_special=request.parse_special,
+    )
+    remark = few_tokens(tokens.size, request.ctx, widest)
+    if remark is not None:
+        warn(remark)
+    return tokens.astype(np.int32)
 
 
 def experts_used(source: Source) -> int:

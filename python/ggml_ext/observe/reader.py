@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.description import Description
-from ggml_ext.observe.layout import FLOAT, Place, block_floats, index, moment_floats, panels
+from ggml_ext.observe.layout import (
+    DIAGONAL,
+    FLOAT,
+    OWN_MOMENTS,
+    Place,
+    block_floats,
+    index,
+    moment_floats,
+    panels,
+)
 from ggml_ext.observe.sites import ROUTED, Site, Table
 from ggml_ext.observe.state import ABSMAX, SAMPLES, load_state
 
@@ -48,6 +57,8 @@ class Observation:
 
     def _map(self, name: str, n_bytes: int) -> Floats:
         path = self.folder / name
+        if not n_bytes:
+            return np.empty(0, np.float32)
         if not path.is_file() or path.stat().st_size != n_bytes:
             raise GgmlExtError(f"{path}: missing or damaged; delete the folder and observe again")
         return np.memmap(path, np.float32, "r")
@@ -75,24 +86,27 @@ class Observation:
 
     def diagonal(self, site: Site) -> Floats:
         """Mean of x^2 over all rows, float32 [n]; the moment's diagonal without the rest of it."""
+        rows_seen = np.float32(max(self.rows(site), 1))
+        if self._places[site.anchor].moments == DIAGONAL:
+            return self._shared(site, site.n) / rows_seen
         moment, start = self._moments(site), 0
         parts = []
         for first, rows in panels(site.n):
             width = site.n - first
             parts.append(moment[start : start + rows * width].reshape(rows, width).diagonal())
             start += rows * width
-        return np.concatenate(parts) / np.float32(max(self.rows(site), 1))
+        return np.concatenate(parts) / rows_seen
 
     def expert_diagonals(self, site: Site) -> Floats:
         """The same over the rows of each expert, float32 [experts, n], 0 for one that got none."""
-        start = 1 + site.experts + moment_floats(site.n)
-        sums = self._block(site)[start : start + site.experts * site.n].reshape(site.experts, site.n)
+        shared = site.n if self._places[site.anchor].moments == DIAGONAL else moment_floats(site.n)
+        sums = self._shared(site, shared + site.experts * site.n)[shared:].reshape(site.experts, site.n)
         means: Floats = np.divide(sums, np.maximum(self.expert_rows(site), 1)[:, None], dtype=np.float32)
         return means
 
     def has_expert_moments(self, site: Site) -> bool:
         """Whether the experts got enough rows for second moments of their own."""
-        return self._places[site.anchor].own_moments
+        return self._places[site.anchor].moments == OWN_MOMENTS
 
     def expert_moment(self, site: Site, expert: int) -> Floats:
         """Mean of x x^T over the rows of one expert, float32 [n, n]. Raises ValueError if there is none."""
@@ -120,26 +134,29 @@ class Observation:
         per_pass = self.rows(site) / max(len(site.values), 1)
         return min(place.sample_rows, -(-int(per_pass) // place.stride))
 
-    def importance(self, tensor: str) -> Floats | None:
+    def importance(self, tensor: str) -> tuple[Floats, Floats] | None:
         """Mean squared input of every column of the tensor, float32 [experts, n] (1 for a matrix that reads
-        all rows), as Imatrix.rows has it: 1 for an expert that got no row. None if the tensor reads no site.
+        all rows), 0 for an expert that got no row, and the rows [experts]. None if the tensor reads no site.
         """
         site, reader = self.table.site_of(tensor), self.table.reader(tensor)
         if site is None or reader is None:
             return None
         if not site.experts or (site.routed and reader.op != ROUTED):
-            return self.diagonal(site)[None]
-        means = self.expert_diagonals(site)
-        means[self.expert_rows(site) == 0] = 1
-        return means
+            return self.diagonal(site)[None], np.array([self.rows(site)], np.float32)
+        return self.expert_diagonals(site), self.expert_rows(site)
 
     def _block(self, site: Site) -> Floats:
         place = self._places[site.anchor]
         start = place.sums // FLOAT
-        return self._sums[start : start + block_floats(site, place.own_moments)]
+        return self._sums[start : start + block_floats(site, place.moments)]
+
+    def _shared(self, site: Site, floats: int) -> Floats:
+        return self._block(site)[1 + site.experts :][:floats]
 
     def _moments(self, site: Site) -> Floats:
-        return self._block(site)[1 + site.experts :][: moment_floats(site.n)]
+        if self._places[site.anchor].moments == DIAGONAL:
+            raise ValueError(f"{site.anchor}: of importances only the diagonal is there")
+        return self._shared(site, moment_floats(site.n))
 
 
 def _whole(stored: Floats, n: int, rows: float) -> Floats:

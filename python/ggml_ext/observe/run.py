@@ -15,7 +15,6 @@ from ggml_ext import hf
 from ggml_ext.atomic import atomic_path
 from ggml_ext.cpus import physical_cores
 from ggml_ext.errors import GgmlExtError, listed
-from ggml_ext.importance import read_text
 from ggml_ext.llama import Model
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer, Target
@@ -25,6 +24,7 @@ from ggml_ext.observe.store import Store
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.progress import track
+from ggml_ext.samples import read_text
 from ggml_ext.source import open_gguf
 
 COMMIT_SECONDS = 60.0
@@ -86,7 +86,8 @@ def observe(
                 prepared.description.save(folder)
             else:
                 descriptions.require_equal(found, prepared.description, folder)
-            _remark(prepared, warn)
+            if not request.importances:  # whose users say what they miss
+                _remark(prepared, warn)
             done = _run(prepared, folder, request, warn)
     description = prepared.description
     return Observed(
@@ -176,7 +177,7 @@ def _batches(prepared: Prepared, observer: Observer, model: Model, store: Store)
             targets = store.targets()
             observer.aim(targets)
             try:
-                seen = observer.decode(model, batch, start * ctx)
+                seen = observer.decode(model, batch, start * ctx, prepared.description.largest)
             except NotFiniteError as exc:
                 raise GgmlExtError(f"{prepared.model}: {exc}") from exc
             if seen != n_sites:

@@ -28,10 +28,14 @@ Floats = NDArray[np.float32]
 
 
 class _Mapped:
-    """A file of fixed size in memory, as float32; what was never written is 0."""
+    """A file of fixed size in memory, as float32; what was never written is 0. No file for no bytes."""
 
     def __init__(self, path: Path, n_bytes: int, stack: ExitStack, *, there: bool) -> None:
         """there: the file exists and holds figures that count."""
+        self.floats: Floats = np.empty(0, np.float32)
+        self._map: mmap.mmap | None = None
+        if not n_bytes:
+            return
         self._handle = os.open(path, os.O_RDWR | (0 if there else os.O_CREAT), 0o666)
         stack.callback(os.close, self._handle)
         if os.fstat(self._handle).st_size != n_bytes:
@@ -41,12 +45,13 @@ class _Mapped:
         _allocate(self._handle, n_bytes, path)
         # Not closed by us: numpy's arrays and llama.cpp may still point into it; it ends with the last one.
         self._map = mmap.mmap(self._handle, n_bytes)
-        self.floats: Floats = np.frombuffer(self._map, np.float32)
+        self.floats = np.frombuffer(self._map, np.float32)
 
     def flush(self) -> None:
         """Returns when all of it is on the disk."""
-        self._map.flush()
-        os.fsync(self._handle)
+        if self._map is not None:
+            self._map.flush()
+            os.fsync(self._handle)
 
 
 def _allocate(handle: int, n_bytes: int, path: Path) -> None:
@@ -100,18 +105,18 @@ class Store:
         """Where the next batch goes, site by site."""
         if self._after is None:
             self._after = self._sums(self.state.next_sums, there=False)
-        before, after = self._before, self._after
+        before, after, rows = self._before, self._after, self._layout.sample_bytes > 0
         targets = []
         for site, place in zip(self._table.sites, self._layout.places, strict=True):
-            floats = block_floats(site, place.own_moments)
+            floats = block_floats(site, place.moments)
             targets.append(
                 Target(
                     before=None if before is None else _part(before, place.sums, floats),
                     after=_part(after, place.sums, floats),
-                    absmax=_part(self._absmax, place.absmax, site.n),
-                    sample=_part(self._sample, place.sample, place.sample_rows * site.n),
+                    absmax=_part(self._absmax, place.absmax, site.n) if rows else None,
+                    sample=_part(self._sample, place.sample, place.sample_rows * site.n) if rows else None,
                     stride=place.stride,
-                    own_moments=place.own_moments,
+                    moments=place.moments,
                 )
             )
         return targets
