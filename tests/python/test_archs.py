@@ -168,6 +168,8 @@ def test_every_site_counts_all_tokens(observed: Observed) -> None:
     for site, sums in zip(observed.sites, observed.sums, strict=True):
         ops = {reader["op"] for reader in site["readers"]}
         assert sums.tokens >= TOKENS * len(site["values"]), site["anchor"]
+        most = TOKENS * site["rows"] * len(site["values"])
+        assert sums.tokens == most if len(site["values"]) == 1 else sums.tokens <= most, site["anchor"]
         if not site["experts"]:
             assert sums.tokens == TOKENS * len(site["values"]), site["anchor"]
         elif "MUL_MAT_ID" in ops:
