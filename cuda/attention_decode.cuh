@@ -176,7 +176,7 @@ ggml_ext_attention_decode_kernel(attention_decode_args args) {
         state.load_mask(mask, args.mask, token + stride, p.end);
         state.follow(s);
         state.weights(w, s);
-        state.guard(s, rows + stages.v_low, rows + stages.v_high);
+        state.zero_nonfinite_v(s, rows + stages.v_low, rows + stages.v_high);
         const char * const v[4] = { rows + stages.v_rows[0], rows + stages.v_rows[1], rows + stages.v_rows[2],
                                     rows + stages.v_rows[3] };
         state.values(w, v);

@@ -64,15 +64,15 @@ template <class K>
 __device__ __forceinline__ void decode_quantize(const attention_decode_args & args, const decode_place & p, int i,
                                                 int8_t * codes, float * factor, float * slope) {
     const int lane = int(threadIdx.x % 32), row = p.first_row + i;
-    float     x[K::dim / 32], largest = 0.0f, spoilt = 0.0f;
+    float     x[K::dim / 32], largest = 0.0f, poisoned = 0.0f;
     if (i < p.n_rows) {
         const char * from = args.q + row / args.gqa * args.nb_q[1] +
                             (p.head * args.gqa + row % args.gqa) * args.nb_q[2] + p.stream * args.nb_q[3];
 #pragma unroll
         for (int j = 0; j < K::dim / 32; j++) {
-            x[j]    = reinterpret_cast<const float *>(from)[lane + 32 * j];
-            largest = fmaxf(largest, fabsf(x[j]));
-            spoilt  = fmaf(x[j], 0.0f, spoilt);
+            x[j]     = reinterpret_cast<const float *>(from)[lane + 32 * j];
+            largest  = fmaxf(largest, fabsf(x[j]));
+            poisoned = fmaf(x[j], 0.0f, poisoned);
         }
     } else {
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ __forceinline__ void decode_quantize(const attention_decode_args & ar
         }
     }
     largest             = warp_max(largest);
-    spoilt              = warp_sum(spoilt);
+    poisoned            = warp_sum(poisoned);
     const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
 #pragma unroll
     for (int j = 0; j < K::dim / 32; j++) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void decode_quantize(const attention_decode_args & ar
     if (lane == 0) {
         const float unit = K::type == CACHE_Q8_0 ? 1.0f / 127.0f : 1.0f / (127.0f * 16.0f);
         *factor = largest * unit * (args.softcap != 0.0f ? args.scale / args.softcap : args.scale * decode_log2_e);
-        *factor += spoilt;
+        *factor += poisoned;
         *slope = decode_slope(args, p.head * args.gqa + row % args.gqa) * decode_log2_e;
     }
 }
@@ -270,29 +270,29 @@ template <class K, class V, int GROUPS> struct decode_warp {
         }
     }
 
-    // A scale of V that is NaN or Inf would spoil all rows through 0 * NaN. It becomes 0, and the rows whose mask shows
+    // A scale of V that is NaN or Inf would poison all rows through 0 * NaN. It becomes 0, and the rows whose mask shows
     // the token NaN. low, high: rows of V, tokens g and g + 8, the warp's own.
-    __device__ __forceinline__ void guard(const float (&s)[GROUPS][4], char * low, char * high) {
-        char * const mine   = t % 2 ? high : low;  // of the two rows lane t looks at the blocks t / 2, t / 2 + 2, ...
-        bool         spoilt = false;
+    __device__ __forceinline__ void zero_nonfinite_v(const float (&s)[GROUPS][4], char * low, char * high) {
+        char * const mine     = t % 2 ? high : low;  // of the two rows lane t looks at the blocks t / 2, t / 2 + 2, ...
+        bool         poisoned = false;
 #pragma unroll
         for (int block = 0; block < blocks; block += 2) {
             if (block + 1 < blocks || t < 2) {
-                spoilt |= not_finite(scale_of(mine, block + t / 2));
+                poisoned |= not_finite(scale_of(mine, block + t / 2));
             }
         }
-        if (!__any_sync(0xffffffffu, spoilt)) {
+        if (!__any_sync(0xffffffffu, poisoned)) {
             return;
         }
-        const int      lane        = 4 * g + t;
-        const unsigned low_spoilt  = __ballot_sync(0xffffffffu, spoilt && t % 2 == 0);
-        const unsigned high_spoilt = __ballot_sync(0xffffffffu, spoilt && t % 2 == 1);
+        const int      lane          = 4 * g + t;
+        const unsigned low_poisoned  = __ballot_sync(0xffffffffu, poisoned && t % 2 == 0);
+        const unsigned high_poisoned = __ballot_sync(0xffffffffu, poisoned && t % 2 == 1);
         for (int block = t / 2; block < blocks; block += 2) {
             uint16_t & scale = scale_of(mine, block);
             scale            = not_finite(scale) ? 0 : scale;
         }
         __syncwarp();
-        const bool bad[2] = { (low_spoilt >> lane / 4 * 4 & 15) != 0, (high_spoilt >> lane / 4 * 4 & 15) != 0 };
+        const bool bad[2] = { (low_poisoned >> lane / 4 * 4 & 15) != 0, (high_poisoned >> lane / 4 * 4 & 15) != 0 };
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
 #pragma unroll

@@ -29,8 +29,8 @@ __device__ __forceinline__ void attention_copy(unsigned thread, char * to, const
 // Asks for a step. p.steps stands where the cache's first step would be.
 template <class S> __device__ __forceinline__ void attention_load(const attention_prefill & p, int step, char * to) {
     constexpr attention_step L    = S::LAYOUT;
-    const unsigned           t    = opaque(threadIdx.x);
-    const unsigned           head = opaque(blockIdx.x);
+    const unsigned           t    = keep_out_of_registers(threadIdx.x);
+    const unsigned           head = keep_out_of_registers(blockIdx.x);
     const char * from = p.steps + (int64_t(head) * (p.window * (attention_tile / S::STEP)) + step) * L.bytes;
     attention_copy<S::THREADS, S::D, S::STEP, S::K_STRIDE>(t, to, from);
     attention_copy<S::THREADS, L.v_at - L.scales_at, 1, 0>(t, to + S::SCALES_AT, from + L.scales_at);
@@ -70,7 +70,7 @@ __device__ __forceinline__ bool attention_is_mixed(const attention_prefill & p, 
 
 template <class S>
 __device__ __forceinline__ void attention_load_q(const attention_prefill & p, attention_state<S> & w) {
-    const unsigned t   = opaque(threadIdx.x) % 4;
+    const unsigned t   = keep_out_of_registers(threadIdx.x) % 4;
     const int64_t  row = attention_head() * p.padded_rows + attention_first_row<S>();
 #pragma unroll
     for (int m = 0; m < S::ROW_TILES; m++) {

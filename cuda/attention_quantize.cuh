@@ -135,22 +135,22 @@ static __global__ void __launch_bounds__(attention_prepare_threads) attention_qu
         const char * row    = p.q.data + int64_t(r / p.gqa) * p.q.nb1 + q_head * p.q.nb2 + head / p.heads_kv * p.q.nb3;
         float4       x[attention_max_quads];
         float        max = 0.0f, dot = 0.0f;
-        bool         spoilt = false;
+        bool         poisoned = false;
 #pragma unroll
         for (int j = 0; j < attention_max_quads; j++) {
             const int quad = lane + 32 * j;
             x[j]           = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (real && 4 * quad < p.d) {
-                x[j]   = *reinterpret_cast<const float4 *>(row + 16 * quad);
-                max    = fmaxf(max, attention_max_abs(x[j]));
-                spoilt = spoilt || !attention_all_finite(x[j]);
+                x[j]     = *reinterpret_cast<const float4 *>(row + 16 * quad);
+                max      = fmaxf(max, attention_max_abs(x[j]));
+                poisoned = poisoned || !attention_all_finite(x[j]);
                 if (p.k_mean) {
                     const float * mean = p.k_mean + int64_t(head) * p.d + 4 * quad;
                     dot += x[j].x * mean[0] + x[j].y * mean[1] + x[j].z * mean[2] + x[j].w * mean[3];
                 }
             }
         }
-        max                 = __any_sync(0xffffffffu, spoilt) ? __int_as_float(0x7fffffff) : warp_max(max);
+        max                 = __any_sync(0xffffffffu, poisoned) ? __int_as_float(0x7fffffff) : warp_max(max);
         dot                 = warp_sum(dot);
         const float inverse = attention_inverse(max);
 #pragma unroll
@@ -172,7 +172,7 @@ static __global__ void __launch_bounds__(attention_prepare_threads) attention_qu
 
 // Codes and scales of K for token i of a step. lane's quads are lane + 32 j.
 __device__ __forceinline__ void attention_put_k(const attention_prefill & p, const attention_step & layout, char * step,
-                                                int i, bool spoilt, const attention_quad (&k)[attention_max_quads]) {
+                                                int i, bool poisoned, const attention_quad (&k)[attention_max_quads]) {
     const int   lane   = int(threadIdx.x % 32);
     const float bad    = __int_as_float(0x7fffffff);
     float *     scales = reinterpret_cast<float *>(step + layout.scales_at) + i;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void attention_put_k(const attention_prefill & p, con
             const uint32_t codes = p.groups == 1 ? attention_codes(k[j].values, inverse) : k[j].codes;
             reinterpret_cast<uint32_t *>(step + i * p.d)[quad] = codes;
             if (p.groups > 1 && quad % 8 == 0) {
-                scales[quad / 8 * layout.tokens] = spoilt ? bad : k[j].scale;
+                scales[quad / 8 * layout.tokens] = poisoned ? bad : k[j].scale;
                 total += k[j].scale;
             }
         }
@@ -200,20 +200,20 @@ __device__ __forceinline__ void attention_put_k(const attention_prefill & p, con
     total = p.groups == 1 ? (inverse > 0.0f ? max / 127.0f : 0.0f) : warp_sum(total);
     if (lane == 0) {
         if (p.groups == 1) {
-            scales[0] = spoilt ? bad : total;
+            scales[0] = poisoned ? bad : total;
         }
-        scales[p.groups * layout.tokens] = spoilt ? bad : -attention_magic * total;
+        scales[p.groups * layout.tokens] = poisoned ? bad : -attention_magic * total;
     }
 }
 
 // Half: V as f16.
-__device__ __forceinline__ void attention_put_v(const attention_prefill & p, char * to, bool spoilt,
+__device__ __forceinline__ void attention_put_v(const attention_prefill & p, char * to, bool poisoned,
                                                 const attention_quad (&v)[attention_max_quads]) {
 #pragma unroll
     for (int j = 0; j < attention_max_quads; j++) {
         const int quad = int(threadIdx.x % 32) + 32 * j;
         if (4 * quad < p.d) {
-            const float4 x                              = spoilt ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : v[j].values;
+            const float4 x                              = poisoned ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : v[j].values;
             reinterpret_cast<half2 *>(to)[2 * quad]     = __floats2half2_rn(x.x, x.y);
             reinterpret_cast<half2 *>(to)[2 * quad + 1] = __floats2half2_rn(x.z, x.w);
         }
@@ -221,14 +221,14 @@ __device__ __forceinline__ void attention_put_v(const attention_prefill & p, cha
 }
 
 // Full: codes of a token and max|v|.
-__device__ __forceinline__ void attention_stage_v(const attention_prefill & p, char * codes, float * level, bool spoilt,
-                                                  const attention_quad (&v)[attention_max_quads]) {
+__device__ __forceinline__ void attention_stage_v(const attention_prefill & p, char * codes, float * level,
+                                                  bool poisoned, const attention_quad (&v)[attention_max_quads]) {
     float max = 0.0f;
 #pragma unroll
     for (int j = 0; j < attention_max_quads; j++) {
         max = fmaxf(max, attention_max_abs(v[j].values));
     }
-    max                 = spoilt ? 0.0f : warp_max(max);
+    max                 = poisoned ? 0.0f : warp_max(max);
     const float inverse = attention_inverse(max);
 #pragma unroll
     for (int j = 0; j < attention_max_quads; j++) {
@@ -282,15 +282,15 @@ __global__ void __launch_bounds__(attention_prepare_threads) attention_prepare_k
         const char *   k_row = attention_row_of(p.k, head, p.heads_kv, token);
         const char *   v_row = attention_row_of(p.v, head, p.heads_kv, token);
         attention_quad k[attention_max_quads] = {}, v[attention_max_quads] = {};
-        bool           spoilt = false;
+        bool           poisoned = false;
 #pragma unroll
         for (int j = 0; j < attention_max_quads; j++) {
             const int quad = lane + 32 * j;
             if (token < p.n_kv && 4 * quad < p.d) {
-                k[j]   = attention_load_quad(p.k.type, k_row, quad);
-                v[j]   = attention_load_quad(p.v.type, v_row, quad);
-                spoilt = spoilt || !attention_all_finite(k[j].values) || !attention_all_finite(v[j].values) ||
-                         (!FULL && attention_max_abs(v[j].values) > 65504.0f);
+                k[j]     = attention_load_quad(p.k.type, k_row, quad);
+                v[j]     = attention_load_quad(p.v.type, v_row, quad);
+                poisoned = poisoned || !attention_all_finite(k[j].values) || !attention_all_finite(v[j].values) ||
+                           (!FULL && attention_max_abs(v[j].values) > 65504.0f);
                 if (p.k_mean) {
                     const float * mean = p.k_mean + int64_t(head) * p.d + 4 * quad;
                     const float4  x    = k[j].values;
@@ -298,12 +298,12 @@ __global__ void __launch_bounds__(attention_prepare_threads) attention_prepare_k
                 }
             }
         }
-        spoilt = __any_sync(0xffffffffu, spoilt) != 0;
-        attention_put_k(p, layout, step, i, spoilt, k);
+        poisoned = __any_sync(0xffffffffu, poisoned) != 0;
+        attention_put_k(p, layout, step, i, poisoned, k);
         if constexpr (FULL) {
-            attention_stage_v(p, codes + i * p.d, levels + i, spoilt, v);
+            attention_stage_v(p, codes + i * p.d, levels + i, poisoned, v);
         } else {
-            attention_put_v(p, step + layout.v_at + i * p.d * 2, spoilt, v);
+            attention_put_v(p, step + layout.v_at + i * p.d * 2, poisoned, v);
         }
     }
     if constexpr (FULL) {

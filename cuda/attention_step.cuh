@@ -65,7 +65,7 @@ __device__ __forceinline__ int attention_mask_stream(const attention_prefill & p
 
 // This lane's first row of the warp's.
 template <class S> __device__ __forceinline__ int attention_first_row() {
-    const unsigned thread = opaque(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const unsigned thread = keep_out_of_registers(threadIdx.x), lane = thread % 32, warp = thread / 32;
     return attention_block() * attention_block_rows + int(warp * 16 * S::ROW_TILES + lane / 4);
 }
 
@@ -88,7 +88,7 @@ template <class S>
 __device__ __forceinline__ void attention_logits(const attention_state<S> & w, const char * step,
                                                  float (&x)[S::ROW_TILES][S::STEP / 8][4]) {
     constexpr int  PER_GROUP = S::D / 32 / S::GROUPS;  // mma per scale
-    const unsigned lane      = opaque(threadIdx.x) % 32;
+    const unsigned lane      = keep_out_of_registers(threadIdx.x) % 32;
     const float *  scales    = reinterpret_cast<const float *>(step + S::SCALES_AT) + 2 * (lane % 4);
     const char *   rows      = step + lane % 8 * S::K_STRIDE + lane / 8 * 16;
 #pragma unroll
@@ -148,7 +148,7 @@ template <class S>
 __device__ __forceinline__ void attention_shift_logits(const attention_prefill & p, int token,
                                                        float (&scale)[S::ROW_TILES][2],
                                                        float (&x)[S::ROW_TILES][S::STEP / 8][4]) {
-    const unsigned lane  = opaque(threadIdx.x) % 32;
+    const unsigned lane  = keep_out_of_registers(threadIdx.x) % 32;
     const int      first = token + int(2 * (lane % 4));
 #pragma unroll
     for (int m = 0; m < S::ROW_TILES; m++) {
@@ -202,7 +202,7 @@ __device__ __forceinline__ void attention_row_max(const float (&x)[S::ROW_TILES]
 
 // Raises the running maxima to those of the step where that is due.
 template <class S>
-__device__ __forceinline__ void attention_raise(attention_state<S> & w, const float (&step_max)[S::ROW_TILES][2]) {
+__device__ __forceinline__ void attention_rescale(attention_state<S> & w, const float (&step_max)[S::ROW_TILES][2]) {
     bool due = false;
 #pragma unroll
     for (int m = 0; m < S::ROW_TILES; m++) {
@@ -243,7 +243,7 @@ template <class S>
 __device__ __forceinline__ void attention_accumulate_half(attention_state<S> & w, const char * v,
                                                           const float (&scale)[S::ROW_TILES][2],
                                                           float (&x)[S::ROW_TILES][S::STEP / 8][4]) {
-    const unsigned lane = opaque(threadIdx.x) % 32;
+    const unsigned lane = keep_out_of_registers(threadIdx.x) % 32;
     const char *   rows = v + lane % 16 * S::V_STRIDE + lane / 16 * 16;
     uint32_t       weights[S::ROW_TILES][S::STEP / 16][4];
 #pragma unroll
@@ -289,7 +289,7 @@ __device__ __forceinline__ void attention_accumulate_full(attention_state<S> & w
                                                           const float (&scale)[S::ROW_TILES][2],
                                                           const float (&step_max)[S::ROW_TILES][2],
                                                           float (&x)[S::ROW_TILES][S::STEP / 8][4]) {
-    const unsigned lane = opaque(threadIdx.x) % 32;
+    const unsigned lane = keep_out_of_registers(threadIdx.x) % 32;
     const char *   rows = v + lane % 8 * S::V_STRIDE + lane / 8 * 16;
 #pragma unroll
     for (int m = 0; m < S::ROW_TILES; m++) {
@@ -347,7 +347,7 @@ __device__ __forceinline__ void attention_take_step(const attention_prefill & p,
         attention_shift_logits<S>(p, token, scale, x);
     }
     attention_row_max<S>(x, scale, max);
-    attention_raise<S>(w, max);
+    attention_rescale<S>(w, max);
     if constexpr (S::FULL) {
         const float * levels = reinterpret_cast<const float *>(step + S::LEVELS_AT);
         attention_accumulate_full<S>(w, step + S::V_AT, levels, scale, max, x);

@@ -107,23 +107,6 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 #    endif
 }
 
-// --- loads ---
-
-// Read once, from memory that no thread of the grid writes: not kept in L1.
-__device__ __forceinline__ uint32_t load_once(const uint32_t * p) {
-    uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-
-__device__ __forceinline__ uint4 load_once(const uint4 * p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
 // --- ldmatrix (sm_75 and newer): 8 x 8 matrices of 16-bit elements, rows of 16 aligned bytes in shared memory.
 // Lane l names row l % 8 of matrix l / 8 (x2: lanes 16 and up are ignored). Lane l gets elements 2 (l % 4) and
 // 2 (l % 4) + 1 of row l / 4 of each matrix; trans: of column l / 4 instead. PTX ISA, "ldmatrix".
@@ -154,17 +137,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void *
 #    if GGML_EXT_CUDA_ARCH >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-#    else
-    unreachable_arch();
-#    endif
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void * row) {
-#    if GGML_EXT_CUDA_ARCH >= 750
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(shared_address(row))
                  : "memory");
 #    else
@@ -287,7 +259,7 @@ __device__ __forceinline__ void grid_dependency_wait() {
 // --- arithmetic ---
 
 // x, of which the compiler knows nothing: what follows from it is computed here and not held in registers since before.
-template <typename T> __device__ __forceinline__ T opaque(T x) {
+template <typename T> __device__ __forceinline__ T keep_out_of_registers(T x) {
     static_assert(sizeof(T) == 4, "a 32-bit register");
     asm volatile("" : "+r"(x));
     return x;

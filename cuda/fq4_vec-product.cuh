@@ -19,7 +19,7 @@
 #include "fq4.cuh"
 
 #define GGML_EXT_FQ4_VEC_COPIES \
-    8  // of the table: lane l reads copy l % 8, so that a quarter of a warp meets 8 bank groups
+    8  // of the table: lane l reads copy l % 8, so that a quarter of a warp reads from 8 bank groups
 
 namespace ggml_ext {
 

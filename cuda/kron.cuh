@@ -74,7 +74,7 @@ template <int NT, int UNITS> struct kron_tile {
     float acc[UNITS][NT][4];
 
     // This thread's number, for the address arithmetic of one phase.
-    static __device__ __forceinline__ int thread() { return opaque(int(threadIdx.x)); }
+    static __device__ __forceinline__ int thread() { return keep_out_of_registers(int(threadIdx.x)); }
 
     static __device__ __forceinline__ int unit(int thread, int u) { return thread / 32 + u * int(blockDim.x / 32); }
 
@@ -202,7 +202,7 @@ __device__ __forceinline__ uint32_t kron_finite_bits(float4 v) {
 template <int TERMS>
 __device__ __forceinline__ kron_scale kron_load_token(const float4 * x, int n2, int n_vectors, const kron_matrix & to,
                                                       kron_block_max & block_max) {
-    const int      first = opaque(int(threadIdx.x)), step = blockDim.x;
+    const int      first = keep_out_of_registers(int(threadIdx.x)), step = blockDim.x;
     const unsigned inverse = 0xffffffffu / unsigned(n2) + 1;  // __umulhi by it divides by n2 >= 4, up to 2^32 / n2
     float4         kept[KRON_KEPT];
     uint32_t       largest = 0;

@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ggml_ext.source import Tensor, open_gguf
+from ggml_ext.model_sites import ModelSites
+from ggml_ext.observe.sites import from_json
+from ggml_ext.source import Source, open_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,12 +35,14 @@ What the observer finds in llama.cpp's graphs of tiny random models: of every ar
   others.
 - *Folded*: sites whose channels can be scaled offline. Then why the others cannot, the head's apart, whose
   input is an output of the graph.
+- *Transformed*: of the matrices of blocks, those whose input a conversion can transform, online or by a fold.
 - *Looked up*, *otherwise*, *never*: kinds of weights with two dimensions or more that are at no site, since
   they are read row by row, by another operation than a product, or not at all when a text is read. Vectors
   are left out.
 
-| Model | Sites | Matrices | Online | Not online | Folded | Not folded | Looked up | Otherwise | Never |
-|---|--:|--:|--:|---|--:|---|---|---|---|
+| Model | Sites | Matrices | Online | Not online | Folded | Not folded | Transformed | Looked up \
+| Otherwise | Never |
+|---|--:|--:|--:|---|--:|---|---|---|---|---|
 """
 
 
@@ -54,11 +58,15 @@ def listed(kinds: Iterable[str]) -> str:
     return ", ".join(sorted(set(kinds)))
 
 
-def row(name: str, table: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
-    """One model's line. ``table``: what ggml_ext_observer_table says; ``tensors``: the file's."""
+def row(name: str, table: Mapping[str, Any], source: Source) -> str:
+    """One model's line. ``table``: what ggml_ext_observer_table says; ``source``: the model."""
+    tensors = source.tensors
+    model = ModelSites(source, from_json(table), {tensor.name: "q4_0" for tensor in tensors})
     online = {reader["tensor"]: reader["online"] for site in table["sites"] for reader in site["readers"]}
     uses = {other["tensor"]: other["use"] for other in table["others"]}
     rest = [t.name for t in tensors if t.n_rows > 1 and t.name not in online]
+    inside = [weight for weight in online if weight.startswith("blk.")]
+    transformed = sum(map(model.transforms, inside))
     unfolded = [site for site in table["sites"] if "reason" in site["fold"]]
     cells = (
         name,
@@ -68,6 +76,7 @@ def row(name: str, table: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
         listed(kind(weight) for weight, its in online.items() if not its),
         str(len(table["sites"]) - len(unfolded)),
         listed(kind(f"{s['anchor']} ({s['fold']['reason']})") for s in unfolded if s["anchor"] not in HEADS),
+        "all" if transformed == len(inside) else f"{transformed} of {len(inside)}",
         listed(kind(weight) for weight in rest if uses[weight] == "GET_ROWS"),
         listed(f"{kind(w)} ({uses[w]})" for w in rest if uses[w] not in ("GET_ROWS", "never")),
         listed(kind(weight) for weight in rest if uses[weight] == "never"),
@@ -91,8 +100,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, model in sorted(arch_models.save(Path(folder), options.program).items()):
             with ObservedModel(model.path, ctx=64) as observed:
-                lines.append(row(name, observed.table(), open_gguf(model.path).tensors) + "\n")
-    options.output.write_text(HEAD + "".join(lines))
+                lines.append(row(name, observed.table(), open_gguf(model.path)) + "\n")
+    whole = sum("| all |" in line for line in lines)
+    foot = f"In {whole} of {len(lines)} models a conversion can transform what every matrix of a block reads."
+    options.output.write_text(HEAD + "".join(lines) + f"\n{foot}\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ extern "C" {
 #define GGML_EXT_API GGML_API
 
 // The newest value of the GGUF key ggml_ext.version that this code understands.
-#define GGML_EXT_FORMAT_VERSION 1
+#define GGML_EXT_FORMAT_VERSION 2
 
 // --- cffi: begin ---
 

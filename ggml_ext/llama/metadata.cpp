@@ -27,6 +27,13 @@ constexpr known_key known_keys[] = {
     { "ggml_ext.version", GGUF_TYPE_UINT32 },
     { "ggml_ext.rounding", GGUF_TYPE_STRING },
     { "ggml_ext.transform.name", GGUF_TYPE_STRING },
+    { "ggml_ext.site.readers", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
+    { "ggml_ext.site.online", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.site.folded", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.site.makers", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
+    { "ggml_ext.site.first", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.site.rows", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
+    { "ggml_ext.site.head", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
     { "ggml_ext.transform.hadamard", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
     { "ggml_ext.transform.clip", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
     { "ggml_ext.fold.sizes", GGUF_TYPE_ARRAY, GGUF_TYPE_UINT32 },
@@ -80,6 +87,50 @@ void check_version(const gguf_context * metadata) {
         refuse("ggml_ext.version", "is " + std::to_string(version) + ", this build reads 1 to " +
                                        std::to_string(GGML_EXT_FORMAT_VERSION) +
                                        "; a newer ggml-ext may read the file");
+    }
+}
+
+// The table of sites: version 2 has it, whole.
+void check_sites(const gguf_context * metadata) {
+    const char * const keys[] = { "ggml_ext.site.readers", "ggml_ext.site.online", "ggml_ext.site.folded",
+                                  "ggml_ext.site.makers",  "ggml_ext.site.first",  "ggml_ext.site.rows",
+                                  "ggml_ext.site.head" };
+    const int64_t      online = gguf_find_key(metadata, "ggml_ext.site.online");
+    for (const char * key : keys) {
+        const int64_t id = gguf_find_key(metadata, key);
+        if (ggml_ext_format_version(metadata) == 1) {
+            if (id >= 0) {
+                refuse(key, "is one of version 2, but key 'ggml_ext.version' is 1");
+            }
+            continue;
+        }
+        if (id < 0) {
+            refuse(key, "is missing, but key 'ggml_ext.version' is 2");
+        }
+        if (key != keys[0] && gguf_get_arr_n(metadata, id) != gguf_get_arr_n(metadata, online)) {
+            refuse(key, "has " + std::to_string(gguf_get_arr_n(metadata, id)) + " elements, '" + keys[1] + "' has " +
+                            std::to_string(gguf_get_arr_n(metadata, online)));
+        }
+    }
+    const auto counts  = ggml_ext_read_array<uint32_t>(metadata, keys[1]);
+    const auto others  = ggml_ext_read_array<uint32_t>(metadata, keys[2]);
+    auto       readers = ggml_ext_read_strings(metadata, keys[0]);
+    uint64_t   n       = 0;
+    for (size_t i = 0; i < counts.size(); i++) {
+        if (counts[i] == 0 && others[i] == 0) {
+            refuse(keys[1],
+                   "element " + std::to_string(i) + " is 0 and that of '" + keys[2] + "' too: nothing reads the site");
+        }
+        n += uint64_t(counts[i]) + others[i];
+    }
+    if (readers.size() != n) {
+        refuse(keys[0], "has " + std::to_string(readers.size()) + " elements, '" + keys[1] + "' and '" + keys[2] +
+                            "' announce " + std::to_string(n));
+    }
+    std::sort(readers.begin(), readers.end());
+    const auto twice = std::adjacent_find(readers.begin(), readers.end());
+    if (twice != readers.end()) {
+        refuse(keys[0], "names '" + *twice + "' twice");
     }
 }
 
@@ -138,7 +189,7 @@ void check_folds(const gguf_context * metadata) {
         if (gguf_find_key(metadata, key) < 0) {
             continue;
         }
-        if (gguf_find_key(metadata, sizes) < 0) {
+        if (gguf_find_key(metadata, sizes) < 0 && ggml_ext_format_version(metadata) == 1) {
             refuse(sizes, std::string("is missing beside '") + key + "'");
         }
         if (ggml_ext_transform_name(metadata) == "none") {
@@ -190,6 +241,20 @@ void check_errors(const gguf_context * metadata) {
 
 }  // namespace
 
+uint32_t ggml_ext_format_version(const gguf_context * metadata) {
+    const int64_t id = gguf_find_key(metadata, "ggml_ext.version");
+    return id < 0 ? 1 : gguf_get_val_u32(metadata, id);
+}
+
+std::vector<std::string> ggml_ext_read_strings(const gguf_context * metadata, const char * key) {
+    const int64_t            id = gguf_find_key(metadata, key);
+    std::vector<std::string> strings;
+    for (size_t i = 0; id >= 0 && i < gguf_get_arr_n(metadata, id); i++) {
+        strings.emplace_back(gguf_get_arr_str(metadata, id, i));
+    }
+    return strings;
+}
+
 std::string ggml_ext_transform_name(const gguf_context * metadata) {
     const int64_t id = gguf_find_key(metadata, "ggml_ext.transform.name");
     return id < 0 ? "none" : gguf_get_val_str(metadata, id);
@@ -209,6 +274,7 @@ void ggml_ext_llama_check_metadata(const gguf_context * metadata) {
     }
     if (extended) {
         check_version(metadata);
+        check_sites(metadata);
         check_transform(metadata);
         check_folds(metadata);
         check_value(metadata, "ggml_ext.activation.bits", { 4, 8 });

@@ -14,6 +14,9 @@ void ggml_ext_llama_check_metadata(const struct gguf_context * metadata);
 
 // The readers below expect metadata that has passed the check.
 
+// ggml_ext.version, 1 where it is absent.
+uint32_t ggml_ext_format_version(const gguf_context * metadata);
+
 // ggml_ext.transform.name, "none" where it is absent.
 std::string ggml_ext_transform_name(const gguf_context * metadata);
 
@@ -30,3 +33,6 @@ template <typename T> std::vector<T> ggml_ext_read_array(const gguf_context * me
     const T * data = static_cast<const T *>(gguf_get_arr_data(metadata, id));
     return std::vector<T>(data, data + gguf_get_arr_n(metadata, id));
 }
+
+// The same of an array of strings.
+std::vector<std::string> ggml_ext_read_strings(const gguf_context * metadata, const char * key);

@@ -10,9 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,58 +18,10 @@
 
 namespace {
 
-constexpr int none = -1;
-
-// The sites whose channels a matrix reads and makes: all of its rows, or the last ones where q, k and v or gate
-// and up are one matrix.
-struct basis {
-    const char * matrix;
-    int          input;
-    int          output;
-};
-
-const basis bases[] = {
-    { "attn_q",        GGML_EXT_ATTN_IN,  none              },
-    { "attn_k",        GGML_EXT_ATTN_IN,  none              },
-    { "attn_v",        GGML_EXT_ATTN_IN,  GGML_EXT_ATTN_OUT },
-    { "attn_qkv",      GGML_EXT_ATTN_IN,  GGML_EXT_ATTN_OUT },
-    { "attn_output",   GGML_EXT_ATTN_OUT, none              },
-    { "ffn_gate",      GGML_EXT_FFN_IN,   none              },
-    { "ffn_up",        GGML_EXT_FFN_IN,   GGML_EXT_FFN_MID  },
-    { "ffn_gate_inp",  GGML_EXT_FFN_IN,   none              },
-    { "ffn_gate_exps", GGML_EXT_FFN_IN,   none              },
-    { "ffn_up_exps",   GGML_EXT_FFN_IN,   GGML_EXT_FFN_MID  },
-    { "ffn_down",      GGML_EXT_FFN_MID,  none              },
-    { "ffn_down_exps", GGML_EXT_FFN_MID,  none              },
-};
-
-// "blk.N.MATRIX.weight" as N and MATRIX; false for another name.
-bool parse(const std::string & name, uint32_t & block, std::string & matrix) {
-    char text[GGML_MAX_NAME];
-    int  end = 0;
-    if (name.size() >= sizeof(text) || std::sscanf(name.c_str(), "blk.%u.%[^.].weight%n", &block, text, &end) != 2 ||
-        size_t(end) != name.size()) {
-        return false;
-    }
-    matrix = text;
-    return true;
-}
-
-const basis * find(const std::string & matrix) {
-    const auto found =
-        std::find_if(std::begin(bases), std::end(bases), [&](const basis & row) { return matrix == row.matrix; });
-    return found == std::end(bases) ? nullptr : found;
-}
-
-bool folds_nothing(const ggml_ext_fold & fold) {
-    return fold.head.empty() && std::all_of(std::begin(fold.diagonals), std::end(fold.diagonals),
-                                            [](const std::vector<float> & diagonal) { return diagonal.empty(); });
-}
-
 // By Gauss and Jordan, with the largest pivot of each column.
-std::vector<double> inverse(const ggml_ext_fold & fold, uint32_t block) {
-    const int64_t       n = fold.order;
-    std::vector<double> left(fold.head.begin(), fold.head.end());
+std::vector<double> inverse(const ggml_ext_place & place) {
+    const int64_t       n = place.order;
+    std::vector<double> left(place.head.begin(), place.head.end());
     std::vector<double> right(n * n, 0.0);
     for (int64_t i = 0; i < n; i++) {
         right[i * n + i] = 1.0;
@@ -84,7 +34,7 @@ std::vector<double> inverse(const ggml_ext_fold & fold, uint32_t block) {
         const double divisor = left[pivot * n + column];
         if (std::abs(divisor) < 1e-30) {
             ggml_ext_refuse_key("ggml_ext.fold.heads",
-                                "has no inverse for block " + std::to_string(block) + ", which this adapter needs");
+                                "has no inverse for '" + place.readers[0] + "', which this adapter needs");
         }
         for (std::vector<double> * matrix : { &left, &right }) {
             double * const rows = matrix->data();
@@ -108,15 +58,15 @@ std::vector<double> inverse(const ggml_ext_fold & fold, uint32_t block) {
 }
 
 // A F^-T for the rows of A; F^-T = diag(d) (I (x) head^-T).
-void map_input(std::vector<float> & a, int64_t n, const ggml_ext_fold & fold, int kind, uint32_t block) {
-    const std::vector<float> & diagonal = fold.diagonals[kind];
-    const bool                 mixes    = kind == GGML_EXT_ATTN_OUT && !fold.head.empty();
-    const std::vector<double>  back     = mixes ? inverse(fold, block) : std::vector<double>();
-    const int64_t              order    = mixes ? fold.order : 1;
+void map_input(std::vector<float> & a, const ggml_ext_place & place) {
+    const std::vector<float> & diagonal = place.diagonal;
+    const bool                 mixes    = !place.head.empty();
+    const std::vector<double>  back     = mixes ? inverse(place) : std::vector<double>();
+    const int64_t              order    = mixes ? place.order : 1;
     std::vector<double>        part(order);
     for (size_t start = 0; start < a.size(); start += order) {
         for (int64_t i = 0; i < order; i++) {
-            part[i] = double(a[start + i]) * (diagonal.empty() ? 1.0f : diagonal[(start + i) % n]);
+            part[i] = double(a[start + i]) * (diagonal.empty() ? 1.0f : diagonal[(start + i) % place.n]);
         }
         for (int64_t j = 0; j < order; j++) {
             double sum = mixes ? 0.0 : part[j];
@@ -128,32 +78,24 @@ void map_input(std::vector<float> & a, int64_t n, const ggml_ext_fold & fold, in
     }
 }
 
-// d over the rows of B that make a site's channels. A row of v feeds a channel of several query heads, whose d
-// are equal.
-std::vector<float> made(const ggml_ext_fold & fold, int kind, const llama_hparams & hparams, uint32_t block) {
-    const std::vector<float> & diagonal = fold.diagonals[kind];
-    if (kind != GGML_EXT_ATTN_OUT) {
-        return diagonal;
-    }
-    const int64_t      dim   = hparams.n_embd_head_v(block);
-    const int64_t      group = hparams.n_head(block) / hparams.n_head_kv(block);
-    std::vector<float> rows(hparams.n_head_kv(block) * dim, 1.0f);
-    for (int64_t i = 0; !diagonal.empty() && i < int64_t(rows.size()); i++) {
-        rows[i] = diagonal[i / dim * group * dim + i % dim];
+// d over the rows of B that make a site's channels.
+std::vector<float> made(const ggml_ext_place & place) {
+    std::vector<float> rows(place.rows, 1.0f);
+    for (size_t i = 0; i < place.diagonal.size(); i++) {
+        rows[place.row_of(int64_t(i))] = place.diagonal[i];
     }
     return rows;
 }
 
-// G^T B for the last rows of each of B's matrices [n_out, rank]; G = diag(1 / d) (I (x) head), d as made() has it.
-void map_output(std::vector<float> & b, int64_t n_out, int64_t rank, const std::vector<float> & d,
-                const ggml_ext_fold & fold, int kind) {
-    const bool          mixes = kind == GGML_EXT_ATTN_OUT && !fold.head.empty();
-    const int64_t       order = mixes ? fold.order : 1;
-    const int64_t       n     = int64_t(d.size());
-    std::vector<double> part(order);
+// G^T B for those rows of each of B's matrices [n_out, rank]; G = diag(1 / d) (I (x) head).
+void map_output(std::vector<float> & b, int64_t n_out, int64_t rank, const ggml_ext_place & place) {
+    const bool               mixes = !place.head.empty();
+    const int64_t            order = mixes ? place.order : 1;
+    const std::vector<float> d     = made(place);
+    std::vector<double>      part(order);
     for (size_t matrix = 0; matrix < b.size(); matrix += n_out * rank) {
-        float * const rows = b.data() + matrix + (n_out - n) * rank;
-        for (int64_t first = 0; first < n; first += order) {
+        float * const rows = b.data() + matrix + place.first * rank;
+        for (int64_t first = 0; first < place.rows; first += order) {
             for (int64_t k = 0; k < rank; k++) {
                 for (int64_t i = 0; i < order; i++) {
                     part[i] = rows[(first + i) * rank + k] / double(d[first + i]);
@@ -161,7 +103,7 @@ void map_output(std::vector<float> & b, int64_t n_out, int64_t rank, const std::
                 for (int64_t j = 0; j < order; j++) {
                     double sum = mixes ? 0.0 : part[j];
                     for (int64_t i = 0; mixes && i < order; i++) {
-                        sum += part[i] * fold.head[i * order + j];
+                        sum += part[i] * place.head[i * order + j];
                     }
                     rows[(first + j) * rank + k] = float(sum);
                 }
@@ -209,33 +151,45 @@ void write(ggml_tensor *& tensor, const std::vector<float> & values, llama_adapt
     throw std::runtime_error("ggml-ext: LoRA tensor '" + name + "' " + why);
 }
 
-// Brings the adapter of one matrix into the basis of the graph.
-void fit(const std::string & name, llama_adapter_lora_weight & weight, const basis & row, const ggml_ext_fold & fold,
-         uint32_t block, const llama_hparams & hparams, llama_adapter_lora & adapter) {
-    const auto folded = [&fold](int kind) {
-        return kind != none && (!fold.diagonals[kind].empty() || (kind == GGML_EXT_ATTN_OUT && !fold.head.empty()));
-    };
-    if (folded(row.input)) {
-        const int64_t n    = weight.a->ne[0];
-        const size_t  size = fold.diagonals[row.input].size();
-        if (size != 0 && int64_t(size) != n) {
-            refuse(name, "reads " + std::to_string(n) + " channels, of which the model folded " + std::to_string(size));
-        }
-        std::vector<float> a = read(weight.a);
-        map_input(a, n, fold, row.input, block);
-        write(weight.a, a, adapter);
+void fit_input(const std::string & name, ggml_tensor *& a, const ggml_ext_place & place, llama_adapter_lora & adapter) {
+    if (a->ne[0] != place.n) {
+        refuse(name,
+               "reads " + std::to_string(a->ne[0]) + " channels, of which the model folded " + std::to_string(place.n));
     }
-    if (folded(row.output)) {
-        const std::vector<float> d     = made(fold, row.output, hparams, block);
-        const int64_t            n_out = weight.b->ne[1];
-        if (n_out < int64_t(d.size())) {
-            refuse(name, "makes " + std::to_string(n_out) + " channels, of which the model folded " +
-                             std::to_string(d.size()));
-        }
-        std::vector<float> b = read(weight.b);
-        map_output(b, n_out, weight.b->ne[0], d, fold, row.output);
-        write(weight.b, b, adapter);
+    std::vector<float> values = read(a);
+    map_input(values, place);
+    write(a, values, adapter);
+}
+
+void fit_output(const std::string & name, ggml_tensor *& b, const ggml_ext_place & place,
+                llama_adapter_lora & adapter) {
+    // More rows than one matrix has: its matrices make the channels one after the other.
+    const int64_t n_out = b->ne[1] * (place.rows > b->ne[1] ? b->ne[2] : 1);
+    if (place.first < 0 || place.first + place.rows > n_out) {
+        refuse(name,
+               "makes " + std::to_string(n_out) + " channels, of which the model folded " + std::to_string(place.rows));
     }
+    std::vector<float> values = read(b);
+    map_output(values, n_out, b->ne[0], place);
+    write(b, values, adapter);
+}
+
+bool reads(const ggml_ext_place & place, const std::string & name) {
+    return std::find(place.readers.begin(), place.readers.end(), name) != place.readers.end();
+}
+
+// Whether the record of an older file may leave out what was folded into this matrix: it is in a block where something
+// was, and in none of the places.
+bool uncovered(const ggml_ext_model & ext, const std::string & name) {
+    bool folded = false;
+    for (const ggml_ext_place & place : ext.places) {
+        if (reads(place, name) || place.maker == name) {
+            return false;
+        }
+        const std::string block = "blk." + std::to_string(place.block) + ".";
+        folded                  = folded || (place.folds() && name.compare(0, block.size(), block) == 0);
+    }
+    return folded;
 }
 
 }  // namespace
@@ -246,24 +200,24 @@ void ggml_ext_llama_adapter(const llama_model & model, llama_adapter_lora & adap
         return;
     }
     for (auto & [name, weight] : adapter.ab_map) {
-        uint32_t    block = 0;
-        std::string matrix;
-        if (!parse(name, block, matrix)) {
+        if (name.compare(0, 4, "blk.") != 0) {
             continue;  // embeddings and head: nothing is folded there
         }
-        if (ext->folds.empty()) {
+        if (!ext->recorded) {
             refuse(name, "was made for the original model, and the file does not record what its transform '" +
                              ext->transform + "' folded into the weights; convert the model again");
         }
-        const ggml_ext_fold & fold = ext->folds.at(block);
-        if (folds_nothing(fold)) {
-            continue;
-        }
-        const basis * row = find(matrix);
-        if (!row) {
+        if (!ext->complete && uncovered(*ext, name)) {
             refuse(name, "is of a matrix that the model's record of folds does not cover; "
                          "use a model converted without a transform");
         }
-        fit(name, weight, *row, fold, block, model.hparams, adapter);
+        for (const ggml_ext_place & place : ext->places) {
+            if (place.folds() && reads(place, name)) {
+                fit_input(name, weight.a, place, adapter);
+            }
+            if (place.folds() && place.maker == name) {
+                fit_output(name, weight.b, place, adapter);
+            }
+        }
     }
 }

@@ -13,13 +13,6 @@ const char * const sizes_key     = "ggml_ext.fold.sizes";
 const char * const diagonals_key = "ggml_ext.fold.diagonals";
 const char * const orders_key    = "ggml_ext.fold.orders";
 
-void check_length(const char * key, size_t length, size_t expected, const char * per_block, uint32_t n_block) {
-    if (length != expected) {
-        ggml_ext_refuse_key(key, "has " + std::to_string(length) + " elements, not " + per_block + " for each of the " +
-                                     std::to_string(n_block) + " blocks");
-    }
-}
-
 // Adds a key's value, whatever its type.
 void add_value(ggml_ext_digest & digest, const gguf_context * metadata, int64_t id) {
     const gguf_type type = gguf_get_kv_type(metadata, id);
@@ -39,73 +32,63 @@ void add_value(ggml_ext_digest & digest, const gguf_context * metadata, int64_t 
 }  // namespace
 
 void ggml_ext_transform_loader::load_folds() {
-    if (gguf_find_key(ml.metadata, sizes_key) < 0) {
-        return;
-    }
-    const std::vector<uint32_t> sizes   = ggml_ext_read_array<uint32_t>(ml.metadata, sizes_key);
-    const std::vector<uint32_t> orders  = ggml_ext_read_array<uint32_t>(ml.metadata, orders_key);
-    const std::vector<float>    values  = ggml_ext_read_array<float>(ml.metadata, diagonals_key);
-    const std::vector<float>    heads   = ggml_ext_read_array<float>(ml.metadata, "ggml_ext.fold.heads");
-    const uint32_t              n_block = model.hparams.n_layer_all;
-    check_length(sizes_key, sizes.size(), size_t(GGML_EXT_N_KINDS) * n_block, "four", n_block);
-    if (!orders.empty()) {
-        check_length(orders_key, orders.size(), n_block, "one", n_block);
-    }
+    result->complete                   = version > 1;
+    result->recorded                   = result->complete || gguf_find_key(ml.metadata, sizes_key) >= 0;
+    const std::vector<uint32_t> sizes  = ggml_ext_read_array<uint32_t>(ml.metadata, sizes_key);
+    const std::vector<uint32_t> orders = ggml_ext_read_array<uint32_t>(ml.metadata, orders_key);
+    const std::vector<float>    values = ggml_ext_read_array<float>(ml.metadata, diagonals_key);
+    const std::vector<float>    heads  = ggml_ext_read_array<float>(ml.metadata, "ggml_ext.fold.heads");
+    check_length(sizes_key, sizes.size(), GGML_EXT_N_KINDS);
+    check_length(orders_key, orders.size(), 1);
     // The lengths add up: the metadata has been checked.
     auto value = values.begin();
     auto head  = heads.begin();
-    for (uint32_t block = 0; block < n_block; block++) {
-        ggml_ext_fold fold;
-        for (uint32_t kind = 0; kind < GGML_EXT_N_KINDS; kind++) {
-            const uint32_t size = sizes[size_t(block) * GGML_EXT_N_KINDS + kind];
-            fold.diagonals[kind].assign(value, value + size);
-            value += size;
+    for (size_t element = 0; element < result->places.size(); element++) {
+        ggml_ext_place & place = result->places[element];
+        if (!sizes.empty()) {
+            place.diagonal.assign(value, value + sizes[element]);
+            value += sizes[element];
         }
-        if (!orders.empty()) {
-            fold.order                = orders[block];
-            const int64_t n_of_matrix = fold.order * fold.order;
-            fold.head.assign(head, head + n_of_matrix);
-            head += n_of_matrix;
+        // Version 1 has one matrix per block, at the second of its sites.
+        if (!orders.empty() && (version > 1 || element % GGML_EXT_N_KINDS == GGML_EXT_ATTN_OUT)) {
+            place.order = orders[version > 1 ? element : element / GGML_EXT_N_KINDS];
+            place.head.assign(head, head + place.order * place.order);
+            head += place.order * place.order;
         }
-        load_fold(block, fold);
-        result->folds.push_back(std::move(fold));
+        check_fold(element);
     }
 }
 
-// Whether the block has what the record speaks of.
-void ggml_ext_transform_loader::load_fold(uint32_t block, ggml_ext_fold & fold) const {
-    const llama_hparams & hparams = model.hparams;
-    const auto            refuse  = [block](const char * key, const std::string & why) {
-        ggml_ext_refuse_key(key, "speaks of block " + std::to_string(block) + ": " + why);
+// Whether the model has what the record speaks of.
+void ggml_ext_transform_loader::check_fold(size_t element) const {
+    const ggml_ext_place & place  = result->places[element];
+    const auto             refuse = [&](const char * key, const std::string & why) {
+        ggml_ext_refuse_key(
+            key, "speaks of " +
+                     (version == 1 ? "block " + std::to_string(place.block) : "what '" + place.readers[0] + "' reads") +
+                     ": " + why);
     };
-    for (uint32_t kind = 0; kind < GGML_EXT_N_KINDS; kind++) {
-        const int64_t size = int64_t(fold.diagonals[kind].size());
-        const int64_t n    = channels(block, kind);
-        if (size != 0 && size != n) {
-            refuse(sizes_key, "a diagonal of " + std::to_string(size) + " channels for " +
-                                  (n == 0 ? "no such site" : "a site of " + std::to_string(n)));
+    const int64_t size = int64_t(place.diagonal.size());
+    if (size != 0 && size != place.n) {
+        refuse(sizes_key, "a diagonal of " + std::to_string(size) + " channels for " +
+                              (place.n == 0 ? "no such site" : "a site of " + std::to_string(place.n)));
+    }
+    const bool of_values = version == 1 && element % GGML_EXT_N_KINDS == GGML_EXT_ATTN_OUT;
+    if (place.head_dim == 0 && (!place.head.empty() || (of_values && size != 0))) {
+        refuse(place.head.empty() ? sizes_key : orders_key,
+               "its attention has no values per head that could take a fold");
+    }
+    if (!place.head.empty() && place.order != place.head_dim) {
+        refuse(orders_key,
+               "a matrix of order " + std::to_string(place.order) + " for heads of " + std::to_string(place.head_dim));
+    }
+    std::vector<float> made(size == 0 ? 0 : place.rows, 0.0f);  // by row; 0: not seen yet, which no element is
+    for (int64_t i = 0; place.head_dim != 0 && i < size; i++) {
+        float & its = made[place.row_of(i)];
+        if (its != 0.0f && its != place.diagonal[i]) {
+            refuse(diagonals_key, "a diagonal that differs between query heads of one value head");
         }
-    }
-    const std::vector<float> & shared = fold.diagonals[GGML_EXT_ATTN_OUT];
-    if (shared.empty() && fold.head.empty()) {
-        return;
-    }
-    const int64_t dim    = hparams.n_embd_head_v(block);
-    const int64_t n_head = hparams.n_head(block);
-    const int64_t n_kv   = hparams.n_head_kv(block);
-    const bool    has_v  = weight_in_file(block, "attn_v") || weight_in_file(block, "attn_qkv");
-    if (!has_v || hparams.is_mla() || n_kv < 1 || n_head % n_kv != 0 ||
-        channels(block, GGML_EXT_ATTN_OUT) != n_head * dim) {
-        refuse(shared.empty() ? orders_key : sizes_key, "its attention has no values per head that could take a fold");
-    }
-    if (!fold.head.empty() && fold.order != dim) {
-        refuse(orders_key, "a matrix of order " + std::to_string(fold.order) + " for heads of " + std::to_string(dim));
-    }
-    for (int64_t i = 0; i < int64_t(shared.size()); i++) {
-        const int64_t group = n_head / n_kv * dim;
-        if (shared[i] != shared[i / group * group + i % dim]) {
-            refuse(diagonals_key, "a diagonal of attn_out that differs between query heads of one value head");
-        }
+        its = place.diagonal[i];
     }
 }
 
@@ -114,15 +97,19 @@ uint64_t ggml_ext_transform_loader::digest_all() {
     digest.add(hadamards);
     digest.add(clips);
     digest.add(result->activation.name());
-    for (const ggml_ext_fold & fold : result->folds) {
-        for (const std::vector<float> & diagonal : fold.diagonals) {
-            digest.add(diagonal);
+    for (size_t element = 0; result->recorded && element < result->places.size(); element++) {
+        digest.add(result->places[element].diagonal);
+        if (version > 1) {
+            digest.add(result->places[element].head);
+        } else if (element % GGML_EXT_N_KINDS ==
+                   GGML_EXT_FFN_MID) {  // version 1: a block's matrix behind its diagonals
+            digest.add(result->places[element - GGML_EXT_FFN_MID + GGML_EXT_ATTN_OUT].head);
         }
-        digest.add(fold.head);
     }
-    // Without a record, files are told apart by all that their keys say.
-    for (int64_t id = 0; result->folds.empty() && id < gguf_get_n_kv(ml.metadata); id++) {
-        if (std::strncmp(gguf_get_key(ml.metadata, id), "ggml_ext.", 9) == 0) {
+    // Without a record, files are told apart by all that their keys say, and by the table where there is one.
+    const char * const keys = result->recorded ? "ggml_ext.site." : "ggml_ext.";
+    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); id++) {
+        if (std::strncmp(gguf_get_key(ml.metadata, id), keys, std::strlen(keys)) == 0) {
             add_value(digest, ml.metadata, id);
         }
     }

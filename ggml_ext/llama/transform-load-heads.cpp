@@ -66,7 +66,8 @@ std::pair<ggml_tensor *, ggml_tensor *> ggml_ext_transform_loader::load_pair(uin
     if (!a || !b) {
         ggml_ext_refuse_tensor(a ? a_name : b_name, "needs '" + (a ? b_name : a_name) + "', which the file lacks");
     }
-    if (model.hparams.is_mla() || !(weight_in_file(block, "attn_k") || weight_in_file(block, "attn_qkv"))) {
+    if (model.hparams.is_mla() || !(weight_in_file(tensor_name(block, "attn_k", "weight")) ||
+                                    weight_in_file(tensor_name(block, "attn_qkv", "weight")))) {
         ggml_ext_refuse_tensor(a_name, std::string("is a transform of heads, which block ") + std::to_string(block) +
                                            " of architecture '" + llm_arch_name(model.arch) + "' does not have");
     }

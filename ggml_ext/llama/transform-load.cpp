@@ -9,28 +9,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-// The matrices that read a site, its anchor first. unless: a matrix beside which the row does not hold.
-struct ggml_ext_layout {
-    uint32_t                  kind;
-    std::vector<const char *> matrices;
-    const char *              unless = nullptr;
-};
-
-namespace {
-
-const ggml_ext_layout layouts[] = {
-    { 0, { "attn_q", "attn_k", "attn_v" } },
-    { 0, { "attn_qkv" } },
-    { 1, { "attn_output" } },
-    { 2, { "ffn_gate", "ffn_up" } },
-    { 2, { "ffn_up" }, "ffn_gate" },
-    { 2, { "ffn_gate_exps", "ffn_up_exps" } },
-    { 3, { "ffn_down" } },
-    { 3, { "ffn_down_exps" } },
-};
-
-}  // namespace
-
 void ggml_ext_refuse_key(const char * key, const std::string & why) {
     throw std::runtime_error(std::string("ggml-ext: key '") + key + "' " + why);
 }
@@ -46,18 +24,11 @@ ggml_ext_factor ggml_ext_transform_loader::take(const std::string & name) {
 
 // Whether the keys, the tensors and the way of loading agree.
 void ggml_ext_transform_loader::check_keys() {
+    version   = ggml_ext_format_version(ml.metadata);
     transform = ggml_ext_transform_name(ml.metadata);
     hadamards = ggml_ext_read_array<uint32_t>(ml.metadata, "ggml_ext.transform.hadamard");
     clips     = ggml_ext_read_array<float>(ml.metadata, "ggml_ext.transform.clip");
 
-    const uint32_t n_block = model.hparams.n_layer_all;
-    for (const auto & [key, length] : { std::pair("ggml_ext.transform.hadamard", hadamards.size()),
-                                        std::pair("ggml_ext.transform.clip", clips.size()) }) {
-        if (length != 0 && length != size_t(GGML_EXT_N_KINDS) * n_block) {
-            ggml_ext_refuse_key(key, "has " + std::to_string(length) + " elements, not four for each of the " +
-                                         std::to_string(n_block) + " blocks");
-        }
-    }
     const bool online = ggml_ext_transform_online(transform);
     if (!file.empty() && !online) {
         ggml_ext_refuse_tensor(file.first(),
@@ -101,53 +72,33 @@ ggml_backend_buffer_type_t ggml_ext_transform_loader::buffer_type(uint32_t block
                                             ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
 }
 
-std::vector<const ggml_ext_layout *> ggml_ext_transform_loader::sites_of(uint32_t block, uint32_t kind) const {
-    std::vector<const ggml_ext_layout *> found;
-    for (const ggml_ext_layout & row : layouts) {
-        if (row.kind == kind && weight_in_file(block, row.matrices[0]) &&
-            !(row.unless && weight_in_file(block, row.unless))) {
-            found.push_back(&row);
-        }
+void ggml_ext_transform_loader::check_length(const char * key, size_t length, size_t per_block) const {
+    const size_t n_block = model.hparams.n_layer_all;
+    if (length == 0 || length == (version == 1 ? per_block * n_block : result->places.size())) {
+        return;
     }
-    return found;
+    const std::string each = per_block == 1 ? "one for each of the " : "four for each of the ";
+    ggml_ext_refuse_key(key,
+                        "has " + std::to_string(length) + " elements, not " +
+                            (version == 1 ? each + std::to_string(n_block) + " blocks" :
+                                            "one for each of the " + std::to_string(result->places.size()) + " sites"));
 }
 
-int64_t ggml_ext_transform_loader::channels(uint32_t block, uint32_t kind) const {
-    const auto found = sites_of(block, kind);
-    return found.size() == 1 ? weight_in_file(block, found[0]->matrices[0])->ne[0] : 0;
-}
-
-void ggml_ext_transform_loader::load_sites(uint32_t block) {
-    for (uint32_t kind = 0; kind < GGML_EXT_N_KINDS; kind++) {
-        // Two sites of a kind (dense and expert matrices in one block) would share their element in the
-        // keys, so neither can have a transform; their tensors stay unread and are refused by name.
-        const auto found = sites_of(block, kind);
-        if (found.size() == 1) {
-            load_site(block, *found[0]);
-            continue;
-        }
-        const size_t element = size_t(block) * GGML_EXT_N_KINDS + kind;
-        const bool   rotates = !hadamards.empty() && hadamards[element] > 1;
-        if (rotates || (!clips.empty() && clips[element] < 1.0f)) {
-            ggml_ext_refuse_key(rotates ? "ggml_ext.transform.hadamard" : "ggml_ext.transform.clip",
-                                "has a value in element " + std::to_string(element) + ", but block " +
-                                    std::to_string(block) +
-                                    (found.empty() ? " lacks that site" : " has two such sites"));
-        }
-    }
-}
-
-void ggml_ext_transform_loader::load_site(uint32_t block, const ggml_ext_layout & row) {
-    const ggml_tensor *   anchor  = weight_in_file(block, row.matrices[0]);
-    const int64_t         n       = anchor->ne[0];
-    const size_t          element = size_t(block) * GGML_EXT_N_KINDS + row.kind;
-    const ggml_ext_factor left    = take(tensor_name(block, row.matrices[0], "fq_l"));
-    const ggml_ext_factor right   = take(tensor_name(block, row.matrices[0], "fq_r"));
+void ggml_ext_transform_loader::load_site(size_t element) {
+    const ggml_ext_place & place  = result->places[element];
+    const std::string      anchor = place.readers[0].substr(0, place.readers[0].rfind(".weight"));
+    const int64_t          n      = place.n;
+    const ggml_ext_factor  left   = take(anchor + ".fq_l");
+    const ggml_ext_factor  right  = take(anchor + ".fq_r");
 
     const int64_t order = hadamards.empty() || hadamards[element] < 2 ? 0 : int64_t(hadamards[element]);
     const float   clip  = clips.empty() ? 1.0f : clips[element];
     if (!left && !right && order == 0 && clip == 1.0f) {
         return;
+    }
+    const std::string cause = left ? left.name : right ? right.name : place.readers[0];
+    if (place.n_online == 0) {
+        ggml_ext_refuse_tensor(cause, "has a transform that runs with the model, but no matrix that reads it");
     }
     if (right && order) {
         ggml_ext_refuse_tensor(right.name, "stands beside element " + std::to_string(element) +
@@ -158,7 +109,7 @@ void ggml_ext_transform_loader::load_site(uint32_t block, const ggml_ext_layout 
     if (n1 > 0 && n2 > 0 ? n1 * n2 != n : n % std::max<int64_t>({ n1, n2, 1 }) != 0) {
         const std::string orders = (n1 > 0 && n2 > 0 ? "orders " + std::to_string(n1) + " x " : "order ") +
                                    std::to_string(n2 > 0 ? n2 : n1) + ", which does not fit the " + std::to_string(n) +
-                                   " channels of '" + anchor->name + "'";
+                                   " channels of '" + place.readers[0] + "'";
         if (left || right) {
             ggml_ext_refuse_tensor(left ? left.name : right.name, "makes a transform of " + orders);
         }
@@ -168,26 +119,25 @@ void ggml_ext_transform_loader::load_site(uint32_t block, const ggml_ext_layout 
     site->n        = n;
     site->hadamard = int(order);  // a divisor of n
     site->clip     = clip;
-    attach(block, row, left ? left.name : right ? right.name : anchor->name, site.get());
-    const auto type = buffer_type(block);
+    attach(place, cause, site.get());
+    const auto type = buffer_type(place.block);
     site->left      = uploads.add(left, type);
     site->right     = uploads.add(right, type);
     result->sites.push_back(std::move(site));
 }
 
 // Gives the site to every matrix that reads it. cause: the tensor that a refusal names.
-void ggml_ext_transform_loader::attach(uint32_t block, const ggml_ext_layout & row, const std::string & cause,
+void ggml_ext_transform_loader::attach(const ggml_ext_place & place, const std::string & cause,
                                        const ggml_ext_site * site) {
-    const int64_t n = weight_in_file(block, row.matrices[0])->ne[0];
-    for (const char * matrix : row.matrices) {
-        const std::string   name   = tensor_name(block, matrix, "weight");
-        const ggml_tensor * weight = weight_in_file(block, matrix);
+    for (size_t i = 0; i < place.n_online; i++) {
+        const std::string & name   = place.readers[i];
+        const ggml_tensor * weight = weight_in_file(name);
         if (!weight) {
             ggml_ext_refuse_tensor(cause, "has a transform that '" + name + "' must read, but the file lacks it");
         }
-        if (weight->ne[0] != n) {
+        if (weight->ne[0] != place.n) {
             ggml_ext_refuse_tensor(cause, "has a transform that '" + name + "' must read, but its rows have length " +
-                                              std::to_string(weight->ne[0]) + ", not " + std::to_string(n));
+                                              std::to_string(weight->ne[0]) + ", not " + std::to_string(place.n));
         }
         // A weight of the file can lack a tensor: upstream skips blocks that this load does not run.
         const auto found = loaded.find(name);
@@ -245,8 +195,16 @@ std::shared_ptr<ggml_ext_model> ggml_ext_transform_loader::load() {
             loaded.emplace(tensor->name, tensor);
         }
     }
+    version == 1 ? place_implied() : place_listed();
+    check_length("ggml_ext.transform.hadamard", hadamards.size(), GGML_EXT_N_KINDS);
+    check_length("ggml_ext.transform.clip", clips.size(), GGML_EXT_N_KINDS);
+    // The digest has the factors in this order.
     for (uint32_t block = 0; block < model.hparams.n_layer_all; block++) {
-        load_sites(block);
+        for (size_t element = 0; element < result->places.size(); element++) {
+            if (result->places[element].block == block && result->places[element].n != 0) {
+                load_site(element);
+            }
+        }
         load_heads(block);
     }
     if (!file.empty()) {

@@ -1,6 +1,6 @@
-// The reading of one model's transforms, in three files: transform-load.cpp has keys and sites,
-// transform-load-heads.cpp the per-head transforms of a KV cache, transform-load-folds.cpp the record of what
-// was folded into the weights. Internal to them.
+// The reading of one model's transforms: transform-load-v1.cpp and transform-load-v2.cpp read what the two versions of
+// the format say of sites into one list, from which transform-load.cpp and transform-load-folds.cpp (what was folded
+// into the weights) work; transform-load-heads.cpp has the per-head transforms of a KV cache. Internal to them.
 
 #pragma once
 
@@ -16,7 +16,8 @@
 #include <utility>
 #include <vector>
 
-struct ggml_ext_layout;
+// The sites of a block in version 1, in the order of the keys that have an element for each.
+enum ggml_ext_kind { GGML_EXT_ATTN_IN, GGML_EXT_ATTN_OUT, GGML_EXT_FFN_IN, GGML_EXT_FFN_MID, GGML_EXT_N_KINDS };
 
 // Throws std::runtime_error("ggml-ext: key 'KEY' WHY").
 [[noreturn]] void ggml_ext_refuse_key(const char * key, const std::string & why);
@@ -29,19 +30,22 @@ class ggml_ext_transform_loader {
     std::shared_ptr<ggml_ext_model> load();
 
   private:
-    void                                 check_keys();
-    // The sites of a kind that the block has: one, unless it is of a layout that docs/gguf.md does not know.
-    std::vector<const ggml_ext_layout *> sites_of(uint32_t block, uint32_t kind) const;
+    void check_keys();
 
-    // The channels of the block's only site of that kind, 0 where there is not exactly one.
-    int64_t channels(uint32_t block, uint32_t kind) const;
+    // An array of each site's. per_block: how many elements version 1 has per block.
+    void check_length(const char * key, size_t length, size_t per_block) const;
 
-    void load_sites(uint32_t block);
-    void load_site(uint32_t block, const ggml_ext_layout & row);
-    void attach(uint32_t block, const ggml_ext_layout & row, const std::string & cause, const ggml_ext_site * site);
+    // Fill result->places with sites whose folds are not read yet.
+    void           place_implied();
+    ggml_ext_place implied(uint32_t block, uint32_t kind) const;
+    void           place_listed();
+    void           check_maker(const ggml_ext_place & place) const;
+
+    void load_site(size_t element);
+    void attach(const ggml_ext_place & place, const std::string & cause, const ggml_ext_site * site);
     void load_heads(uint32_t block);
     void load_folds();
-    void load_fold(uint32_t block, ggml_ext_fold & fold) const;
+    void check_fold(size_t element) const;
     void check_marked() const;
     void round_inputs();
     void log() const;
@@ -59,9 +63,7 @@ class ggml_ext_transform_loader {
         return "blk." + std::to_string(block) + "." + matrix + "." + suffix;
     }
 
-    const ggml_tensor * weight_in_file(uint32_t block, const char * matrix) const {
-        return ml.get_tensor_meta(tensor_name(block, matrix, "weight").c_str());
-    }
+    const ggml_tensor * weight_in_file(const std::string & name) const { return ml.get_tensor_meta(name.c_str()); }
 
     // Whether the block's device runs a sub-op; one that does not is named in the log, once.
     bool runs(uint32_t block, ggml_ext_op op);
@@ -77,8 +79,9 @@ class ggml_ext_transform_loader {
     ggml_ext_factor_buffers         uploads;
     std::shared_ptr<ggml_ext_model> result = std::make_shared<ggml_ext_model>();
 
+    uint32_t              version = 0;                                   // of the format
     std::string           transform;                                     // its name
-    std::vector<uint32_t> hadamards;                                     // per block and kind of site; empty: all 0
+    std::vector<uint32_t> hadamards;                                     // per site; empty: all 0
     std::vector<float>    clips;                                         // likewise; empty: all 1
 
     std::unordered_map<std::string, const ggml_tensor *>       loaded;   // weights that this load made tensors for

@@ -30,15 +30,31 @@ struct ggml_ext_heads {
     ggml_tensor * out = nullptr;  // P_v^-1
 };
 
-// The sites of a block, in the order of the keys that have an element for each.
-enum ggml_ext_kind { GGML_EXT_ATTN_IN, GGML_EXT_ATTN_OUT, GGML_EXT_FFN_IN, GGML_EXT_FFN_MID, GGML_EXT_N_KINDS };
+// A site as a file describes it, with what a transform folded into the weights there: the graph's activation is
+// x diag(1 / d) (I (x) head), where x is the original model's.
+struct ggml_ext_place {
+    uint32_t                 block = 0;     // its anchor's
+    int64_t                  n     = 0;     // channels; 0 for an element of version 1 that stands for no site
+    std::vector<std::string> readers;       // tensors; the first is the anchor
+    size_t                   n_online = 0;  // the first so many readers get what the online part makes
 
-// What a transform folded into one block's weights: the graph's activation at a site is x diag(1 / d) (I (x) head),
-// head at attn_out alone, where x is the original model's.
-struct ggml_ext_fold {
-    std::vector<float> diagonals[GGML_EXT_N_KINDS];  // d; empty: ones
-    std::vector<float> head;                         // [order, order]; empty: the identity
+    std::vector<float> diagonal;            // d; empty: ones
+    std::vector<float> head;                // [order, order]; empty: the identity
     int64_t            order = 0;
+
+    // The matrix whose rows make the channels, empty where a norm does. Of values per head, [head_dim] each, a row makes
+    // the same channel of all query heads that share the value head.
+    std::string maker;
+    int64_t     first    = 0;
+    int64_t     rows     = 0;
+    int64_t     head_dim = 0;  // 0: a row for each channel
+
+    bool folds() const { return !diagonal.empty() || !head.empty(); }
+
+    // The row, counted from first, that makes a channel.
+    int64_t row_of(int64_t channel) const {
+        return head_dim == 0 ? channel : channel / (n / rows * head_dim) * head_dim + channel % head_dim;
+    }
 };
 
 struct ggml_ext_weight {
@@ -49,15 +65,17 @@ struct ggml_ext_weight {
 struct ggml_ext_model {
     std::vector<std::unique_ptr<ggml_ext_site>>              sites;
     std::unordered_map<const ggml_tensor *, ggml_ext_weight> weights;
-    std::vector<ggml_ext_heads>                              heads;      // per layer; empty: none
+    std::vector<ggml_ext_heads>                              heads;             // per layer; empty: none
     ggml_ext_activation                                      activation;
-    std::string                                              transform;  // its name
-    std::vector<ggml_ext_fold>                               folds;      // per block; empty: not recorded
-    uint64_t                                                 digest = 0;
-    bool                                                     has_k  = false;
-    bool                                                     has_v  = false;
-    std::vector<ggml_context_ptr>                            contexts;
-    std::vector<ggml_backend_buffer_ptr>                     buffers;
+    std::string                                              transform;         // its name
+    std::vector<ggml_ext_place>                              places;            // all that the file describes
+    bool                                                     recorded = false;  // whether it says what was folded
+    bool                                 complete = false;  // whether it names all that a fold concerns
+    uint64_t                             digest   = 0;
+    bool                                 has_k    = false;
+    bool                                 has_v    = false;
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
 };
 
 // The tensor that owns the data of a view.

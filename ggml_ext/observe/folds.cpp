@@ -230,6 +230,9 @@ class finder {
                 up        = t->src[0];
             } else if (t->op == GGML_OP_MUL && t->src[1]->ne[0] == 1) {
                 up = t->src[0];
+            } else if (t->op == GGML_OP_PERMUTE && first == 0 && is_stacked(t, n)) {
+                require_only(t->src[0], t);
+                return made_by_product(fold, t->src[0], 0, /*stacked =*/true);
             } else if (is_product(t) && is_weight(t->src[0])) {
                 return made_by_product(fold, t, first);
             } else {
@@ -241,7 +244,16 @@ class finder {
         }
     }
 
-    ggml_ext_fold_place made_by_product(ggml_ext_fold_place fold, node_t product, int64_t first) const {
+    // Whether the n channels are what a stack of matrices makes, one after the other: [rows, tokens, matrices] permuted.
+    bool is_stacked(node_t t, int64_t n) const {
+        node_t product = t->src[0];
+        return t->op_params[0] == 0 && t->op_params[1] == 2 && t->op_params[2] == 1 && product->op == GGML_OP_MUL_MAT &&
+               is_weight(product->src[0]) && product->ne[0] * product->ne[2] == n &&
+               product->src[0]->ne[2] == product->ne[2];
+    }
+
+    ggml_ext_fold_place made_by_product(ggml_ext_fold_place fold, node_t product, int64_t first,
+                                        bool stacked = false) const {
         node_t w = product->src[0];
         while (w->op == GGML_OP_RESHAPE) {
             w = w->src[0];
@@ -252,7 +264,7 @@ class finder {
         require_one_reader(w);
         fold.tensor = name_of(w);
         fold.first  = first;
-        if (first + fold.n > w->ne[1]) {
+        if (first + fold.n > w->ne[1] * (stacked ? w->ne[2] : 1)) {
             throw no_fold("several matrices of " + name_of(w) + " make its input");
         }
         return fold;
@@ -377,18 +389,6 @@ class finder {
 };
 
 }  // namespace
-
-const ggml_tensor * ggml_ext_origin(const ggml_tensor * x) {
-    for (;;) {
-        const bool same = x->op == GGML_OP_RESHAPE || (x->op == GGML_OP_CONT && ggml_is_contiguous(x->src[0])) ||
-                          (x->op == GGML_OP_VIEW && x->view_offs == x->src[0]->view_offs && ggml_is_contiguous(x) &&
-                           ggml_is_contiguous(x->src[0]) && ggml_nelements(x) == ggml_nelements(x->src[0]));
-        if (!same) {
-            return x;
-        }
-        x = x->src[0];
-    }
-}
 
 void ggml_ext_find_folds(ggml_cgraph * gf, const std::map<const ggml_tensor *, std::string> & weights,
                          ggml_ext_graph_table & table) {

@@ -11,6 +11,3 @@
 // weights: those of the model, by tensor.
 void ggml_ext_find_folds(ggml_cgraph * gf, const std::map<const ggml_tensor *, std::string> & weights,
                          ggml_ext_graph_table & table);
-
-// The activation behind reshapes, copies and views of all of it: its elements in the same order.
-const ggml_tensor * ggml_ext_origin(const ggml_tensor * x);

@@ -291,6 +291,18 @@ template <typename T, typename F> std::string list(const std::vector<T> & items,
 
 }  // namespace
 
+const ggml_tensor * ggml_ext_origin(const ggml_tensor * x) {
+    for (;;) {
+        const bool same = x->op == GGML_OP_RESHAPE || (x->op == GGML_OP_CONT && ggml_is_contiguous(x->src[0])) ||
+                          (x->op == GGML_OP_VIEW && x->view_offs == x->src[0]->view_offs && ggml_is_contiguous(x) &&
+                           ggml_is_contiguous(x->src[0]) && ggml_nelements(x) == ggml_nelements(x->src[0]));
+        if (!same) {
+            return x;
+        }
+        x = x->src[0];
+    }
+}
+
 ggml_ext_graph_table ggml_ext_walk(const llama_model & model, ggml_cgraph * gf, const ggml_ext_online & online) {
     return walker(model, gf, online).table;
 }

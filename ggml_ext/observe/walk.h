@@ -65,3 +65,6 @@ using ggml_ext_online = std::set<std::pair<const ggml_tensor *, const ggml_tenso
 ggml_ext_graph_table ggml_ext_walk(const llama_model & model, ggml_cgraph * gf, const ggml_ext_online & online);
 
 std::string ggml_ext_table_json(const ggml_ext_graph_table & table);
+
+// The activation behind reshapes, copies and views of all of it: its elements in the same order.
+const ggml_tensor * ggml_ext_origin(const ggml_tensor * x);

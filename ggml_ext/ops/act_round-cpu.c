@@ -1,5 +1,5 @@
 // GGML_EXT_OP_ACT_ROUND on the CPU. Threads share a row by columns where rows are few; a thread that
-// gets part of a group looks at all of it for the scale, which is cheaper than to meet the others.
+// gets part of a group looks at all of it for the scale, which is cheaper than a barrier.
 
 #include "act_round-cpu.h"
 
@@ -75,7 +75,7 @@ static void act_round_columns(const struct ggml_ext_act_round_path * path, int64
     }
 }
 
-static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static void act_round_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor *       x = dst->src[0];
     struct ggml_ext_act_round_params op;
     memcpy(&op, dst->op_params + 1, sizeof(op));
@@ -97,4 +97,4 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
     }
 }
 
-const struct ggml_ext_cpu_op ggml_ext_cpu_act_round = { compute, NULL, NULL };
+const struct ggml_ext_cpu_op ggml_ext_cpu_act_round = { act_round_compute, NULL, NULL };

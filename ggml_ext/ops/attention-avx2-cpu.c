@@ -29,14 +29,14 @@ EXPAND __m256i odd_codes(__m256i x) {
 
 // --- logits ---
 
-struct queries {
+struct attention_queries {
     _Alignas(32) int32_t even[BATCH][GGML_EXT_ATTENTION_MAX_HEAD / 4];
     _Alignas(32) int32_t odd[BATCH][GGML_EXT_ATTENTION_MAX_HEAD / 4];
 };
 
 // `rows` rows against 8 * vecs tokens from t on.
 EXPAND void scores_part(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                        const struct ggml_ext_attention_rows * in, const struct queries * q, int t, int rows,
+                        const struct ggml_ext_attention_rows * in, const struct attention_queries * q, int t, int rows,
                         int vecs) {
     const int       steps = dims->dk_pad / dims->k_groups / 4;
     const __m256i   low   = _mm256_set1_epi16(255);
@@ -97,9 +97,10 @@ EXPAND void scores_part(const struct ggml_ext_attention_dims * dims, const struc
     }
 }
 
-TARGET static void scores(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                          const struct ggml_ext_attention_rows * rows) {
-    struct queries q;
+TARGET static void attention_scores(const struct ggml_ext_attention_dims * dims,
+                                    const struct ggml_ext_attention_tile * tile,
+                                    const struct ggml_ext_attention_rows * rows) {
+    struct attention_queries q;
     for (int r = 0; r < rows->n_rows; r++) {
         for (int i = 0; i < dims->dk_pad; i += 32) {
             const __m256i x = load(rows->q + (size_t) r * dims->dk_pad + i);
@@ -130,13 +131,13 @@ TARGET static void scores(const struct ggml_ext_attention_dims * dims, const str
 // Weights of 16 bits are taken as w - 32768, which vpmaddwd can multiply; the sum of -32768 v comes off again.
 #    define OFFSET (-32768)
 
-struct pairs {
+struct attention_pairs {
     _Alignas(32) int32_t even[BATCH][TILE / 4];
     _Alignas(32) int32_t odd[BATCH][TILE / 4];
 };
 
 EXPAND void pair_weights(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_rows * rows,
-                         int g, int n_rows, int planes, struct pairs * out) {
+                         int g, int n_rows, int planes, struct attention_pairs * out) {
     const __m256i low  = _mm256_set1_epi16(255);
     const __m256i sign = _mm256_set1_epi16((short) OFFSET);
     for (int r = 0; r < n_rows; r++) {
@@ -159,7 +160,7 @@ EXPAND void pair_weights(const struct ggml_ext_attention_dims * dims, const stru
 
 // 16 channels from d on.
 EXPAND void accumulate_part(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                            const struct ggml_ext_attention_rows * rows, const struct pairs * w, int g, int d,
+                            const struct ggml_ext_attention_rows * rows, const struct attention_pairs * w, int g, int d,
                             int n_rows, int planes) {
     const __m256i  offset = _mm256_set1_epi16((short) OFFSET);
     const int8_t * v      = tile->v + d * 4;
@@ -207,7 +208,7 @@ EXPAND void accumulate_rows(const struct ggml_ext_attention_dims * dims, const s
                             const struct ggml_ext_attention_rows * rows, int n_rows, int planes) {
     const int width = dims->dv_pad / dims->v_groups;
     for (int g = 0; g < dims->v_groups; g++) {
-        struct pairs w;
+        struct attention_pairs w;
         pair_weights(dims, rows, g, n_rows, planes, &w);
         for (int d = g * width; d < (g + 1) * width; d += 16) {
             accumulate_part(dims, tile, rows, &w, g, d, n_rows, planes);
@@ -215,8 +216,9 @@ EXPAND void accumulate_rows(const struct ggml_ext_attention_dims * dims, const s
     }
 }
 
-TARGET static void accumulate(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                              const struct ggml_ext_attention_rows * rows) {
+TARGET static void attention_accumulate(const struct ggml_ext_attention_dims * dims,
+                                        const struct ggml_ext_attention_tile * tile,
+                                        const struct ggml_ext_attention_rows * rows) {
     WITH_CONSTANTS(rows->n_rows, dims->planes, accumulate_rows, dims, tile, rows);
 }
 
@@ -228,10 +230,10 @@ const struct ggml_ext_attention_path ggml_ext_attention_avx2 = {
     .levels     = ggml_ext_attention_levels_avx2,
     .pack_k     = ggml_ext_attention_pack_k_avx2,
     .pack_v     = ggml_ext_attention_pack_v_avx2,
-    .scores     = scores,
+    .scores     = attention_scores,
     .softcap    = ggml_ext_attention_softcap_avx2,
     .weights    = ggml_ext_attention_weights_avx2,
-    .accumulate = accumulate,
+    .accumulate = attention_accumulate,
 };
 
 #endif  // GGML_EXT_X86

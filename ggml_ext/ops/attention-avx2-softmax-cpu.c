@@ -39,7 +39,7 @@ TARGET void ggml_ext_attention_softcap_avx2(int n, float cap, float * s) {
 }
 
 // Adds the mask to a row's logits; those beyond n become -inf.
-TARGET static void apply_mask(const ggml_fp16_t * mask, float slope, int n, float * s) {
+TARGET static void attention_apply_mask(const ggml_fp16_t * mask, float slope, int n, float * s) {
     if (mask) {
         ggml_fp16_t part[TILE] = { 0 };
         if (n < TILE) {
@@ -66,7 +66,7 @@ EXPAND void maxima(int n, const struct ggml_ext_attention_rows * rows, int n_row
             continue;
         }
         float * s = rows->s + r * TILE;
-        apply_mask(rows->mask[r], rows->slope[r], n, s);
+        attention_apply_mask(rows->mask[r], rows->slope[r], n, s);
         __m256 m = _mm256_load_ps(s);
 #    pragma GCC unroll 8
         for (int t = 8; t < TILE; t += 8) {

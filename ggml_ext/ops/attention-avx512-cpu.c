@@ -76,8 +76,9 @@ EXPAND void scores_part(const struct ggml_ext_attention_dims * dims, const struc
     }
 }
 
-TARGET static void scores(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                          const struct ggml_ext_attention_rows * rows) {
+TARGET static void attention_scores(const struct ggml_ext_attention_dims * dims,
+                                    const struct ggml_ext_attention_tile * tile,
+                                    const struct ggml_ext_attention_rows * rows) {
     switch (rows->n_rows) {
         case 1:
             scores_part(dims, tile, rows, 0, 1, 4);
@@ -109,7 +110,7 @@ EXPAND __m512 exp2_ps(__m512 x) {
 }
 
 // tanh(x) = 1 - 2 / (exp(2 x) + 1); an overflow to infinity gives 1
-TARGET static void softcap(int n, float cap, float * s) {
+TARGET static void attention_softcap(int n, float cap, float * s) {
     const __m512 factor = _mm512_set1_ps(2.0f * 1.44269504088896341f);
     const __m512 one    = _mm512_set1_ps(1.0f);
     for (int i = 0; i < n; i += 16) {
@@ -199,8 +200,9 @@ EXPAND void weights_of(const struct ggml_ext_attention_dims * dims, const struct
     }
 }
 
-TARGET static void weights(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                           int n, const struct ggml_ext_attention_rows * rows) {
+TARGET static void attention_weights(const struct ggml_ext_attention_dims * dims,
+                                     const struct ggml_ext_attention_tile * tile, int n,
+                                     const struct ggml_ext_attention_rows * rows) {
     WITH_CONSTANTS(rows->n_rows, dims->planes, weights_of, dims, tile, n, rows);
 }
 
@@ -255,8 +257,9 @@ EXPAND void accumulate_rows(const struct ggml_ext_attention_dims * dims, const s
     }
 }
 
-TARGET static void accumulate(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                              const struct ggml_ext_attention_rows * rows) {
+TARGET static void attention_accumulate(const struct ggml_ext_attention_dims * dims,
+                                        const struct ggml_ext_attention_tile * tile,
+                                        const struct ggml_ext_attention_rows * rows) {
     WITH_CONSTANTS(rows->n_rows, dims->planes, accumulate_rows, dims, tile, rows);
 }
 
@@ -268,10 +271,10 @@ const struct ggml_ext_attention_path ggml_ext_attention_avx512 = {
     .levels     = ggml_ext_attention_levels_avx512,
     .pack_k     = ggml_ext_attention_pack_k_avx512,
     .pack_v     = ggml_ext_attention_pack_v_avx512,
-    .scores     = scores,
-    .softcap    = softcap,
-    .weights    = weights,
-    .accumulate = accumulate,
+    .scores     = attention_scores,
+    .softcap    = attention_softcap,
+    .weights    = attention_weights,
+    .accumulate = attention_accumulate,
 };
 
 #endif  // GGML_EXT_X86

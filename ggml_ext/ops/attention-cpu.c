@@ -16,12 +16,13 @@
 
 // --- whether, and how much memory ---
 
-static bool codes(enum ggml_type type) {
+static bool attention_codes(enum ggml_type type) {
     return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q5_0 || type == GGML_TYPE_IQ4_NL;
 }
 
 // NULL, or why not.
-static const char * refusal(const struct ggml_tensor * dst, const struct ggml_ext_attention_setting * setting) {
+static const char * attention_refusal(const struct ggml_tensor *                dst,
+                                      const struct ggml_ext_attention_setting * setting) {
     const struct ggml_tensor * q     = dst->src[0];
     const struct ggml_tensor * k     = dst->src[1];
     const struct ggml_tensor * v     = dst->src[2];
@@ -32,7 +33,7 @@ static const char * refusal(const struct ggml_tensor * dst, const struct ggml_ex
         if (kv[i]->type == GGML_TYPE_F16 && !setting->f16) {
             return "one of K and V is f16 (GGML_EXT_ATTN=full/f16 includes it)";
         }
-        if (!codes(kv[i]->type) && kv[i]->type != GGML_TYPE_F16) {
+        if (!attention_codes(kv[i]->type) && kv[i]->type != GGML_TYPE_F16) {
             return "the type of K or V";
         }
         if (kv[i]->nb[0] != ggml_type_size(kv[i]->type) || kv[i]->ne[0] > GGML_EXT_ATTENTION_MAX_HEAD) {
@@ -57,12 +58,12 @@ static const char * refusal(const struct ggml_tensor * dst, const struct ggml_ex
     return NULL;
 }
 
-static bool applies(const struct ggml_tensor * dst) {
+static bool attention_applies(const struct ggml_tensor * dst) {
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
     if (setting.mode == GGML_EXT_ATTENTION_OFF) {
         return false;
     }
-    const char * reason = refusal(dst, &setting);
+    const char * reason = attention_refusal(dst, &setting);
     if (reason == NULL) {
         return true;
     }
@@ -77,16 +78,16 @@ static bool applies(const struct ggml_tensor * dst) {
 }
 
 // Merged rows in order of stream, head, query; per chunk: max, sum, o [dv].
-static size_t partials_size(const struct ggml_ext_attention_plan * plan) {
+static size_t attention_partials_size(const struct ggml_ext_attention_plan * plan) {
     const int64_t n_rows = plan->n_streams * plan->n_groups * plan->heads * plan->n_queries;
     return plan->n_chunks > 1 ? sizeof(float) * n_rows * plan->n_chunks * (2 + plan->dv) : 0;
 }
 
-static size_t work_size(const struct ggml_tensor * dst, int n_threads) {
+static size_t attention_work_size(const struct ggml_tensor * dst, int n_threads) {
     const struct ggml_ext_attention_plan plan = ggml_ext_attention_make_plan(dst);
     struct ggml_ext_attention_scratch    scratch;
     const size_t ours = GGML_EXT_ATTENTION_ALIGNMENT + ggml_ext_attention_lay_out(&plan, NULL, &scratch) * n_threads +
-                        partials_size(&plan);
+                        attention_partials_size(&plan);
     // Upstream's row path, for use_ref: three rows and a cache line per thread.
     const size_t reference = sizeof(float) * (plan.dk + 2 * plan.dv + 64) * n_threads;
     return MAX(ours, reference);
@@ -94,7 +95,7 @@ static size_t work_size(const struct ggml_tensor * dst, int n_threads) {
 
 // --- results ---
 
-static float sum16(const float * x) {
+static float attention_sum16(const float * x) {
     float sum = 0.0f;
     for (int i = 0; i < 16; i++) {
         sum += x[i];
@@ -102,8 +103,8 @@ static float sum16(const float * x) {
     return sum;
 }
 
-static void write_row(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst, int64_t stream,
-                      int64_t query, int64_t head, float max, float sum, const float * o) {
+static void attention_write_row(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst, int64_t stream,
+                                int64_t query, int64_t head, float max, float sum, const float * o) {
     const struct ggml_tensor * sinks = dst->src[4];
     float                      scale = 1.0f;
     if (sinks) {
@@ -120,24 +121,25 @@ static void write_row(const struct ggml_ext_attention_plan * plan, struct ggml_t
     }
 }
 
-static float * partial_of(const struct ggml_ext_attention_plan * plan, float * partials, int64_t row, int64_t chunk) {
+static float * attention_partial_of(const struct ggml_ext_attention_plan * plan, float * partials, int64_t row,
+                                    int64_t chunk) {
     return partials + (row * plan->n_chunks + chunk) * (2 + plan->dv);
 }
 
-static void store(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst,
-                  const struct ggml_ext_attention_task * task, const struct ggml_ext_attention_scratch * w,
-                  float * partials) {
+static void attention_store(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst,
+                            const struct ggml_ext_attention_task * task, const struct ggml_ext_attention_scratch * w,
+                            float * partials) {
     for (int r = 0; r < task->n_queries * plan->heads; r++) {
         const int64_t query = task->query + r / plan->heads;
         const int64_t head  = task->group * plan->heads + r % plan->heads;
-        const float   sum   = sum16(w->sum + (size_t) r * 16);
+        const float   sum   = attention_sum16(w->sum + (size_t) r * 16);
         const float * o     = w->o + (size_t) r * plan->dims.dv_pad;
         if (plan->n_chunks == 1) {
-            write_row(plan, dst, task->stream, query, head, w->max[r], sum, o);
+            attention_write_row(plan, dst, task->stream, query, head, w->max[r], sum, o);
             continue;
         }
         const int64_t row = (task->stream * plan->n_groups * plan->heads + head) * plan->n_queries + query;
-        float *       out = partial_of(plan, partials, row, task->begin / plan->chunk);
+        float *       out = attention_partial_of(plan, partials, row, task->begin / plan->chunk);
         out[0]            = w->max[r];
         out[1]            = sum;
         memcpy(out + 2, o, sizeof(float) * plan->dv);
@@ -145,11 +147,11 @@ static void store(const struct ggml_ext_attention_plan * plan, struct ggml_tenso
 }
 
 // Merges a row's chunks in ascending order into the first one and writes the row.
-static void merge(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst, int64_t row,
-                  float * partials) {
-    float * into = partial_of(plan, partials, row, 0);
+static void attention_merge(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst, int64_t row,
+                            float * partials) {
+    float * into = attention_partial_of(plan, partials, row, 0);
     for (int64_t chunk = 1; chunk < plan->n_chunks; chunk++) {
-        const float * from = partial_of(plan, partials, row, chunk);
+        const float * from = attention_partial_of(plan, partials, row, chunk);
         const float   max  = MAX(into[0], from[0]);
         if (from[1] == 0.0f) {
             continue;
@@ -162,13 +164,13 @@ static void merge(const struct ggml_ext_attention_plan * plan, struct ggml_tenso
         }
     }
     const int64_t n_heads = plan->n_groups * plan->heads;
-    write_row(plan, dst, row / plan->n_queries / n_heads, row % plan->n_queries, row / plan->n_queries % n_heads,
-              into[0], into[1], into + 2);
+    attention_write_row(plan, dst, row / plan->n_queries / n_heads, row % plan->n_queries,
+                        row / plan->n_queries % n_heads, into[0], into[1], into + 2);
 }
 
 // --- all tasks ---
 
-static void tell_once(const struct ggml_tensor * dst, const struct ggml_ext_attention_path * path) {
+static void attention_tell_once(const struct ggml_tensor * dst, const struct ggml_ext_attention_path * path) {
     static atomic_flag told = ATOMIC_FLAG_INIT;
     if (!atomic_flag_test_and_set(&told)) {
         GGML_LOG_INFO("ggml-ext: attention over K %s and V %s in 8-bit integers (%s weights, %s); GGML_EXT_ATTN=off "
@@ -178,7 +180,7 @@ static void tell_once(const struct ggml_tensor * dst, const struct ggml_ext_atte
     }
 }
 
-static struct ggml_ext_attention_task task_of(const struct ggml_ext_attention_plan * plan, int64_t i) {
+static struct ggml_ext_attention_task attention_task_of(const struct ggml_ext_attention_plan * plan, int64_t i) {
     const int64_t chunk = i / plan->n_groups % plan->n_chunks;
     const int64_t block = i / plan->n_groups / plan->n_chunks % plan->n_blocks;
     return (struct ggml_ext_attention_task) {
@@ -191,7 +193,7 @@ static struct ggml_ext_attention_task task_of(const struct ggml_ext_attention_pl
     };
 }
 
-static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static void attention_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     if (params->use_ref) {
         ggml_compute_forward_flash_attn_ext(params, dst);
         return;
@@ -204,10 +206,10 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
     const size_t size     = ggml_ext_attention_lay_out(&plan, NULL, &scratch);
     float *      partials = (float *) (base + size * params->nth);
     ggml_ext_attention_lay_out(&plan, base + size * params->ith, &scratch);
-    GGML_ASSERT(params->wsize >= GGML_EXT_ATTENTION_ALIGNMENT + size * params->nth + partials_size(&plan));
+    GGML_ASSERT(params->wsize >= GGML_EXT_ATTENTION_ALIGNMENT + size * params->nth + attention_partials_size(&plan));
 
     if (params->ith == 0) {
-        tell_once(dst, path);
+        attention_tell_once(dst, path);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
@@ -224,16 +226,16 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
         const int64_t first = whole ? unit * plan.n_groups : unit;
         const int64_t end   = whole ? first + plan.n_groups : unit + 1;
         for (int64_t i = first; i < end; i++) {
-            struct ggml_ext_attention_task task = task_of(&plan, i);
+            struct ggml_ext_attention_task task = attention_task_of(&plan, i);
             if (whole && next < n_units) {
-                const struct ggml_ext_attention_task after = task_of(&plan, next * plan.n_groups);
+                const struct ggml_ext_attention_task after = attention_task_of(&plan, next * plan.n_groups);
                 if (after.stream == task.stream) {
                     task.next_begin = after.begin;
                     task.next_end   = after.end;
                 }
             }
             ggml_ext_attention_attend(&plan, path, dst, &task, &scratch);
-            store(&plan, dst, &task, &scratch, partials);
+            attention_store(&plan, dst, &task, &scratch, partials);
         }
     }
     if (plan.n_chunks == 1) {
@@ -242,8 +244,9 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
     ggml_barrier(params->threadpool);
     const int64_t n_rows = plan.n_streams * plan.n_groups * plan.heads * plan.n_queries;
     for (int64_t row = params->ith; row < n_rows; row += params->nth) {
-        merge(&plan, dst, row, partials);
+        attention_merge(&plan, dst, row, partials);
     }
 }
 
-const struct ggml_ext_cpu_override ggml_ext_cpu_attention = { applies, work_size, compute };
+const struct ggml_ext_cpu_override ggml_ext_cpu_attention = { attention_applies, attention_work_size,
+                                                              attention_compute };

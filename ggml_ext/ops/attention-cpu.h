@@ -2,8 +2,8 @@
 // gives the mathematics and the measurements.
 //
 // Queries become int8 with one scale per row (token and head), which holds the softmax scale and log2(e): logits are
-// in units of log2. K and V keep their codes. A tile of 64 cache tokens of one kv head is decoded once and then meets
-// a block of rows: all heads that share the kv head times up to ROWS_PER_BLOCK / heads tokens.
+// in units of log2. K and V keep their codes. A tile of 64 cache tokens of one kv head is decoded once and then
+// multiplied with a block of rows: all heads that share the kv head times up to ROWS_PER_BLOCK / heads tokens.
 
 #ifndef GGML_EXT_ATTENTION_CPU_H
 #define GGML_EXT_ATTENTION_CPU_H
@@ -29,15 +29,15 @@ extern "C" {
 // Tokens beyond the end of the cache have scale 0. A quad of V is four tokens; quad j holds the tokens
 // 16 (j mod 4) + 4 (j / 4) + 0 .. 3, the order in which AVX-512 packs 64 weights to bytes.
 struct ggml_ext_attention_tile {
-    uint8_t * k;        // [dk_pad / 4][64 tokens][4], code + 128
-    float *   k_scale;  // [k_groups][64 tokens]
-    float *   k_mean;   // [dk_pad], what smoothing took off the tile's K; NULL without smoothing
-    int8_t *  v;        // [16 quads][dv_pad][4 tokens]; negated where the token's scale is negative
-    float *   v_level;  // [v_groups][64 tokens], |scale| / max |scale of the group| * levels
-    float *   v_unit;   // [v_groups], max |scale of the group| / levels
-    int8_t *  staging;  // [64 tokens][max(dk_pad, dv_pad)], for types that the path does not decode itself
-    float *   floats;   // [64 tokens][max(dk_pad, dv_pad)], for f16
-    uint64_t  spoilt;   // bit t: token t has a scale that is NaN or Inf in K or V, which the arrays hold as 0
+    uint8_t * k;         // [dk_pad / 4][64 tokens][4], code + 128
+    float *   k_scale;   // [k_groups][64 tokens]
+    float *   k_mean;    // [dk_pad], what smoothing took off the tile's K; NULL without smoothing
+    int8_t *  v;         // [16 quads][dv_pad][4 tokens]; negated where the token's scale is negative
+    float *   v_level;   // [v_groups][64 tokens], |scale| / max |scale of the group| * levels
+    float *   v_unit;    // [v_groups], max |scale of the group| / levels
+    int8_t *  staging;   // [64 tokens][max(dk_pad, dv_pad)], for types that the path does not decode itself
+    float *   floats;    // [64 tokens][max(dk_pad, dv_pad)], for f16
+    uint64_t  poisoned;  // bit t: token t has a scale that is NaN or Inf in K or V, which the arrays hold as 0
 };
 
 // A batch of 1 .. 4 rows. Arrays of a batch have room for 4 rows whatever n_rows is.
@@ -122,7 +122,7 @@ struct ggml_ext_attention_source ggml_ext_attention_source_of(enum ggml_type typ
 bool ggml_ext_attention_all_finite(int n, const float * x);
 
 // Decodes n tokens, stride bytes apart, of a cache of head size d into the tile. levels: 255 or 65535. load_k starts
-// the tile's `spoilt`, load_v adds to it.
+// the tile's `poisoned`, load_v adds to it.
 GGML_API void ggml_ext_attention_load_k(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
                                         const char * rows, size_t stride, struct ggml_ext_attention_tile * tile);
 GGML_API void ggml_ext_attention_load_v(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,

@@ -10,11 +10,11 @@
 #define TILE  GGML_EXT_ATTENTION_TILE
 #define GROUP GGML_EXT_ATTENTION_GROUP
 
-static bool always(void) {
+static bool attention_always(void) {
     return true;
 }
 
-static float quantize_generic(int n, int n_pad, const float * x, int8_t * codes) {
+static float attention_quantize_generic(int n, int n_pad, const float * x, int8_t * codes) {
     float max = 0.0f;
     for (int i = 0; i < n; i++) {
         max = fmaxf(max, fabsf(x[i]));
@@ -31,7 +31,7 @@ static float quantize_generic(int n, int n_pad, const float * x, int8_t * codes)
     return max / 127.0f;
 }
 
-static void scales_generic(int n_blocks, size_t block_size, const char * const * rows, float * out) {
+static void attention_scales_generic(int n_blocks, size_t block_size, const char * const * rows, float * out) {
     for (int g = 0; g < n_blocks; g++) {
         for (int t = 0; t < TILE; t++) {
             ggml_fp16_t half;
@@ -41,7 +41,7 @@ static void scales_generic(int n_blocks, size_t block_size, const char * const *
     }
 }
 
-static bool levels_generic(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate) {
+static bool attention_levels_generic(int n_groups, float n_levels, float * scale, float * unit, int8_t * negate) {
     bool negative = false;
     for (int g = 0; g < n_groups; g++, scale += TILE, negate += TILE) {
         float max = 0.0f;
@@ -59,7 +59,8 @@ static bool levels_generic(int n_groups, float n_levels, float * scale, float * 
     return negative;
 }
 
-static void decode_block(const struct ggml_ext_attention_source * s, const char * row, int g, int8_t out[GROUP]) {
+static void attention_decode_block(const struct ggml_ext_attention_source * s, const char * row, int g,
+                                   int8_t out[GROUP]) {
     const char * block = row + (size_t) g * s->stride + s->offset;
     if (!s->nibbles) {
         memcpy(out, block, GROUP);
@@ -71,12 +72,12 @@ static void decode_block(const struct ggml_ext_attention_source * s, const char 
     }
 }
 
-static void pack_k_generic(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k) {
+static void attention_pack_k_generic(enum ggml_type type, const char * const * rows, int n_blocks, uint8_t * k) {
     const struct ggml_ext_attention_source s = ggml_ext_attention_source_of(type);
     int8_t                                 code[GROUP];
     for (int t = 0; t < TILE; t++) {
         for (int g = 0; g < n_blocks; g++) {
-            decode_block(&s, rows[t], g, code);
+            attention_decode_block(&s, rows[t], g, code);
             for (int i = 0; i < GROUP; i++) {
                 k[((g * GROUP + i) / 4 * TILE + t) * 4 + i % 4] = (uint8_t) (code[i] + 128);
             }
@@ -85,18 +86,18 @@ static void pack_k_generic(enum ggml_type type, const char * const * rows, int n
 }
 
 // Where a token of a tile stands among the quads.
-static int quad_position(int t) {
+static int attention_quad_position(int t) {
     return (t / 16 + 4 * (t / 4 % 4)) * 4 + t % 4;
 }
 
-static void pack_v_generic(enum ggml_type type, const char * const * rows, int n_blocks, const int8_t * negate,
-                           int8_t * v) {
+static void attention_pack_v_generic(enum ggml_type type, const char * const * rows, int n_blocks,
+                                     const int8_t * negate, int8_t * v) {
     const struct ggml_ext_attention_source s = ggml_ext_attention_source_of(type);
     int8_t                                 code[GROUP];
     for (int t = 0; t < TILE; t++) {
-        const int at = quad_position(t);
+        const int at = attention_quad_position(t);
         for (int g = 0; g < n_blocks; g++) {
-            decode_block(&s, rows[t], g, code);
+            attention_decode_block(&s, rows[t], g, code);
             for (int i = 0; i < GROUP; i++) {
                 v[(at / 4 * n_blocks * GROUP + g * GROUP + i) * 4 + at % 4] =
                     (int8_t) (negate && negate[g * TILE + t] ? -code[i] : code[i]);
@@ -105,8 +106,9 @@ static void pack_v_generic(enum ggml_type type, const char * const * rows, int n
     }
 }
 
-static void scores_generic(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                           const struct ggml_ext_attention_rows * rows) {
+static void attention_scores_generic(const struct ggml_ext_attention_dims * dims,
+                                     const struct ggml_ext_attention_tile * tile,
+                                     const struct ggml_ext_attention_rows * rows) {
     const int width = dims->dk_pad / dims->k_groups;
     for (int r = 0; r < rows->n_rows; r++) {
         for (int t = 0; t < TILE; t++) {
@@ -123,7 +125,7 @@ static void scores_generic(const struct ggml_ext_attention_dims * dims, const st
     }
 }
 
-static float exp2_generic(float x) {
+static float attention_exp2_generic(float x) {
     x             = x > GGML_EXT_EXP2_MIN ? x : GGML_EXT_EXP2_MIN;  // the bound for NaN
     const float n = rintf(x);
     const float r = x - n;
@@ -134,14 +136,15 @@ static float exp2_generic(float x) {
     return ldexpf(fmaf(y, r, 1.0f), (int) n);
 }
 
-static void softcap_generic(int n, float cap, float * s) {
+static void attention_softcap_generic(int n, float cap, float * s) {
     for (int i = 0; i < n; i++) {
         s[i] = cap * tanhf(s[i]);
     }
 }
 
-static void weights_generic(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                            int n, const struct ggml_ext_attention_rows * rows) {
+static void attention_weights_generic(const struct ggml_ext_attention_dims * dims,
+                                      const struct ggml_ext_attention_tile * tile, int n,
+                                      const struct ggml_ext_attention_rows * rows) {
     for (int r = 0; r < rows->n_rows; r++) {
         float * s   = rows->s + r * TILE;
         float   max = -INFINITY;
@@ -154,8 +157,8 @@ static void weights_generic(const struct ggml_ext_attention_dims * dims, const s
             max = fmaxf(max, s[t]);
         }
         const float new_max = fmaxf(rows->max[r], max);
-        const float alpha   = exp2_generic(rows->max[r] - new_max);
-        const float gamma   = exp2_generic(max - new_max);
+        const float alpha   = attention_exp2_generic(rows->max[r] - new_max);
+        const float gamma   = attention_exp2_generic(max - new_max);
         rows->max[r]        = new_max;
         rows->alpha[r]      = alpha;
         rows->gamma[r]      = gamma;
@@ -163,7 +166,7 @@ static void weights_generic(const struct ggml_ext_attention_dims * dims, const s
         float *     sum   = rows->sum + r * 16;
         const float shift = max == -INFINITY ? 0.0f : max;
         for (int t = 0; t < TILE; t++) {
-            s[t] = exp2_generic(s[t] - shift);
+            s[t] = attention_exp2_generic(s[t] - shift);
         }
         for (int i = 0; i < 16; i++) {
             sum[i] = fmaf(gamma, (s[i] + s[i + 16]) + (s[i + 32] + s[i + 48]), sum[i] * alpha);
@@ -172,7 +175,7 @@ static void weights_generic(const struct ggml_ext_attention_dims * dims, const s
             uint8_t * p = rows->p + (size_t) (r * dims->v_groups + g) * dims->planes * TILE;
             for (int t = 0; t < TILE; t++) {
                 const int weight = (int) rintf(s[t] * tile->v_level[g * TILE + t]);
-                const int at     = quad_position(t);
+                const int at     = attention_quad_position(t);
                 if (dims->planes == 2) {
                     p[at]        = (uint8_t) (weight >> 8);
                     p[at + TILE] = (uint8_t) (weight & 255);
@@ -184,8 +187,9 @@ static void weights_generic(const struct ggml_ext_attention_dims * dims, const s
     }
 }
 
-static void accumulate_generic(const struct ggml_ext_attention_dims * dims, const struct ggml_ext_attention_tile * tile,
-                               const struct ggml_ext_attention_rows * rows) {
+static void attention_accumulate_generic(const struct ggml_ext_attention_dims * dims,
+                                         const struct ggml_ext_attention_tile * tile,
+                                         const struct ggml_ext_attention_rows * rows) {
     const int width = dims->dv_pad / dims->v_groups;
     for (int r = 0; r < rows->n_rows; r++) {
         for (int i = 0; i < dims->dv_pad; i++) {
@@ -206,14 +210,14 @@ static void accumulate_generic(const struct ggml_ext_attention_dims * dims, cons
 
 const struct ggml_ext_attention_path ggml_ext_attention_generic = {
     .name       = "generic",
-    .available  = always,
-    .quantize   = quantize_generic,
-    .scales     = scales_generic,
-    .levels     = levels_generic,
-    .pack_k     = pack_k_generic,
-    .pack_v     = pack_v_generic,
-    .scores     = scores_generic,
-    .softcap    = softcap_generic,
-    .weights    = weights_generic,
-    .accumulate = accumulate_generic,
+    .available  = attention_always,
+    .quantize   = attention_quantize_generic,
+    .scales     = attention_scales_generic,
+    .levels     = attention_levels_generic,
+    .pack_k     = attention_pack_k_generic,
+    .pack_v     = attention_pack_v_generic,
+    .scores     = attention_scores_generic,
+    .softcap    = attention_softcap_generic,
+    .weights    = attention_weights_generic,
+    .accumulate = attention_accumulate_generic,
 };

@@ -27,7 +27,7 @@ enum { N_CHOICES = sizeof(choices) / sizeof(choices[0]), DEFAULT_CHOICE = 0, OFF
 
 static atomic_int chosen = UNREAD;
 
-static int find(const char * name) {
+static int attention_find(const char * name) {
     for (int i = 0; name != NULL && i < N_CHOICES; i++) {
         if (strcmp(choices[i].name, name) == 0) {
             return i;
@@ -37,10 +37,10 @@ static int find(const char * name) {
 }
 
 bool ggml_ext_attention_known(const char * mode) {
-    return find(mode) != UNREAD;
+    return attention_find(mode) != UNREAD;
 }
 
-static int from_environment(void) {
+static int attention_from_environment(void) {
     const char * name = getenv("GGML_EXT_ATTN");
     if (name == NULL) {
         return DEFAULT_CHOICE;
@@ -50,13 +50,13 @@ static int from_environment(void) {
                        GGML_EXT_ATTENTION_MODES);
         return OFF_CHOICE;
     }
-    return find(name);
+    return attention_find(name);
 }
 
 struct ggml_ext_attention_setting ggml_ext_attention_setting(void) {
     int choice = atomic_load_explicit(&chosen, memory_order_relaxed);
     if (choice == UNREAD) {
-        choice       = from_environment();
+        choice       = attention_from_environment();
         int expected = UNREAD;  // a set that came in between stays
         if (!atomic_compare_exchange_strong(&chosen, &expected, choice)) {
             choice = expected;
@@ -66,7 +66,7 @@ struct ggml_ext_attention_setting ggml_ext_attention_setting(void) {
 }
 
 int32_t ggml_ext_attention_set(const char * mode) {
-    const int choice = find(mode);
+    const int choice = attention_find(mode);
     if (choice == UNREAD) {
         return GGML_EXT_E_TYPE;
     }

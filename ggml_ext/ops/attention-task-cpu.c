@@ -17,13 +17,13 @@
 
 // --- layout ---
 
-static void * take(char * base, size_t * used, size_t bytes) {
+static void * attention_carve(char * base, size_t * used, size_t bytes) {
     char * const at = base ? base + *used : NULL;
     *used += (bytes + GGML_EXT_ATTENTION_ALIGNMENT - 1) / GGML_EXT_ATTENTION_ALIGNMENT * GGML_EXT_ATTENTION_ALIGNMENT;
     return at;
 }
 
-#define TAKE(pointer, count) ((pointer) = take(base, &used, (size_t) (count) * sizeof(*(pointer))))
+#define TAKE(pointer, count) ((pointer) = attention_carve(base, &used, (size_t) (count) * sizeof(*(pointer))))
 
 size_t ggml_ext_attention_lay_out(const struct ggml_ext_attention_plan * plan, char * base,
                                   struct ggml_ext_attention_scratch * out) {
@@ -61,7 +61,7 @@ size_t ggml_ext_attention_lay_out(const struct ggml_ext_attention_plan * plan, c
     return used;
 }
 
-static int gcd(int64_t a, int64_t b) {
+static int attention_gcd(int64_t a, int64_t b) {
     while (b) {
         const int64_t rest = a % b;
         a                  = b;
@@ -85,7 +85,7 @@ struct ggml_ext_attention_plan ggml_ext_attention_make_plan(const struct ggml_te
     plan.dims.k_groups                  = k->type == GGML_TYPE_F16 ? 1 : plan.dims.dk_pad / GROUP;
     plan.dims.v_groups                  = v->type == GGML_TYPE_F16 ? 1 : plan.dims.dv_pad / GROUP;
     plan.dims.planes                    = setting.mode == GGML_EXT_ATTENTION_HALF ? 2 : 1;
-    plan.heads                          = gcd(q->ne[2] / k->ne[2], q->ne[2] / v->ne[2]);
+    plan.heads                          = attention_gcd(q->ne[2] / k->ne[2], q->ne[2] / v->ne[2]);
     plan.n_groups                       = q->ne[2] / plan.heads;
     plan.n_queries                      = q->ne[1];
     plan.n_streams                      = q->ne[3];
@@ -108,7 +108,7 @@ struct ggml_ext_attention_plan ggml_ext_attention_make_plan(const struct ggml_te
 
 // --- one task ---
 
-static float slope_of(const struct ggml_ext_attention_plan * plan, int64_t head) {
+static float attention_slope_of(const struct ggml_ext_attention_plan * plan, int64_t head) {
     if (plan->max_bias <= 0.0f) {
         return 1.0f;
     }
@@ -119,7 +119,8 @@ static float slope_of(const struct ggml_ext_attention_plan * plan, int64_t head)
 }
 
 // A query that is not finite has no codes: its row starts, and so ends, as NaN.
-static void spoil(const struct ggml_ext_attention_plan * plan, struct ggml_ext_attention_scratch * w, int row) {
+static void attention_poison(const struct ggml_ext_attention_plan * plan, struct ggml_ext_attention_scratch * w,
+                             int row) {
     w->q_scale[row] = 0.0f;
     for (int i = 0; plan->smooth && i < plan->dk; i++) {
         w->q_floats[(size_t) row * plan->dims.dk_pad + i] = 0.0f;
@@ -129,9 +130,9 @@ static void spoil(const struct ggml_ext_attention_plan * plan, struct ggml_ext_a
     }
 }
 
-static void load_queries(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
-                         const struct ggml_tensor * dst, const struct ggml_ext_attention_task * task,
-                         struct ggml_ext_attention_scratch * w) {
+static void attention_load_queries(const struct ggml_ext_attention_plan * plan,
+                                   const struct ggml_ext_attention_path * path, const struct ggml_tensor * dst,
+                                   const struct ggml_ext_attention_task * task, struct ggml_ext_attention_scratch * w) {
     const struct ggml_tensor *             q     = dst->src[0];
     const struct ggml_tensor *             mask  = dst->src[3];
     const struct ggml_ext_attention_dims * d     = &plan->dims;
@@ -160,22 +161,23 @@ static void load_queries(const struct ggml_ext_attention_plan * plan, const stru
                 w->q_floats[(size_t) r * d->dk_pad + i] = x[i] * scale;
             }
         }
-        w->slope[r] = slope_of(plan, i2) * GGML_EXT_LOG2E;
+        w->slope[r] = attention_slope_of(plan, i2) * GGML_EXT_LOG2E;
         w->mask_rows[r] =
             mask ? (const ggml_fp16_t *) ((const char *) mask->data + i1 * mask->nb[1] +
                                           i2 % mask->ne[2] * mask->nb[2] + task->stream % mask->ne[3] * mask->nb[3]) :
                    NULL;
         w->max[r] = -INFINITY;
         if (isnan(unit)) {
-            spoil(plan, w, r);
+            attention_poison(plan, w, r);
         }
     }
 }
 
 // What the mask does to n tokens from t0 on: nothing where all are 0, everything where all are -inf.
 // Returns whether any row is left.
-static bool look_at_mask(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_task * task,
-                         int64_t t0, int n, struct ggml_ext_attention_scratch * w) {
+static bool attention_read_mask(const struct ggml_ext_attention_plan * plan,
+                                const struct ggml_ext_attention_task * task, int64_t t0, int n,
+                                struct ggml_ext_attention_scratch * w) {
     const int n_rows = (int) task->n_queries * plan->heads;
     bool      any    = false;
     for (int r = 0; r < n_rows; r++) {
@@ -198,11 +200,11 @@ static bool look_at_mask(const struct ggml_ext_attention_plan * plan, const stru
 }
 
 // A token whose scale is NaN or Inf makes the rows that see it NaN, as in upstream's code.
-static void spoil_rows(int64_t t0, int n, int n_rows, struct ggml_ext_attention_scratch * w) {
+static void attention_poison_rows(int64_t t0, int n, int n_rows, struct ggml_ext_attention_scratch * w) {
     for (int r = 0; r < n_rows; r++) {
         const uint16_t * mask = w->mask_rows[r] ? w->mask_rows[r] + t0 : NULL;
         for (int t = 0; t < n; t++) {
-            if (w->tile.spoilt >> t & 1 && !(mask && mask[t] == MASKED)) {
+            if (w->tile.poisoned >> t & 1 && !(mask && mask[t] == MASKED)) {
                 w->sum[(size_t) r * 16] = NAN;
             }
         }
@@ -211,7 +213,8 @@ static void spoil_rows(int64_t t0, int n, int n_rows, struct ggml_ext_attention_
 
 // Rows of all heads, or of one, of tokens [begin, end): a head's rows are too far apart for the processor's own
 // prefetching.
-static void prefetch_rows(const struct ggml_tensor * x, const char * rows, size_t size, int64_t begin, int64_t end) {
+static void attention_prefetch_rows(const struct ggml_tensor * x, const char * rows, size_t size, int64_t begin,
+                                    int64_t end) {
     for (int64_t t = begin; t < end; t++) {
         const char * row = rows + t * x->nb[1];
         for (size_t at = 0; at < size; at += 64) {
@@ -223,11 +226,11 @@ static void prefetch_rows(const struct ggml_tensor * x, const char * rows, size_
 
 // Called at tile `tile` of a task. Where a thread takes a chunk's heads one after another, each tile asks for its share
 // of the next chunk, all heads, so that every line is asked for once. Otherwise for the next tile's rows of this head.
-static void prefetch(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_task * task,
-                     const struct ggml_tensor * x, const char * head_rows, int64_t t0) {
+static void attention_prefetch(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_task * task,
+                               const struct ggml_tensor * x, const char * head_rows, int64_t t0) {
     if (task->next_begin == task->next_end) {
         const int64_t end = MIN(t0 + 2 * TILE, task->end);
-        prefetch_rows(x, head_rows, ggml_row_size(x->type, x->ne[0]), t0 + TILE, end);
+        attention_prefetch_rows(x, head_rows, ggml_row_size(x->type, x->ne[0]), t0 + TILE, end);
         return;
     }
     const int64_t n_tiles = (task->end - task->begin + TILE - 1) / TILE;
@@ -235,12 +238,12 @@ static void prefetch(const struct ggml_ext_attention_plan * plan, const struct g
     const int64_t step    = task->group * n_tiles + (t0 - task->begin) / TILE;
     const int64_t n       = task->next_end - task->next_begin;
     const char *  rows    = (const char *) x->data + task->stream / (plan->n_streams / x->ne[3]) * x->nb[3];
-    prefetch_rows(x, rows, x->ne[2] * x->nb[2], task->next_begin + n * step / n_steps,
-                  task->next_begin + n * (step + 1) / n_steps);
+    attention_prefetch_rows(x, rows, x->ne[2] * x->nb[2], task->next_begin + n * step / n_steps,
+                            task->next_begin + n * (step + 1) / n_steps);
 }
 
-static void add_mean(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_scratch * w, int row,
-                     int n_rows) {
+static void attention_add_mean(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_scratch * w,
+                               int row, int n_rows) {
     for (int r = row; r < row + n_rows; r++) {
         float sum = 0.0f;
         for (int i = 0; i < plan->dk; i++) {
@@ -266,18 +269,18 @@ void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, cons
     const float levels = d->planes == 2 ? 65535.0f : 255.0f;
     const int   n_rows = (int) task->n_queries * plan->heads;
 
-    load_queries(plan, path, dst, task, w);
+    attention_load_queries(plan, path, dst, task, w);
     for (int64_t t0 = task->begin; t0 < task->end; t0 += TILE) {
         const int n = (int) MIN(TILE, task->end - t0);
-        if (!look_at_mask(plan, task, t0, n, w)) {
+        if (!attention_read_mask(plan, task, t0, n, w)) {
             continue;
         }
-        prefetch(plan, task, k, k_rows, t0);
-        prefetch(plan, task, v, v_rows, t0);
+        attention_prefetch(plan, task, k, k_rows, t0);
+        attention_prefetch(plan, task, v, v_rows, t0);
         ggml_ext_attention_load_k(path, k->type, plan->dk, n, k_rows + t0 * k->nb[1], k->nb[1], &w->tile);
         ggml_ext_attention_load_v(path, v->type, plan->dv, n, v_rows + t0 * v->nb[1], v->nb[1], levels, &w->tile);
-        if (w->tile.spoilt) {
-            spoil_rows(t0, n, n_rows, w);
+        if (w->tile.poisoned) {
+            attention_poison_rows(t0, n, n_rows, w);
         }
         for (int row = 0; row < n_rows; row += BATCH) {
             const int count = MIN(BATCH, n_rows - row);
@@ -289,7 +292,7 @@ void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, cons
                 continue;
             }
             if (plan->smooth) {
-                add_mean(plan, w, row, count);
+                attention_add_mean(plan, w, row, count);
             }
             const struct ggml_ext_attention_rows rows = {
                 .n_rows  = count,

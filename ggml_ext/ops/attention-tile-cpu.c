@@ -16,13 +16,13 @@
 
 // --- decoding ---
 
-static void rows_of(int n, const char * rows, size_t stride, const char * out[TILE]) {
+static void attention_rows_of(int n, const char * rows, size_t stride, const char * out[TILE]) {
     for (int t = 0; t < TILE; t++) {
         out[t] = rows + (size_t) (t < n ? t : n - 1) * stride;  // rows beyond the end: any, their scale is 0
     }
 }
 
-static void stage_q5_0(int n_blocks, const char * const rows[TILE], int8_t * out) {
+static void attention_stage_q5_0(int n_blocks, const char * const rows[TILE], int8_t * out) {
     for (int t = 0; t < TILE; t++) {
         for (int g = 0; g < n_blocks; g++, out += GROUP) {
             const block_q5_0 * b = (const block_q5_0 *) rows[t] + g;
@@ -49,8 +49,8 @@ bool ggml_ext_attention_all_finite(int n, const float * x) {
 }
 
 // One scale per token; the mean of the tile's finite tokens is taken off first where mean is not NULL.
-static void stage_f16(const struct ggml_ext_attention_path * path, int d, int d_pad, int n,
-                      const char * const rows[TILE], float * mean, float * x, int8_t * out, float * scale) {
+static void attention_stage_f16(const struct ggml_ext_attention_path * path, int d, int d_pad, int n,
+                                const char * const rows[TILE], float * mean, float * x, int8_t * out, float * scale) {
     for (int t = 0; t < n; t++) {
         ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) rows[t], x + (size_t) t * d_pad, d);
     }
@@ -84,13 +84,13 @@ static void stage_f16(const struct ggml_ext_attention_path * path, int d, int d_
 }
 
 // Fills the scales and says where pack_k and pack_v find the codes: in the rows, or staged as bare codes.
-static enum ggml_type stage(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
-                            float * mean, struct ggml_ext_attention_tile * tile, float * scale,
-                            const char * rows[TILE]) {
+static enum ggml_type attention_stage(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
+                                      float * mean, struct ggml_ext_attention_tile * tile, float * scale,
+                                      const char * rows[TILE]) {
     const int n_blocks = (d + GROUP - 1) / GROUP;
     const int d_pad    = n_blocks * GROUP;
     if (type == GGML_TYPE_F16) {
-        stage_f16(path, d, d_pad, n, rows, mean, tile->floats, tile->staging, scale);
+        attention_stage_f16(path, d, d_pad, n, rows, mean, tile->floats, tile->staging, scale);
     } else {
         path->scales(n_blocks, ggml_type_size(type), rows, scale);
         for (int g = 0; n < TILE && g < n_blocks; g++) {
@@ -99,7 +99,7 @@ static enum ggml_type stage(const struct ggml_ext_attention_path * path, enum gg
         if (type != GGML_TYPE_Q5_0) {
             return type;
         }
-        stage_q5_0(n_blocks, rows, tile->staging);
+        attention_stage_q5_0(n_blocks, rows, tile->staging);
     }
     for (int t = 0; t < TILE; t++) {
         rows[t] = (const char *) tile->staging + (size_t) t * d_pad;
@@ -108,7 +108,7 @@ static enum ggml_type stage(const struct ggml_ext_attention_path * path, enum gg
 }
 
 // Sets scales that are NaN or Inf to 0, so that rows that do not see the token stay as they are; returns the tokens.
-static uint64_t take_spoilt(int n_groups, float * scale) {
+static uint64_t attention_zero_nonfinite(int n_groups, float * scale) {
     if (ggml_ext_attention_all_finite(n_groups * TILE, scale)) {
         return 0;
     }
@@ -125,21 +125,21 @@ static uint64_t take_spoilt(int n_groups, float * scale) {
 void ggml_ext_attention_load_k(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
                                const char * rows, size_t stride, struct ggml_ext_attention_tile * tile) {
     const char * row[TILE];
-    rows_of(n, rows, stride, row);
-    const enum ggml_type codes    = stage(path, type, d, n, tile->k_mean, tile, tile->k_scale, row);
+    attention_rows_of(n, rows, stride, row);
+    const enum ggml_type codes    = attention_stage(path, type, d, n, tile->k_mean, tile, tile->k_scale, row);
     const int            n_blocks = (d + GROUP - 1) / GROUP;
-    tile->spoilt                  = take_spoilt(type == GGML_TYPE_F16 ? 1 : n_blocks, tile->k_scale);
+    tile->poisoned                = attention_zero_nonfinite(type == GGML_TYPE_F16 ? 1 : n_blocks, tile->k_scale);
     path->pack_k(codes, row, n_blocks, tile->k);
 }
 
 void ggml_ext_attention_load_v(const struct ggml_ext_attention_path * path, enum ggml_type type, int d, int n,
                                const char * rows, size_t stride, float levels, struct ggml_ext_attention_tile * tile) {
     const char * row[TILE];
-    rows_of(n, rows, stride, row);
-    const enum ggml_type codes    = stage(path, type, d, n, NULL, tile, tile->v_level, row);
+    attention_rows_of(n, rows, stride, row);
+    const enum ggml_type codes    = attention_stage(path, type, d, n, NULL, tile, tile->v_level, row);
     const int            n_blocks = (d + GROUP - 1) / GROUP;
     const int            n_groups = type == GGML_TYPE_F16 ? 1 : n_blocks;
-    tile->spoilt |= take_spoilt(n_groups, tile->v_level);
+    tile->poisoned |= attention_zero_nonfinite(n_groups, tile->v_level);
 
     // A weight times a scale has to stay positive: the sign of a scale moves to the codes.
     int8_t *   negate   = tile->staging + (codes == GGML_TYPE_I8 ? (size_t) TILE * n_blocks * GROUP : 0);

@@ -10,12 +10,12 @@ static const struct ggml_ext_cpu_op * const table[GGML_EXT_OP_COUNT] = {
     [GGML_EXT_OP_SAMPLE]    = &ggml_ext_cpu_sample,
 };
 
-static const struct ggml_ext_cpu_op * find(const struct ggml_tensor * dst) {
+static const struct ggml_ext_cpu_op * ext_op_find(const struct ggml_tensor * dst) {
     return table[ggml_ext_get_op(dst)];
 }
 
 void ggml_ext_cpu_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    find(dst)->compute(params, dst);
+    ext_op_find(dst)->compute(params, dst);
 }
 
 // Every graph is planned before it is computed, so this is the one place that looks at a node which no constructor of this
@@ -26,7 +26,7 @@ int ggml_ext_cpu_n_tasks(const struct ggml_tensor * dst, int n_threads) {
         GGML_ABORT("ggml-ext: the CPU backend refuses sub-op %d (%s) of GGML_OP_EXT, tensor '%s': %s",
                    ggml_ext_get_op(dst), ggml_ext_op_name(ggml_ext_get_op(dst)), dst->name, fault);
     }
-    const struct ggml_ext_cpu_op * op = find(dst);
+    const struct ggml_ext_cpu_op * op = ext_op_find(dst);
     return op->n_tasks ? op->n_tasks(dst, n_threads) : n_threads;
 }
 
@@ -34,6 +34,6 @@ size_t ggml_ext_cpu_work_size(const struct ggml_tensor * dst, int n_tasks) {
     if (ggml_is_empty(dst)) {
         return 0;  // neither looked at nor computed
     }
-    const struct ggml_ext_cpu_op * op = find(dst);
+    const struct ggml_ext_cpu_op * op = ext_op_find(dst);
     return op->work_size ? op->work_size(dst, n_tasks) : 0;
 }

@@ -15,17 +15,17 @@ static const struct {
     [GGML_EXT_OP_SAMPLE]    = { "sample",    ggml_ext_sample_fault    },
 };
 
-static bool exists(int32_t sub_op) {
+static bool ext_op_exists(int32_t sub_op) {
     return sub_op >= 0 && sub_op < GGML_EXT_OP_COUNT;
 }
 
 const char * ggml_ext_op_name(int32_t sub_op) {
-    return exists(sub_op) ? sub_ops[sub_op].name : "unknown";
+    return ext_op_exists(sub_op) ? sub_ops[sub_op].name : "unknown";
 }
 
 const char * ggml_ext_op_fault(const struct ggml_tensor * tensor) {
     const int32_t sub_op = ggml_ext_get_op(tensor);
-    return exists(sub_op) ? sub_ops[sub_op].fault(tensor) : "no such sub-op";
+    return ext_op_exists(sub_op) ? sub_ops[sub_op].fault(tensor) : "no such sub-op";
 }
 
 void ggml_ext_op_check(const struct ggml_tensor * result) {

@@ -2,9 +2,9 @@
 // pieces: a few rows times all columns of a group where columns are few (the weights are read once, at the speed of
 // memory), else a tile of rows, decoded once per block and multiplied with all columns.
 //
-// A group is a set of columns that meet the same weights: one matrix of src1's batch, or an expert's tokens. Pieces
-// are numbered group by group. Each thread has a range of them, one stream of weights from memory, and then helps the
-// others with theirs.
+// A group is a set of columns that are multiplied with the same weights: one matrix of src1's batch, or an expert's
+// tokens. Pieces are numbered group by group. Each thread has a range of them, one stream of weights from memory, and
+// then helps the others with theirs.
 
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
@@ -15,76 +15,77 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define FEW_COLS   GGML_EXT_FQ4_MAX_COLS  // up to so many columns a row's dot products beat the tiles
-#define ROWS       GGML_EXT_FQ4_TILE_ROWS
-#define FEW_ROWS   16                     // rows of a piece where columns are few
-#define CHUNK_COLS 512  // columns that a tile meets at a time: bounds the sums' buffer to 64 KiB per thread
-#define ALIGN      64
+#define FEW_COLS GGML_EXT_FQ4_MAX_COLS  // up to so many columns a row's dot products beat the tiles
+#define ROWS     GGML_EXT_FQ4_TILE_ROWS
+#define FEW_ROWS 16                     // rows of a piece where columns are few
+#define CHUNK_COLS \
+    512  // columns that a tile is multiplied with at a time: bounds the sums' buffer to 64 KiB per thread
+#define ALIGN 64
 
 // Per thread.
-struct scratch {
+struct fq4_scratch {
     struct ggml_ext_fq4_tile tile;
     float                    acc[CHUNK_COLS * ROWS];
 };
 
 // The pieces of a thread that nobody has taken yet; a cache line each.
-struct range {
+struct fq4_range {
     alignas(ALIGN) atomic_int_fast64_t next;
     int64_t end;
 };
 
 // Where things lie in the work buffer, as offsets from its first aligned byte.
-struct layout {
+struct fq4_layout {
     size_t acts;     // rounded columns, ne10 / 256 blocks each
     size_t first;    // MUL_MAT_ID: int32 [n_experts + 1], where an expert's columns start in `columns`
     size_t columns;  // MUL_MAT_ID: int32 [n_used * n_tokens], columns of dst, by expert
-    size_t ranges;   // struct range [n_threads]
-    size_t scratch;  // struct scratch [n_threads]
+    size_t ranges;   // struct fq4_range [n_threads]
+    size_t scratch;  // struct fq4_scratch [n_threads]
     size_t end;
 };
 
-static size_t place(size_t * at, size_t size) {
+static size_t fq4_place(size_t * at, size_t size) {
     const size_t start = *at;
     *at                = GGML_PAD(start + size, ALIGN);
     return start;
 }
 
-static struct layout make_layout(const struct ggml_tensor * dst, int n_threads) {
+static struct fq4_layout fq4_make_layout(const struct ggml_tensor * dst, int n_threads) {
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
     const bool                 id   = dst->op == GGML_OP_MUL_MAT_ID;
-    struct layout              l;
+    struct fq4_layout          l;
     size_t                     at = 0;
-    l.acts    = place(&at, ggml_nrows(src1) * (src1->ne[0] / QK_FQ4) * sizeof(struct ggml_ext_fq4_act));
-    l.first   = place(&at, id ? (src0->ne[2] + 1) * sizeof(int32_t) : 0);
-    l.columns = place(&at, id ? ggml_nelements(dst->src[2]) * sizeof(int32_t) : 0);
-    l.ranges  = place(&at, n_threads * sizeof(struct range));
-    l.scratch = place(&at, n_threads * sizeof(struct scratch));
+    l.acts    = fq4_place(&at, ggml_nrows(src1) * (src1->ne[0] / QK_FQ4) * sizeof(struct ggml_ext_fq4_act));
+    l.first   = fq4_place(&at, id ? (src0->ne[2] + 1) * sizeof(int32_t) : 0);
+    l.columns = fq4_place(&at, id ? ggml_nelements(dst->src[2]) * sizeof(int32_t) : 0);
+    l.ranges  = fq4_place(&at, n_threads * sizeof(struct fq4_range));
+    l.scratch = fq4_place(&at, n_threads * sizeof(struct fq4_scratch));
     l.end     = at + ALIGN;
     return l;
 }
 
-static bool applies(const struct ggml_tensor * dst) {
+static bool fq4_applies(const struct ggml_tensor * dst) {
     const struct ggml_tensor * src1 = dst->src[1];
     return dst->src[0]->type == GGML_TYPE_FQ4 && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
            dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float);
 }
 
-static size_t work_size(const struct ggml_tensor * dst, int n_threads) {
-    return make_layout(dst, n_threads).end;
+static size_t fq4_work_size(const struct ggml_tensor * dst, int n_threads) {
+    return fq4_make_layout(dst, n_threads).end;
 }
 
-struct work {
+struct fq4_work {
     const struct ggml_ext_fq4_path * path;
     const struct ggml_tensor *       dst;
     char *                           acts;
     size_t                           act_size;  // bytes of a rounded column
     const int32_t *                  first;     // of MUL_MAT_ID, else NULL
     const int32_t *                  columns;
-    struct scratch *                 scratch;
+    struct fq4_scratch *             scratch;
 };
 
-static void round_columns(const struct work * w, const struct ggml_compute_params * params) {
+static void fq4_round_columns(const struct fq4_work * w, const struct ggml_compute_params * params) {
     const struct ggml_tensor * src1     = w->dst->src[1];
     const int64_t              n_blocks = src1->ne[0] / QK_FQ4;
     const int64_t              total    = n_blocks * ggml_nrows(src1);
@@ -104,7 +105,7 @@ static void round_columns(const struct work * w, const struct ggml_compute_param
 }
 
 // Sorts the columns of dst (token * n_used + slot) by expert.
-static void group_by_expert(const struct ggml_tensor * dst, int32_t * first, int32_t * columns) {
+static void fq4_group_by_expert(const struct ggml_tensor * dst, int32_t * first, int32_t * columns) {
     const struct ggml_tensor * ids       = dst->src[2];
     const int64_t              n_experts = dst->src[0]->ne[2];
     const int64_t              n_used    = ids->ne[0];
@@ -133,32 +134,32 @@ static void group_by_expert(const struct ggml_tensor * dst, int32_t * first, int
     first[0] = 0;
 }
 
-struct group {
+struct fq4_group {
     const char *    weights;
     int64_t         n_cols;
     const int32_t * columns;  // of MUL_MAT_ID, else NULL
     int64_t         index;    // of MUL_MAT: the matrix in dst's batch
 };
 
-static int64_t n_groups(const struct work * w) {
+static int64_t fq4_n_groups(const struct fq4_work * w) {
     return w->first ? w->dst->src[0]->ne[2] : w->dst->ne[2] * w->dst->ne[3];
 }
 
-static struct group get_group(const struct work * w, int64_t i) {
+static struct fq4_group fq4_get_group(const struct fq4_work * w, int64_t i) {
     const struct ggml_tensor * dst  = w->dst;
     const struct ggml_tensor * src0 = dst->src[0];
     if (w->first) {
-        return (struct group) { (const char *) src0->data + i * src0->nb[2], w->first[i + 1] - w->first[i],
-                                w->columns + w->first[i], i };
+        return (struct fq4_group) { (const char *) src0->data + i * src0->nb[2], w->first[i + 1] - w->first[i],
+                                    w->columns + w->first[i], i };
     }
     const int64_t i2 = i % dst->ne[2] / (dst->ne[2] / src0->ne[2]);
     const int64_t i3 = i / dst->ne[2] / (dst->ne[3] / src0->ne[3]);
-    return (struct group) { (const char *) src0->data + i2 * src0->nb[2] + i3 * src0->nb[3], dst->ne[1], NULL, i };
+    return (struct fq4_group) { (const char *) src0->data + i2 * src0->nb[2] + i3 * src0->nb[3], dst->ne[1], NULL, i };
 }
 
 // Column c of a group: its rounded activations and where its results go.
-static const struct ggml_ext_fq4_act * get_column(const struct work * w, const struct group * g, int64_t c,
-                                                  float ** out) {
+static const struct ggml_ext_fq4_act * fq4_get_column(const struct fq4_work * w, const struct fq4_group * g, int64_t c,
+                                                      float ** out) {
     const struct ggml_tensor * dst  = w->dst;
     const struct ggml_tensor * src1 = dst->src[1];
     int64_t                    column;
@@ -176,26 +177,26 @@ static const struct ggml_ext_fq4_act * get_column(const struct work * w, const s
     return (const struct ggml_ext_fq4_act *) (w->acts + column * w->act_size);
 }
 
-static void multiply_few(const struct work * w, const struct group * g, int64_t row, int64_t n_rows) {
+static void fq4_multiply_few(const struct fq4_work * w, const struct fq4_group * g, int64_t row, int64_t n_rows) {
     const struct ggml_tensor *      src0 = w->dst->src[0];
     const struct ggml_ext_fq4_act * y[FEW_COLS];
     float *                         out[FEW_COLS];
     for (int64_t c = 0; c < g->n_cols; c++) {
-        y[c] = get_column(w, g, c, &out[c]);
+        y[c] = fq4_get_column(w, g, c, &out[c]);
         out[c] += row;
     }
     w->path->dots((int) n_rows, (int) (src0->ne[0] / QK_FQ4), g->weights + row * src0->nb[1], src0->nb[1],
                   (int) g->n_cols, y, out);
 }
 
-static void multiply_tile(const struct work * w, const struct group * g, int64_t row, int64_t n_rows, int64_t col,
-                          int64_t n_cols, struct scratch * s) {
+static void fq4_multiply_tile(const struct fq4_work * w, const struct fq4_group * g, int64_t row, int64_t n_rows,
+                              int64_t col, int64_t n_cols, struct fq4_scratch * s) {
     const struct ggml_tensor *      src0     = w->dst->src[0];
     const int64_t                   n_blocks = src0->ne[0] / QK_FQ4;
     const struct ggml_ext_fq4_act * y[CHUNK_COLS];
     float *                         out[CHUNK_COLS];
     for (int64_t c = 0; c < n_cols; c++) {
-        y[c] = get_column(w, g, col + c, &out[c]);
+        y[c] = fq4_get_column(w, g, col + c, &out[c]);
     }
     memset(s->acc, 0, n_cols * ROWS * sizeof(float));
     for (int64_t ib = 0; ib < n_blocks; ib++) {
@@ -214,15 +215,15 @@ static void multiply_tile(const struct work * w, const struct group * g, int64_t
 }
 
 // A group cut into pieces: by rows first, then by columns.
-struct cut {
+struct fq4_cut {
     bool    few;
     int64_t rows;     // of a piece
     int64_t by_rows;  // pieces
     int64_t n_pieces;
 };
 
-static struct cut cut_group(const struct work * w, const struct group * g) {
-    struct cut cut;
+static struct fq4_cut fq4_cut_group(const struct fq4_work * w, const struct fq4_group * g) {
+    struct fq4_cut cut;
     cut.few      = g->n_cols <= FEW_COLS;
     cut.rows     = cut.few ? FEW_ROWS : ROWS;
     cut.by_rows  = (w->dst->src[0]->ne[1] + cut.rows - 1) / cut.rows;
@@ -230,22 +231,23 @@ static struct cut cut_group(const struct work * w, const struct group * g) {
     return cut;
 }
 
-static void compute_piece(const struct work * w, const struct group * g, const struct cut * cut, int64_t piece) {
+static void fq4_compute_piece(const struct fq4_work * w, const struct fq4_group * g, const struct fq4_cut * cut,
+                              int64_t piece) {
     const int64_t row   = piece % cut->by_rows * cut->rows;
     const int64_t count = MIN(cut->rows, w->dst->src[0]->ne[1] - row);
     if (cut->few) {
-        multiply_few(w, g, row, count);
+        fq4_multiply_few(w, g, row, count);
     } else {
         const int64_t col = piece / cut->by_rows * CHUNK_COLS;
-        multiply_tile(w, g, row, count, col, MIN(CHUNK_COLS, g->n_cols - col), w->scratch);
+        fq4_multiply_tile(w, g, row, count, col, MIN(CHUNK_COLS, g->n_cols - col), w->scratch);
     }
 }
 
-static void share_pieces(const struct work * w, struct range * ranges, int nth) {
+static void fq4_share_pieces(const struct fq4_work * w, struct fq4_range * ranges, int nth) {
     int64_t total = 0;
-    for (int64_t i = 0; i < n_groups(w); i++) {
-        const struct group g = get_group(w, i);
-        total += cut_group(w, &g).n_pieces;
+    for (int64_t i = 0; i < fq4_n_groups(w); i++) {
+        const struct fq4_group g = fq4_get_group(w, i);
+        total += fq4_cut_group(w, &g).n_pieces;
     }
     for (int t = 0; t < nth; t++) {
         atomic_init(&ranges[t].next, total * t / nth);
@@ -254,49 +256,49 @@ static void share_pieces(const struct work * w, struct range * ranges, int nth) 
 }
 
 // Computes what is left of a range. Ranges are entered in order, so the group is looked for from the last one on.
-static void compute_range(const struct work * w, struct range * range) {
-    struct group g      = get_group(w, 0);
-    struct cut   cut    = cut_group(w, &g);
-    int64_t      i      = 0;
-    int64_t      before = 0;  // pieces of the groups before group i
-    int64_t      piece;
+static void fq4_compute_range(const struct fq4_work * w, struct fq4_range * range) {
+    struct fq4_group g      = fq4_get_group(w, 0);
+    struct fq4_cut   cut    = fq4_cut_group(w, &g);
+    int64_t          i      = 0;
+    int64_t          before = 0;  // pieces of the groups before group i
+    int64_t          piece;
     while ((piece = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end) {
         while (piece >= before + cut.n_pieces) {
             before += cut.n_pieces;
-            g   = get_group(w, ++i);
-            cut = cut_group(w, &g);
+            g   = fq4_get_group(w, ++i);
+            cut = fq4_cut_group(w, &g);
         }
-        compute_piece(w, &g, &cut, piece - before);
+        fq4_compute_piece(w, &g, &cut, piece - before);
     }
 }
 
-static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    const struct layout              l    = make_layout(dst, params->nth);
+static void fq4_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    const struct fq4_layout          l    = fq4_make_layout(dst, params->nth);
     char *                           base = (char *) GGML_PAD((uintptr_t) params->wdata, ALIGN);
     const bool                       id   = dst->op == GGML_OP_MUL_MAT_ID;
     const struct ggml_ext_fq4_path * path =
         params->use_ref ? ggml_ext_fq4_paths[ggml_ext_fq4_n_paths - 1] : ggml_ext_fq4_fastest();
-    struct range *    ranges = (struct range *) (base + l.ranges);
-    const struct work w      = {
+    struct fq4_range *    ranges = (struct fq4_range *) (base + l.ranges);
+    const struct fq4_work w      = {
              .path     = path,
              .dst      = dst,
              .acts     = base + l.acts,
              .act_size = dst->src[0]->ne[0] / QK_FQ4 * sizeof(struct ggml_ext_fq4_act),
              .first    = id ? (const int32_t *) (base + l.first) : NULL,
              .columns  = id ? (const int32_t *) (base + l.columns) : NULL,
-             .scratch  = (struct scratch *) (base + l.scratch) + params->ith,
+             .scratch  = (struct fq4_scratch *) (base + l.scratch) + params->ith,
     };
     if (params->ith == 0) {
         if (id) {
-            group_by_expert(dst, (int32_t *) (base + l.first), (int32_t *) (base + l.columns));
+            fq4_group_by_expert(dst, (int32_t *) (base + l.first), (int32_t *) (base + l.columns));
         }
-        share_pieces(&w, ranges, params->nth);
+        fq4_share_pieces(&w, ranges, params->nth);
     }
-    round_columns(&w, params);
+    fq4_round_columns(&w, params);
     ggml_barrier(params->threadpool);
     for (int t = 0; t < params->nth; t++) {
-        compute_range(&w, &ranges[(params->ith + t) % params->nth]);
+        fq4_compute_range(&w, &ranges[(params->ith + t) % params->nth]);
     }
 }
 
-const struct ggml_ext_cpu_override ggml_ext_cpu_fq4_mul_mat = { applies, work_size, compute };
+const struct ggml_ext_cpu_override ggml_ext_cpu_fq4_mul_mat = { fq4_applies, fq4_work_size, fq4_compute };

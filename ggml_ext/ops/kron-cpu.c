@@ -1,6 +1,6 @@
 // GGML_EXT_OP_KRON on the CPU: left product first, Z = left^T X, then Y = Z right. Both orders cost
 // n (n1 + n2) multiply-adds; in this one a block of rows of Y depends on no other row of Z, so threads
-// share one token by rows and meet only where the clip needs the whole token's maximum.
+// share one token by rows and synchronise only where the clip needs the whole token's maximum.
 
 #include "kron-cpu.h"
 
@@ -143,7 +143,7 @@ static int64_t kron_scratch(const struct kron_op * op) {
     return GGML_PAD(kron_z_size(op) + columns, 16);
 }
 
-static size_t work_size(const struct ggml_tensor * dst, int n_tasks) {
+static size_t kron_work_size(const struct ggml_tensor * dst, int n_tasks) {
     const struct kron_op op     = kron_describe(dst);
     const int64_t        maxima = op.clip < 1.0f ? op.tokens : 0;
     return sizeof(float) * n_tasks * (kron_scratch(&op) + maxima);
@@ -236,7 +236,7 @@ static void kron_clip(const struct kron_op * op, const struct kron_share * share
     }
 }
 
-static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static void kron_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct kron_op              op    = kron_describe(dst);
     const struct kron_share           share = kron_share(&op, params);
     const struct ggml_ext_kron_path * path  = kron_path(params->use_ref);
@@ -248,4 +248,4 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
     }
 }
 
-const struct ggml_ext_cpu_op ggml_ext_cpu_kron = { compute, NULL, work_size };
+const struct ggml_ext_cpu_op ggml_ext_cpu_kron = { kron_compute, NULL, kron_work_size };

@@ -132,7 +132,7 @@ GGML_EXT_AVX2 EXPAND void strip_avx2(const struct ggml_ext_kron_product * p, int
     }
 }
 
-GGML_EXT_AVX512 static void product_avx512(const struct ggml_ext_kron_product * p) {
+GGML_EXT_AVX512 static void kron_product_avx512(const struct ggml_ext_kron_product * p) {
     int64_t col = 0;
     for (; col + 16 < p->cols; col += 32) {
         p->b_f16 ? strip_avx512(p, col, 2, true) : strip_avx512(p, col, 2, false);
@@ -142,7 +142,7 @@ GGML_EXT_AVX512 static void product_avx512(const struct ggml_ext_kron_product * 
     }
 }
 
-GGML_EXT_AVX2 static void product_avx2(const struct ggml_ext_kron_product * p) {
+GGML_EXT_AVX2 static void kron_product_avx2(const struct ggml_ext_kron_product * p) {
     int64_t col = 0;
     for (; col + 16 <= p->cols; col += 16) {
         p->b_f16 ? strip_avx2(p, col, 2, true) : strip_avx2(p, col, 2, false);
@@ -163,19 +163,19 @@ GGML_EXT_AVX2 static void product_avx2(const struct ggml_ext_kron_product * p) {
 // Hadamard. Inside a vector a stage is x * (+1, -1) + partner: exact products, so the same bits as the
 // plain butterfly. The last stage carries the norm.
 
-GGML_EXT_AVX512 static inline __m512 stage_avx512(__m512 x, __m512 partner, __mmask16 upper) {
+GGML_EXT_AVX512 static inline __m512 kron_stage_avx512(__m512 x, __m512 partner, __mmask16 upper) {
     return _mm512_mask_sub_ps(_mm512_add_ps(partner, x), upper, partner, x);
 }
 
-GGML_EXT_AVX512 static void hadamard_avx512(int64_t n, int64_t order, float * x) {
+GGML_EXT_AVX512 static void kron_hadamard_avx512(int64_t n, int64_t order, float * x) {
     const __m512  norm = _mm512_set1_ps(1.0f / sqrtf((float) order));
     const int64_t full = n - n % 16;
     for (int64_t i = 0; i < full; i += 16) {
         __m512 v = _mm512_loadu_ps(x + i);
-        v        = stage_avx512(v, _mm512_permute_ps(v, 0xb1), 0xaaaa);
-        v        = order > 2 ? stage_avx512(v, _mm512_permute_ps(v, 0x4e), 0xcccc) : v;
-        v        = order > 4 ? stage_avx512(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0) : v;
-        v        = order > 8 ? stage_avx512(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00) : v;
+        v        = kron_stage_avx512(v, _mm512_permute_ps(v, 0xb1), 0xaaaa);
+        v        = order > 2 ? kron_stage_avx512(v, _mm512_permute_ps(v, 0x4e), 0xcccc) : v;
+        v        = order > 4 ? kron_stage_avx512(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0) : v;
+        v        = order > 8 ? kron_stage_avx512(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00) : v;
         _mm512_storeu_ps(x + i, order <= 16 ? _mm512_mul_ps(v, norm) : v);
     }
     for (int64_t half = 16; half < order; half *= 2) {
@@ -194,7 +194,7 @@ GGML_EXT_AVX512 static void hadamard_avx512(int64_t n, int64_t order, float * x)
     }
 }
 
-GGML_EXT_AVX2 static void hadamard_avx2(int64_t n, int64_t order, float * x) {
+GGML_EXT_AVX2 static void kron_hadamard_avx2(int64_t n, int64_t order, float * x) {
     const __m256  norm = _mm256_set1_ps(1.0f / sqrtf((float) order));
     const __m256  odd  = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
     const __m256  pair = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
@@ -225,7 +225,7 @@ GGML_EXT_AVX2 static void hadamard_avx2(int64_t n, int64_t order, float * x) {
 
 // vminps and vmaxps give their second operand where one is NaN.
 
-GGML_EXT_AVX512 static void clamp_avx512(int64_t n, float limit, float * x) {
+GGML_EXT_AVX512 static void kron_clamp_avx512(int64_t n, float limit, float * x) {
     const __m512 high = _mm512_set1_ps(limit);
     const __m512 low  = _mm512_set1_ps(-limit);
     for (int64_t i = 0; i < n; i += 16) {
@@ -235,7 +235,7 @@ GGML_EXT_AVX512 static void clamp_avx512(int64_t n, float limit, float * x) {
     }
 }
 
-GGML_EXT_AVX2 static void clamp_avx2(int64_t n, float limit, float * x) {
+GGML_EXT_AVX2 static void kron_clamp_avx2(int64_t n, float limit, float * x) {
     const __m256 high = _mm256_set1_ps(limit);
     const __m256 low  = _mm256_set1_ps(-limit);
     int64_t      i    = 0;
@@ -246,10 +246,11 @@ GGML_EXT_AVX2 static void clamp_avx2(int64_t n, float limit, float * x) {
 }
 
 const struct ggml_ext_kron_path ggml_ext_kron_avx512 = {
-    "avx512", ggml_ext_has_avx512, product_avx512, hadamard_avx512, ggml_ext_abs_max_avx512, clamp_avx512,
+    "avx512",          ggml_ext_has_avx512, kron_product_avx512, kron_hadamard_avx512, ggml_ext_abs_max_avx512,
+    kron_clamp_avx512,
 };
 const struct ggml_ext_kron_path ggml_ext_kron_avx2 = {
-    "avx2", ggml_ext_has_avx2, product_avx2, hadamard_avx2, ggml_ext_abs_max_avx2, clamp_avx2,
+    "avx2", ggml_ext_has_avx2, kron_product_avx2, kron_hadamard_avx2, ggml_ext_abs_max_avx2, kron_clamp_avx2,
 };
 
 #endif  // GGML_EXT_X86

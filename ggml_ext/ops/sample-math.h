@@ -1,6 +1,6 @@
 // Orders, masses and thresholds of GGML_EXT_OP_SAMPLE: the same bits on the CPU and in CUDA. Every float operation
 // below is one correctly rounded operation or an fmaf; none is a product that is then added to, so no compiler can
-// contract it, and none meets a denormal that would matter, so flushing them changes nothing.
+// contract it, and none gets a denormal that would matter, so flushing them changes nothing.
 
 #pragma once
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-static void compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+static void scale_add_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * a = dst->src[0];
     const struct ggml_tensor * b = dst->src[1];
     float                      scale;
@@ -23,4 +23,4 @@ static void compute(const struct ggml_compute_params * params, struct ggml_tenso
     }
 }
 
-const struct ggml_ext_cpu_op ggml_ext_cpu_scale_add = { compute, NULL, NULL };
+const struct ggml_ext_cpu_op ggml_ext_cpu_scale_add = { scale_add_compute, NULL, NULL };

@@ -18,13 +18,13 @@ typedef float   f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 
 // The table turned on its side: for each code, the values of the 16 rows.
-struct row_tables {
+struct fq4_gptq_row_tables {
     f32x16 value[16];
     f32x16 step[15];    // value[i + 1] - value[i]
     f32x16 middle[15];  // (value[i] + value[i + 1]) / 2
 };
 
-struct choice {
+struct fq4_gptq_choice {
     float   d;  // a value that fp16 represents; 0: nothing chosen
     float   cost;
     float   err[QK_FQ4];
@@ -33,8 +33,8 @@ struct choice {
 };
 
 // v = the table values nearest to t, row by row. By pointer: vectors by value would change the calling convention.
-static inline __attribute__((always_inline)) void nearest_values(const struct row_tables * tables, const f32x16 * t,
-                                                                 f32x16 * v) {
+static inline __attribute__((always_inline)) void fq4_gptq_nearest_values(const struct fq4_gptq_row_tables * tables,
+                                                                          const f32x16 * t, f32x16 * v) {
     *v = tables->value[0];
     for (int i = 0; i < 15; i++) {
         *v += (f32x16) ((i32x16) tables->step[i] & (*t > tables->middle[i]));
@@ -43,9 +43,9 @@ static inline __attribute__((always_inline)) void nearest_values(const struct ro
 
 // One sub-block, the 16 table rows side by side. x: the sub-block's weights; u: from its first diagonal element
 // on, rows of QK_FQ4. Leaves the best row's errors and values.
-static inline __attribute__((always_inline)) float round_sub_block(const struct row_tables * tables, const float * x,
-                                                                   const float * u, float d, float * err, float * value,
-                                                                   uint8_t * row) {
+static inline __attribute__((always_inline)) float fq4_gptq_round_sub_block(const struct fq4_gptq_row_tables * tables,
+                                                                            const float * x, const float * u, float d,
+                                                                            float * err, float * value, uint8_t * row) {
     const float inv = 1.0f / d;
     f32x16      t[16];
     f32x16      e[16];
@@ -56,7 +56,7 @@ static inline __attribute__((always_inline)) float round_sub_block(const struct 
     }
     for (int j = 0; j < 16; j++) {
         const f32x16 scaled = t[j] * inv;
-        nearest_values(tables, &scaled, &v[j]);
+        fq4_gptq_nearest_values(tables, &scaled, &v[j]);
         e[j] = (t[j] - d * v[j]) * (1.0f / u[j * QK_FQ4 + j]);
         cost += e[j] * e[j];
         for (int k = j + 1; k < 16; k++) {
@@ -76,16 +76,16 @@ static inline __attribute__((always_inline)) float round_sub_block(const struct 
 }
 
 // All sub-blocks for a given d; gives up when the cost passes the best so far.
-GGML_EXT_CLONES static void try_scale(const struct row_tables * tables, const float * w, const float * u, float d,
-                                      struct choice * next, float limit) {
+GGML_EXT_CLONES static void fq4_gptq_try_scale(const struct fq4_gptq_row_tables * tables, const float * w,
+                                               const float * u, float d, struct fq4_gptq_choice * next, float limit) {
     float x[QK_FQ4];
     memcpy(x, w, sizeof(x));
     next->d    = d;
     next->cost = 0.0f;
     for (int b = 0; b < 16; b++) {
         const int first = 16 * b;
-        next->cost += round_sub_block(tables, x + first, u + first * QK_FQ4 + first, d, next->err + first,
-                                      next->value + first, next->row + b);
+        next->cost += fq4_gptq_round_sub_block(tables, x + first, u + first * QK_FQ4 + first, d, next->err + first,
+                                               next->value + first, next->row + b);
         if (!(next->cost < limit)) {
             return;
         }
@@ -100,7 +100,8 @@ GGML_EXT_CLONES static void try_scale(const struct row_tables * tables, const fl
 }
 
 // e = (w - d v) U^-1 for the chosen values v: the d that minimises |e|^2 is <w U^-1, v U^-1> / |v U^-1|^2.
-GGML_EXT_CLONES static float refit_scale(const float * w, const float * u_inv, const struct choice * choice) {
+GGML_EXT_CLONES static float fq4_gptq_refit_scale(const float * w, const float * u_inv,
+                                                  const struct fq4_gptq_choice * choice) {
     float a[QK_FQ4] = { 0.0f };
     float b[QK_FQ4] = { 0.0f };
     for (int j = 0; j < QK_FQ4; j++) {
@@ -119,19 +120,19 @@ GGML_EXT_CLONES static float refit_scale(const float * w, const float * u_inv, c
     return den > 0.0f ? num / den : 0.0f;
 }
 
-static void keep_better(const struct row_tables * tables, const float * w, const float * u, float d,
-                        struct choice * best) {
-    struct choice next;
+static void fq4_gptq_keep_better(const struct fq4_gptq_row_tables * tables, const float * w, const float * u, float d,
+                                 struct fq4_gptq_choice * best) {
+    struct fq4_gptq_choice next;
     d = ggml_ext_fq4_round_d(d);
     if (d > 0.0f) {
-        try_scale(tables, w, u, d, &next, best->cost);
+        fq4_gptq_try_scale(tables, w, u, d, &next, best->cost);
         if (next.cost < best->cost) {
             *best = next;
         }
     }
 }
 
-static void fill_tables(struct row_tables * tables) {
+static void fq4_gptq_fill_tables(struct fq4_gptq_row_tables * tables) {
     for (int r = 0; r < 16; r++) {
         for (int i = 0; i < 16; i++) {
             tables->value[i][r] = (float) ggml_ext_fq4_table[r][i];
@@ -143,7 +144,7 @@ static void fill_tables(struct row_tables * tables) {
     }
 }
 
-static uint8_t code_of(const struct choice * choice, int i) {
+static uint8_t fq4_gptq_code_of(const struct fq4_gptq_choice * choice, int i) {
     const int8_t * values = ggml_ext_fq4_table[choice->row[i / 16]];
     uint8_t        code   = 0;
     while ((float) values[code] < choice->value[i]) {
@@ -152,14 +153,15 @@ static uint8_t code_of(const struct choice * choice, int i) {
     return code;
 }
 
-static void pack(const struct choice * choice, ggml_ext_block_fq4 * block) {
+static void fq4_gptq_pack(const struct fq4_gptq_choice * choice, ggml_ext_block_fq4 * block) {
     block->d = GGML_FP32_TO_FP16(choice->d);
     for (int i = 0; i < 8; i++) {
         block->s[i] = (uint8_t) (choice->row[2 * i] | choice->row[2 * i + 1] << 4);
     }
     for (int h = 0; h < 2; h++) {
         for (int j = 0; j < 64; j++) {
-            block->q[64 * h + j] = (uint8_t) (code_of(choice, 128 * h + j) | code_of(choice, 128 * h + 64 + j) << 4);
+            block->q[64 * h + j] =
+                (uint8_t) (fq4_gptq_code_of(choice, 128 * h + j) | fq4_gptq_code_of(choice, 128 * h + 64 + j) << 4);
         }
     }
 }
@@ -169,8 +171,8 @@ int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const
     if (nrows < 0 || stride < (int64_t) sizeof(ggml_ext_block_fq4) || stride % 2 != 0) {
         return GGML_EXT_E_SHAPE;
     }
-    struct row_tables tables;
-    fill_tables(&tables);
+    struct fq4_gptq_row_tables tables;
+    fq4_gptq_fill_tables(&tables);
     for (int64_t row = 0; row < nrows; row++) {
         const float * x    = w + row * QK_FQ4;
         float         amax = 0.0f;
@@ -182,12 +184,12 @@ int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const
             amax = a > amax ? a : amax;
         }
         // A block of zeros, or of weights too small for any d, keeps d = 0 and passes no error on.
-        struct choice best = { .cost = INFINITY };
+        struct fq4_gptq_choice best = { .cost = INFINITY };
         for (int k = 0; k < N_FACTORS; k++) {
-            keep_better(&tables, x, u, amax * (factors[k] / 127.0f), &best);
+            fq4_gptq_keep_better(&tables, x, u, amax * (factors[k] / 127.0f), &best);
         }
         for (int k = 0; k < N_REFITS && best.d > 0.0f; k++) {
-            keep_better(&tables, x, u, refit_scale(x, u_inv, &best), &best);
+            fq4_gptq_keep_better(&tables, x, u, fq4_gptq_refit_scale(x, u_inv, &best), &best);
         }
         if (!(best.d > 0.0f)) {
             // A candidate that lost to nothing had a cost beyond a float, or NaN: zeros would be wrong.
@@ -196,7 +198,7 @@ int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const
             }
             best.cost = 0.0f;
         }
-        pack(&best, (ggml_ext_block_fq4 *) ((char *) dst + row * stride));
+        fq4_gptq_pack(&best, (ggml_ext_block_fq4 *) ((char *) dst + row * stride));
         memcpy(err + row * QK_FQ4, best.err, sizeof(best.err));
         cost[row] = best.cost;
     }

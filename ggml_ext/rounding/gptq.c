@@ -8,20 +8,20 @@
 
 #define MAX_LEVELS 64
 
-static bool grid_is_valid(const struct ggml_ext_grid * grid) {
+static bool gptq_grid_is_valid(const struct ggml_ext_grid * grid) {
     return grid->n > 0 && grid->group > 0 && grid->n % grid->group == 0 && grid->n_levels >= 2 &&
            grid->n_levels <= MAX_LEVELS && grid->n_books > 0 && grid->n_books <= 256;
 }
 
 // The books with the midpoints between their levels; both padded, so that loops over them have a fixed length.
-struct books {
+struct gptq_books {
     int64_t n_levels;
     float   value[256][MAX_LEVELS];
     float   middle[256][MAX_LEVELS];  // middle[i]: between levels i and i + 1; INFINITY from the last on
 };
 
-static struct books * books_new(const struct ggml_ext_grid * grid) {
-    struct books * books = malloc(sizeof(*books));
+static struct gptq_books * gptq_books_new(const struct ggml_ext_grid * grid) {
+    struct gptq_books * books = malloc(sizeof(*books));
     if (books == NULL) {
         return NULL;
     }
@@ -37,7 +37,7 @@ static struct books * books_new(const struct ggml_ext_grid * grid) {
 }
 
 // Level nearest to t, the lower one at a tie.
-static inline __attribute__((always_inline)) int nearest(const struct books * books, int book, float t) {
+static inline __attribute__((always_inline)) int gptq_nearest(const struct gptq_books * books, int book, float t) {
     const float * middle = books->middle[book];
     int           level  = 0;
     for (int64_t i = 0; i < books->n_levels; i += 16) {
@@ -48,7 +48,7 @@ static inline __attribute__((always_inline)) int nearest(const struct books * bo
     return level;
 }
 
-GGML_EXT_CLONES static void gptq_row(const struct ggml_ext_grid * grid, const struct books * books, int64_t row,
+GGML_EXT_CLONES static void gptq_row(const struct ggml_ext_grid * grid, const struct gptq_books * books, int64_t row,
                                      const float * w, const float * u, float * x, uint8_t * levels, float * err,
                                      float * cost) {
     const int64_t n      = grid->n;
@@ -60,7 +60,7 @@ GGML_EXT_CLONES static void gptq_row(const struct ggml_ext_grid * grid, const st
         const float   scale  = grid->scale[g];
         const float   offset = grid->offset[g];
         const int     book   = grid->book[g];
-        const int     level  = scale != 0.0f ? nearest(books, book, (x[j] - offset) / scale) : 0;
+        const int     level  = scale != 0.0f ? gptq_nearest(books, book, (x[j] - offset) / scale) : 0;
         const float * uj     = u + j * n;
         const float   e      = (x[j] - (scale * books->value[book][level] + offset)) / uj[j];
         for (int64_t k = j + 1; k < n; k++) {
@@ -75,12 +75,12 @@ GGML_EXT_CLONES static void gptq_row(const struct ggml_ext_grid * grid, const st
 
 int32_t ggml_ext_gptq_grid(const struct ggml_ext_grid * grid, int64_t nrows, const float * w, const float * u,
                            uint8_t * levels, float * err, float * cost) {
-    if (!grid_is_valid(grid) || nrows < 0) {
+    if (!gptq_grid_is_valid(grid) || nrows < 0) {
         return GGML_EXT_E_SHAPE;
     }
-    const int64_t  n     = grid->n;
-    struct books * books = books_new(grid);
-    float *        x     = malloc(n * sizeof(float));
+    const int64_t       n     = grid->n;
+    struct gptq_books * books = gptq_books_new(grid);
+    float *             x     = malloc(n * sizeof(float));
     if (books == NULL || x == NULL) {
         free(books);
         free(x);
@@ -95,9 +95,9 @@ int32_t ggml_ext_gptq_grid(const struct ggml_ext_grid * grid, int64_t nrows, con
 }
 
 // r = (q - w) h is kept up to date: a change of q_j by s adds s h_j to it.
-GGML_EXT_CLONES static int64_t descend_row(const struct ggml_ext_grid * grid, const struct books * books, int64_t row,
-                                           const float * w, const float * h, int32_t sweeps, uint8_t * levels,
-                                           float * q, float * r) {
+GGML_EXT_CLONES static int64_t gptq_descend_row(const struct ggml_ext_grid * grid, const struct gptq_books * books,
+                                                int64_t row, const float * w, const float * h, int32_t sweeps,
+                                                uint8_t * levels, float * q, float * r) {
     const int64_t n      = grid->n;
     const int64_t groups = n / grid->group;
     memset(r, 0, n * sizeof(float));
@@ -121,7 +121,7 @@ GGML_EXT_CLONES static int64_t descend_row(const struct ggml_ext_grid * grid, co
                 continue;
             }
             const float best  = q[j] - r[j] / hj[j];
-            const int   level = nearest(books, grid->book[g], (best - grid->offset[g]) / scale);
+            const int   level = gptq_nearest(books, grid->book[g], (best - grid->offset[g]) / scale);
             if (level == levels[j]) {
                 continue;
             }
@@ -147,12 +147,12 @@ GGML_EXT_CLONES static int64_t descend_row(const struct ggml_ext_grid * grid, co
 
 int64_t ggml_ext_descend(const struct ggml_ext_grid * grid, int64_t nrows, const float * w, const float * h,
                          int32_t sweeps, uint8_t * levels) {
-    if (!grid_is_valid(grid) || nrows < 0 || sweeps < 0) {
+    if (!gptq_grid_is_valid(grid) || nrows < 0 || sweeps < 0) {
         return GGML_EXT_E_SHAPE;
     }
-    const int64_t  n     = grid->n;
-    struct books * books = books_new(grid);
-    float *        q     = malloc(2 * n * sizeof(float));
+    const int64_t       n     = grid->n;
+    struct gptq_books * books = gptq_books_new(grid);
+    float *             q     = malloc(2 * n * sizeof(float));
     if (books == NULL || q == NULL) {
         free(books);
         free(q);
@@ -160,7 +160,7 @@ int64_t ggml_ext_descend(const struct ggml_ext_grid * grid, int64_t nrows, const
     }
     int64_t changes = 0;
     for (int64_t row = 0; row < nrows; row++) {
-        changes += descend_row(grid, books, row, w + row * n, h, sweeps, levels + row * n, q, q + n);
+        changes += gptq_descend_row(grid, books, row, w + row * n, h, sweeps, levels + row * n, q, q + n);
     }
     free(books);
     free(q);

@@ -23,7 +23,7 @@
 
 typedef struct ggml_ext_fq4_act fq4_act;
 
-FQ4_VNNI static void quantize(int64_t k, const float * x, fq4_act * y) {
+FQ4_VNNI static void fq4_quantize(int64_t k, const float * x, fq4_act * y) {
     const __m512i ones = _mm512_set1_epi8(1);
     for (; k > 0; k -= QK_FQ4, x += QK_FQ4, y++) {
         // As integers, magnitudes keep their order and NaN is the largest.
@@ -113,8 +113,8 @@ FQ4_VNNI FQ4_INLINE void multiply_cols(const struct ggml_ext_fq4_tile * tile, co
     }
 }
 
-FQ4_VNNI static void multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, const fq4_act * const * y,
-                              float * acc) {
+FQ4_VNNI static void fq4_multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, const fq4_act * const * y,
+                                  float * acc) {
     switch (n_cols) {
         case 1:
             multiply_cols(tile, 1, y, acc);
@@ -194,8 +194,8 @@ FQ4_VNNI FQ4_INLINE void dots_cols(int n_rows, int n_blocks, const void * rows, 
     }
 }
 
-FQ4_VNNI static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
-                          const fq4_act * const * y, float * const * out) {
+FQ4_VNNI static void fq4_dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                              const fq4_act * const * y, float * const * out) {
     switch (n_cols) {
         case 1:
             dots_cols(n_rows, n_blocks, x, row_size, 1, y, out);
@@ -224,7 +224,7 @@ FQ4_VNNI static void dots(int n_rows, int n_blocks, const void * x, size_t row_s
     }
 }
 
-FQ4_VNNI static void decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
+FQ4_VNNI static void fq4_decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
     for (int first = 0; first < GGML_EXT_FQ4_TILE_ROWS; first += 16) {
         __m512i t[4][16];
         for (int l = 0; l < 16; l++) {
@@ -254,7 +254,7 @@ FQ4_VNNI static void decode(int n_rows, const void * x, size_t row_size, struct 
 }
 
 const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni = { "avx512-vnni", ggml_ext_has_avx512_vnni,
-                                                            quantize,      dots,
-                                                            decode,        multiply };
+                                                            fq4_quantize,  fq4_dots,
+                                                            fq4_decode,    fq4_multiply };
 
 #endif

@@ -9,11 +9,11 @@
 #include <math.h>
 #include <string.h>
 
-static bool always(void) {
+static bool fq4_always(void) {
     return true;
 }
 
-static void quantize(int64_t k, const float * x, struct ggml_ext_fq4_act * y) {
+static void fq4_quantize(int64_t k, const float * x, struct ggml_ext_fq4_act * y) {
     for (; k > 0; k -= QK_FQ4, x += QK_FQ4, y++) {
         float max    = 0.0f;
         bool  finite = true;
@@ -37,7 +37,7 @@ static void quantize(int64_t k, const float * x, struct ggml_ext_fq4_act * y) {
     }
 }
 
-static void decode_row(const ggml_ext_block_fq4 * x, int8_t * w) {
+static void fq4_decode_row(const ggml_ext_block_fq4 * x, int8_t * w) {
     for (int i = 0; i < QK_FQ4; i++) {
         const int b    = i / QK_FQ4_SUB;
         const int row  = x->s[b / 2] >> 4 * (b % 2) & 15;
@@ -46,7 +46,7 @@ static void decode_row(const ggml_ext_block_fq4 * x, int8_t * w) {
     }
 }
 
-static int32_t dot_block(const int8_t * w, const int8_t * q) {
+static int32_t fq4_dot_block(const int8_t * w, const int8_t * q) {
     int32_t sum = 0;
     for (int i = 0; i < QK_FQ4; i++) {
         sum += w[i] * q[i];
@@ -54,17 +54,17 @@ static int32_t dot_block(const int8_t * w, const int8_t * q) {
     return sum;
 }
 
-static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
-                 const struct ggml_ext_fq4_act * const * y, float * const * out) {
+static void fq4_dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                     const struct ggml_ext_fq4_act * const * y, float * const * out) {
     for (int r = 0; r < n_rows; r++) {
         const ggml_ext_block_fq4 * blocks                     = (const void *) ((const char *) x + r * row_size);
         float                      sum[GGML_EXT_FQ4_MAX_COLS] = { 0 };
         for (int ib = 0; ib < n_blocks; ib++) {
             int8_t      w[QK_FQ4];
             const float d = GGML_FP16_TO_FP32(blocks[ib].d);
-            decode_row(blocks + ib, w);
+            fq4_decode_row(blocks + ib, w);
             for (int c = 0; c < n_cols; c++) {
-                sum[c] += d * y[c][ib].d * (float) dot_block(w, y[c][ib].q);
+                sum[c] += d * y[c][ib].d * (float) fq4_dot_block(w, y[c][ib].q);
             }
         }
         for (int c = 0; c < n_cols; c++) {
@@ -73,24 +73,25 @@ static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int 
     }
 }
 
-static void decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
+static void fq4_decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
     for (int r = 0; r < n_rows; r++) {
         const ggml_ext_block_fq4 * block = (const void *) ((const char *) x + r * row_size);
-        decode_row(block, (int8_t *) tile->w + r * QK_FQ4);
+        fq4_decode_row(block, (int8_t *) tile->w + r * QK_FQ4);
         tile->d[r] = GGML_FP16_TO_FP32(block->d);
     }
     memset(tile->w + n_rows * QK_FQ4, 0, (GGML_EXT_FQ4_TILE_ROWS - n_rows) * QK_FQ4);
     memset(tile->d + n_rows, 0, (GGML_EXT_FQ4_TILE_ROWS - n_rows) * sizeof(float));
 }
 
-static void multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, const struct ggml_ext_fq4_act * const * y,
-                     float * acc) {
+static void fq4_multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, const struct ggml_ext_fq4_act * const * y,
+                         float * acc) {
     for (int c = 0; c < n_cols; c++) {
         for (int r = 0; r < GGML_EXT_FQ4_TILE_ROWS; r++) {
-            const int32_t sum = dot_block((const int8_t *) tile->w + r * QK_FQ4, y[c]->q);
+            const int32_t sum = fq4_dot_block((const int8_t *) tile->w + r * QK_FQ4, y[c]->q);
             acc[c * GGML_EXT_FQ4_TILE_ROWS + r] += tile->d[r] * y[c]->d * (float) sum;
         }
     }
 }
 
-const struct ggml_ext_fq4_path ggml_ext_fq4_generic = { "generic", always, quantize, dots, decode, multiply };
+const struct ggml_ext_fq4_path ggml_ext_fq4_generic = { "generic", fq4_always, fq4_quantize,
+                                                        fq4_dots,  fq4_decode, fq4_multiply };

@@ -16,13 +16,13 @@
 
 #    ifdef __ARM_FEATURE_DOTPROD
 #        define FQ4_TARGET
-static bool available(void) {
+static bool fq4_available(void) {
     return true;
 }
 #    else
 #        include <sys/auxv.h>
 #        define FQ4_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
-static bool available(void) {
+static bool fq4_available(void) {
     const unsigned long hwcap_asimddp = 1ul << 20;  // <asm/hwcap.h> of Linux
     return (getauxval(AT_HWCAP) & hwcap_asimddp) != 0;
 }
@@ -35,7 +35,7 @@ static bool available(void) {
 
 typedef struct ggml_ext_fq4_act fq4_act;
 
-FQ4_TARGET static void quantize(int64_t k, const float * x, fq4_act * y) {
+FQ4_TARGET static void fq4_quantize(int64_t k, const float * x, fq4_act * y) {
     for (; k > 0; k -= QK_FQ4, x += QK_FQ4, y++) {
         // Magnitudes as integers order like the floats, with Inf and NaN above all numbers.
         int32x4_t largest = vdupq_n_s32(0);
@@ -109,8 +109,8 @@ FQ4_INLINE void dots_row(int n_blocks, const ggml_ext_block_fq4 * x, int n_cols,
     }
 }
 
-FQ4_TARGET static void dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
-                            const fq4_act * const * y, float * const * out) {
+FQ4_TARGET static void fq4_dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                                const fq4_act * const * y, float * const * out) {
     for (int r = 0; r < n_rows; r++) {
         dots_row(n_blocks, (const void *) ((const char *) x + r * row_size), n_cols, y, out, r);
     }
@@ -128,7 +128,7 @@ FQ4_INLINE void transpose_4x4(int8x16_t r0, int8x16_t r1, int8x16_t r2, int8x16_
     vst1q_u8(out + 48, vreinterpretq_u8_s32(vzip2q_s32(hi02, hi13)));
 }
 
-FQ4_TARGET static void decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
+FQ4_TARGET static void fq4_decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
     for (int first = 0; first < GGML_EXT_FQ4_TILE_ROWS; first += 4) {
         int8x16_t w[4][FQ4_VECTORS];
         for (int r = 0; r < 4; r++) {
@@ -187,8 +187,8 @@ FQ4_INLINE void multiply_cols(const uint8_t * w, const float * d, const int n_co
     }
 }
 
-FQ4_TARGET static void multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, const fq4_act * const * y,
-                                float * acc) {
+FQ4_TARGET static void fq4_multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, const fq4_act * const * y,
+                                    float * acc) {
     for (int row = 0; row < GGML_EXT_FQ4_TILE_ROWS; row += 8) {
         const uint8_t * w = tile->w + row * QK_FQ4;
         const float *   d = tile->d + row;
@@ -221,6 +221,7 @@ FQ4_TARGET static void multiply(const struct ggml_ext_fq4_tile * tile, int n_col
     }
 }
 
-const struct ggml_ext_fq4_path ggml_ext_fq4_neon = { "neon-dotprod", available, quantize, dots, decode, multiply };
+const struct ggml_ext_fq4_path ggml_ext_fq4_neon = { "neon-dotprod", fq4_available, fq4_quantize,
+                                                     fq4_dots,       fq4_decode,    fq4_multiply };
 
 #endif

@@ -17,33 +17,39 @@ from numpy.typing import NDArray
 
 from ggml_ext.atomic import atomic_path
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.sites import SITE_KINDS
 
 _ENTRY = "ggml_ext.block"
 
 
 @dataclass(frozen=True)
-class Folded:
-    """The offline part of a block's transforms (fold.py), rounded to float32. ``diagonals``: per site, in the
-    order of SITE_KINDS, what its channels were divided by; empty for ones. ``head``: row after row, the
-    matrix that each head of v was multiplied by; empty for the identity."""
+class FileSite:
+    """A line of a file's table of sites (docs/gguf.md). ``readers``: GGUF tensors, of which the first
+    ``online`` read what is transformed online. ``maker``: the matrix whose rows ``first`` to ``first`` +
+    ``rows`` - 1, in value heads of ``head``, make the channels; "" where a norm does. ``diagonal``: what the
+    channels were divided by, empty for ones; ``matrix``: row after row, what each head of v was multiplied
+    by, empty for the identity; both rounded to float32."""
 
-    diagonals: tuple[tuple[float, ...], ...]
-    head: tuple[float, ...] = ()
+    readers: tuple[str, ...]
+    online: int
+    maker: str = ""
+    first: int = 0
+    rows: int = 0
+    head: int = 0
+    hadamard: int = 0
+    clip: float = 1.0
+    diagonal: tuple[float, ...] = ()
+    matrix: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What calibration found out about a block. ``hadamard``, ``clip``: one per site, in the order of
-    SITE_KINDS. ``errors``: GGUF name -> relative squared error of the matrix's output on the calibration
-    text. ``notes``: site -> figures of its transform. ``folded``: what went into the weights, None where an
-    older version did not write it down."""
+    """What calibration found out about a block. ``sites``: those with a transform or a clip. ``errors``: GGUF
+    name -> relative squared error of the matrix's output on the calibration text. ``notes``: site -> figures
+    of its transform."""
 
-    hadamard: tuple[int, ...] = (0,) * len(SITE_KINDS)
-    clip: tuple[float, ...] = (1.0,) * len(SITE_KINDS)
+    sites: tuple[FileSite, ...] = ()
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
-    folded: Folded | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,11 @@ def load(path: Path) -> tuple[dict[str, Stored], Findings]:
             name: Stored(path, name, described["type"], tuple(described["dims"]))
             for name, described in entry.pop("tensors").items()
         }
-        folded = entry.pop("folded", None)
-        if folded is not None:
-            folded = Folded(tuple(map(tuple, folded["diagonals"])), tuple(folded["head"]))
-        hadamard, clip = tuple(entry.pop("hadamard")), tuple(entry.pop("clip"))
-        return tensors, Findings(hadamard, clip, folded=folded, **entry)
+        lists = ("readers", "diagonal", "matrix")
+        sites = tuple(
+            FileSite(**{**site, **{name: tuple(site[name]) for name in lists}}) for site in entry.pop("sites")
+        )
+        return tensors, Findings(sites, **entry)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exc:
         raise _damaged(path, exc) from exc
 

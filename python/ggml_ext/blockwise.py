@@ -14,18 +14,18 @@ from torch import Tensor
 from ggml_ext import native
 from ggml_ext.block_file import Findings, Packed
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.fold import fold, folded
+from ggml_ext.fold import file_sites, fold
+from ggml_ext.registry import FLOAT_TYPES, ROUNDINGS
 from ggml_ext.rounding import Rounded, grid, round_matrix
 from ggml_ext.rounding.hessian import Hessian, choose_shrinkage, expert_moments, expert_shrinkage
-from ggml_ext.rules import FLOAT_TYPES
-from ggml_ext.sites import SITE_KINDS, Linear, Site, SiteStats, SiteTransform
+from ggml_ext.sites import Linear, Site, SiteStats, SiteTransform
 
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to do with every block. ``types``: GGUF tensor -> type. ``rounding``: as in rounding.NAMES.
+    """What to do with every block. ``types``: GGUF tensor -> type. ``rounding``: one of registry.ROUNDINGS.
     ``read``: a tensor of the float model by its name, for norms, biases and routers. ``marked``: the file
     needs a stored factor, or stock llama.cpp would run it without its transforms. ``threads``: 0 for
     all."""
@@ -64,14 +64,10 @@ def encode_block(
     packed = {name: Packed(job.types[name], _dims(weights[name]), data[name]) for name in data}
     packed.update(_all_factors(sites, transforms, job))
     packed.update({name: _float_tensor(tensor, "f32") for name, tensor in others.items()})
-    kinds = {site.kind: transforms[anchor] for anchor, site in sites.items()}
-    placed = [kinds.get(kind) for kind in SITE_KINDS]
     findings = Findings(
-        hadamard=tuple(0 if its is None else its.hadamard for its in placed),
-        clip=tuple(1.0 if its is None else its.clip for its in placed),
+        sites=file_sites(sites, transforms),
         errors=errors,
         notes={anchor: dict(its.notes) for anchor, its in transforms.items() if its.notes},
-        folded=folded(sites, transforms),
     )
     return packed, findings
 
@@ -197,8 +193,8 @@ def _rounded(
             hessian = None if hessians is None else hessians.of(members[0][0])
             for name, (_, w) in zip(group, members, strict=True):
                 method = job.rounding
-                if method == "gptq" and not _has_grid(job.types[name]):
-                    method = "imatrix"
+                if ROUNDINGS[method].otherwise and not _has_grid(job.types[name]):
+                    method = ROUNDINGS[method].otherwise
                 try:
                     rounded = round_matrix(w, job.types[name], method, hessian, threads=job.threads)
                 except GgmlExtError as exc:

@@ -264,13 +264,12 @@ def _solve(plan: Plan, sites: Mapping[str, Site], seen: Observation) -> dict[str
         rounding=plan.rounding,
         seed=plan.seed,
     )
-    placed = {anchor: site for anchor, site in sites.items() if site.kind}
-    budgets = transforms.split_budget(placed, plan.transform_bits)
+    budgets = transforms.split_budget(sites, plan.transform_bits)
     solved = {anchor: identity(site.n) for anchor, site in sites.items()}
     if plan.transform == "none" and not wanted.clips:
         return solved
     device = torch.device(plan.device)
-    for anchor, site in placed.items():
+    for anchor, site in sites.items():
         its, stats = _on_device(site, site_stats(seen, site), device)
         solved[anchor] = transforms.solve(its, stats, replace(wanted, budget_bits=budgets[anchor]))
     return solved

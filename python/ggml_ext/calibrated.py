@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext import calibration_plan as plans
-from ggml_ext.block_file import Folded, Stored, block_path, load
+from ggml_ext.block_file import FileSite, Stored, block_path, load
 from ggml_ext.calibration_folder import OBSERVATION
 from ggml_ext.calibration_plan import Plan
 from ggml_ext.encode import Prepared
@@ -44,28 +44,21 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         )
     plans.require_model(plan, model, folder)
     tensors: dict[str, Stored] = {}
-    hadamard: list[int] = []
-    clip: list[float] = []
+    sites: list[FileSite] = []
     errors: dict[str, float] = {}
-    folds: list[Folded | None] = []
     for index in range(plan.blocks):
         stored, findings = load(block_path(folder, index))
         tensors |= stored
-        hadamard += findings.hadamard
-        clip += findings.clip
+        sites += findings.sites
         errors |= findings.errors
-        folds.append(findings.folded)
     prepared = Prepared(
         tensors=tensors,
         mix=plan.base if plan.base in STOCK_MIXES else "",
         transform=plan.transform,
         rounding=plan.rounding,
-        hadamard=hadamard,
-        clip=clip,
+        sites=sites,
         activation=plan.activation,
         errors=errors,
-        # One block that an older version made leaves the record incomplete, and then there is none.
-        folds=None if None in folds else [its for its in folds if its is not None],
     )
     observed = descriptions.load(folder / OBSERVATION)
     if observed is None:

@@ -19,6 +19,7 @@ from ggml_ext.block_file import block_path
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.owned_folder import PLAN
 from ggml_ext.recipes import Method
+from ggml_ext.registry import ROUNDINGS
 from ggml_ext.rounding import grid
 from ggml_ext.source import Source
 from ggml_ext.transforms import official
@@ -81,7 +82,7 @@ class Plan:
     @property
     def without_grid(self) -> list[str]:
         """Matrices of blocks whose type has no levels to choose from; importances round them instead."""
-        if self.rounding != "gptq":
+        if not ROUNDINGS[self.rounding].otherwise:
             return []
         return [
             name
@@ -142,10 +143,10 @@ def make(request: Request, sha256: str, source: Source) -> Plan:
 def _check_grid(base: str, rounding: str) -> None:
     """Refuses a main type that the rounding cannot choose codes of, before anything is computed."""
     type_name = mixes.BODY.get(base, base)
-    if rounding == "gptq" and not grid.supports(type_name):
+    if ROUNDINGS[rounding].otherwise and not grid.supports(type_name):
         raise GgmlExtError(
             f"--rounding {rounding}: knows no levels of type {type_name}; "
-            f"it knows {', '.join(grid.names())}, for others use --rounding imatrix"
+            f"it knows {', '.join(grid.names())}, for others use --rounding {ROUNDINGS[rounding].otherwise}"
         )
 
 

@@ -21,6 +21,7 @@ from ggml_ext.cli_shared import (
     takes_settings,
     warn,
 )
+from ggml_ext.registry import ROUNDINGS, TRANSFORMS
 
 if TYPE_CHECKING:
     from ggml_ext.recipes import Options
@@ -59,10 +60,10 @@ class Settings:
         ),
     ] = None
     transform: Annotated[
-        str | None, typer.Option(metavar="NAME", help="none, smoothquant, awq, hadamard or flatquant.")
+        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(TRANSFORMS)}.")
     ] = None
     rounding: Annotated[
-        str | None, typer.Option(metavar="NAME", help="rtn (to nearest), imatrix or gptq.")
+        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(ROUNDINGS)}; rtn: to nearest.")
     ] = None
     activation: Annotated[
         str | None,

@@ -39,11 +39,11 @@ from ggml_ext.writer import (
 )
 
 if TYPE_CHECKING:
-    from ggml_ext.block_file import Folded, Stored
+    from ggml_ext.block_file import FileSite, Stored
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
 _FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
-_TRANSFORM_KEYS = ("ggml_ext.transform.", "ggml_ext.fold.", "ggml_ext.activation.")
+_TRANSFORM_KEYS = ("ggml_ext.transform.", "ggml_ext.site.", "ggml_ext.fold.", "ggml_ext.activation.")
 _FILE_TYPE_FQ4 = 200  # the patched llama.cpp's name for "mostly FQ4"
 
 Importances = NDArray[np.float32]
@@ -52,20 +52,17 @@ Importances = NDArray[np.float32]
 @dataclass(frozen=True)
 class Prepared:
     """What a calibration has made of the model. ``tensors``: those that it rounded, changed or added.
-    ``mix``: the name of llama-quantize's mix whose types the file has, or "". ``hadamard``, ``clip``: four
-    per block. ``activation``: bits and group, None for llama.cpp's own. ``errors``: relative squared error of
-    each rounded matrix's output. ``folds``: per block what the transform folded into the weights, None where
-    that is not known. docs/gguf.md has their meaning."""
+    ``mix``: the name of llama-quantize's mix whose types the file has, or "". ``sites``: those with a
+    transform or a clip. ``activation``: bits and group, None for llama.cpp's own. ``errors``: relative
+    squared error of each rounded matrix's output. docs/gguf.md has their meaning."""
 
     tensors: Mapping[str, Stored]
     mix: str
     transform: str
     rounding: str
-    hadamard: Sequence[int]
-    clip: Sequence[float]
+    sites: Sequence[FileSite]
     activation: Sequence[int] | None
     errors: Mapping[str, float]
-    folds: Sequence[Folded] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,7 @@ def _keys(
     carried = _carried(source) if prepared is None else {}
     if prepared is None and not carried and all(job.out.type_id < _FIRST_EXTENDED_ID for job in jobs):
         return keys
-    put_uint32("ggml_ext.version", native.format_version())
+    put_uint32("ggml_ext.version", 1)
     if prepared is None:
         put_string("ggml_ext.rounding", "rtn" if used is None else "imatrix")
         put_string("ggml_ext.transform.name", "none")
@@ -251,7 +248,9 @@ def _carried(source: Source) -> dict[str, bytes]:
     """What a source says of transforms in its weights, which rounding them anew does not undo."""
     name = "ggml_ext.transform.name"
     carried = {key: entry for key, entry in source.keys.items() if key.startswith(_TRANSFORM_KEYS)}
-    return {} if carried == {name: string_key(name, "none")} else carried
+    if carried in ({}, {name: string_key(name, "none")}):
+        return {}
+    return {**carried, "ggml_ext.version": source.keys["ggml_ext.version"]}
 
 
 def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
@@ -264,14 +263,8 @@ def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
     def put(name: str, entry: bytes) -> None:
         keys[name] = entry
 
-    if any(order > 1 for order in prepared.hadamard):
-        name = "ggml_ext.transform.hadamard"
-        put(name, uint32_array_key(name, prepared.hadamard))
-    if any(clip < 1 for clip in prepared.clip):
-        name = "ggml_ext.transform.clip"
-        put(name, float32_array_key(name, prepared.clip))
-    if prepared.folds is not None and prepared.transform != "none":
-        keys |= _fold_keys(prepared.folds)
+    if prepared.sites or prepared.transform != "none":
+        keys |= _site_keys(prepared.sites)
     if prepared.activation is not None:
         for name, value in zip(("bits", "group"), prepared.activation, strict=True):
             name = f"ggml_ext.activation.{name}"
@@ -284,19 +277,37 @@ def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
     return keys
 
 
-def _fold_keys(folds: Sequence[Folded]) -> dict[str, bytes]:
-    """The record of the folds: always ``sizes``, so that a reader sees that there is one."""
-    diagonals = [diagonal for block in folds for diagonal in block.diagonals]
-    heads = [block.head for block in folds]
-    keys = {"ggml_ext.fold.sizes": uint32_array_key("ggml_ext.fold.sizes", [len(d) for d in diagonals])}
-    if any(diagonals):
-        name = "ggml_ext.fold.diagonals"
-        keys[name] = float32_array_key(name, list(chain.from_iterable(diagonals)))
-    if any(heads):
-        name = "ggml_ext.fold.orders"
-        keys[name] = uint32_array_key(name, [math.isqrt(len(head)) for head in heads])
-        name = "ggml_ext.fold.heads"
-        keys[name] = float32_array_key(name, list(chain.from_iterable(heads)))
+def _site_keys(sites: Sequence[FileSite]) -> dict[str, bytes]:
+    """The table of sites: version 2 of the format."""
+    columns: dict[str, Sequence[int]] = {
+        "site.online": [site.online for site in sites],
+        "site.folded": [len(site.readers) - site.online for site in sites],
+        "site.first": [site.first for site in sites],
+        "site.rows": [site.rows for site in sites],
+        "site.head": [site.head for site in sites],
+    }
+    if any(site.hadamard > 1 for site in sites):
+        columns["transform.hadamard"] = [site.hadamard for site in sites]
+    floats: dict[str, Sequence[float]] = {}
+    if any(site.clip < 1 for site in sites):
+        floats["transform.clip"] = [site.clip for site in sites]
+    if any(site.diagonal for site in sites):
+        columns["fold.sizes"] = [len(site.diagonal) for site in sites]
+        floats["fold.diagonals"] = list(chain.from_iterable(site.diagonal for site in sites))
+    if any(site.matrix for site in sites):
+        columns["fold.orders"] = [math.isqrt(len(site.matrix)) for site in sites]
+        floats["fold.heads"] = list(chain.from_iterable(site.matrix for site in sites))
+    strings = {
+        "site.readers": list(chain.from_iterable(site.readers for site in sites)),
+        "site.makers": [site.maker for site in sites],
+    }
+    keys = {"ggml_ext.version": uint32_key("ggml_ext.version", native.format_version())}
+    for name, texts in strings.items():
+        keys[f"ggml_ext.{name}"] = string_array_key(f"ggml_ext.{name}", texts)
+    for name, integers in columns.items():
+        keys[f"ggml_ext.{name}"] = uint32_array_key(f"ggml_ext.{name}", integers)
+    for name, values in floats.items():
+        keys[f"ggml_ext.{name}"] = float32_array_key(f"ggml_ext.{name}", values)
     return keys
 
 

@@ -120,7 +120,7 @@ def _solving(method: recipes.Method) -> float:
     """Seconds to solve the transform of one site with _N channels and one matrix."""
     x, w = _moments()
     hessian = x.T @ x / len(x)
-    site = Site("attn_in", "probe", _N, (Linear("probe.weight", w),), None)
+    site = Site("probe", _N, (Linear("probe.weight", w),), None)
     stats = SiteStats(hessian, x.abs().amax(0), x, len(x))
     activation = recipes.ACTIVATIONS[method.activation]
     request = transforms.TransformRequest(

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from ggml_ext import paths
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.journal import Journal, identity
+from ggml_ext.journal import Journal
 from ggml_ext.llama import Model, interruptible
+from ggml_ext.outputs import identity
 from ggml_ext.progress import Advance, track
 from ggml_ext.scoring import (
     SCORE,

@@ -15,8 +15,8 @@ from collections.abc import Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from ggml_ext.block_file import Folded
-from ggml_ext.sites import SITE_KINDS, Site, SiteTransform
+from ggml_ext.block_file import FileSite
+from ggml_ext.sites import Site, SiteTransform
 
 
 def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tensor]) -> set[str]:
@@ -40,31 +40,43 @@ def fold(site: Site, transform: SiteTransform, tensors: MutableMapping[str, Tens
     for name, matrix in places:
         tensor = tensors[name].double()
         rows = tensor if matrix else tensor[..., None]
+        if n > rows.shape[-2]:  # its matrices make the channels one after the other
+            rows = rows.flatten(0, 1)
         mapped = rows[..., first : first + n, :] * gain[:, None]
         if transform.head is not None:
             mapped = _per_head(mapped, transform.head)
         new = rows.clone()
         new[..., first : first + n, :] = mapped
-        tensors[name] = (new if matrix else new[..., 0]).float()
+        tensors[name] = new.reshape(tensor.shape).float()
     for name in site.also:
         tensors[name] = (tensors[name].double() * transform.diag).float()
         changed.add(name)
     return changed
 
 
-def folded(sites: Mapping[str, Site], transforms: Mapping[str, SiteTransform]) -> Folded:
-    """The record of what ``fold`` does with a block's transforms (both by anchor)."""
-    diagonals: list[tuple[float, ...]] = [()] * len(SITE_KINDS)
-    head: tuple[float, ...] = ()
-    for anchor, site in sites.items():
-        if not site.kind:
-            continue
-        transform = transforms[anchor]
-        if not bool((transform.diag == 1).all()):
-            diagonals[SITE_KINDS.index(site.kind)] = _numbers(transform.diag)
-        if transform.head is not None:
-            head = _numbers(transform.head)
-    return Folded(tuple(diagonals), head)
+def file_sites(sites: Mapping[str, Site], transforms: Mapping[str, SiteTransform]) -> tuple[FileSite, ...]:
+    """What the file says of a block's transforms (both by anchor): a line for each site that has one."""
+    return tuple(
+        _file_site(site, transforms[anchor])
+        for anchor, site in sites.items()
+        if not transforms[anchor].is_identity
+    )
+
+
+def _file_site(site: Site, transform: SiteTransform) -> FileSite:
+    made = site.fold if site.fold is not None and site.fold.rows else None
+    return FileSite(
+        readers=(*(linear.tensor for linear in (*site.linears, *site.folded)), *site.also),
+        online=len(site.linears) if site.online else 0,
+        maker=made.tensor if made else "",
+        first=made.first if made else 0,
+        rows=made.n if made else 0,
+        head=site.head_dim if made else 0,
+        hadamard=transform.hadamard,
+        clip=transform.clip,
+        diagonal=() if bool((transform.diag == 1).all()) else _numbers(transform.diag),
+        matrix=() if transform.head is None else _numbers(transform.head),
+    )
 
 
 def _numbers(part: Tensor) -> tuple[float, ...]:

@@ -61,13 +61,14 @@ class TensorErrors:
 @dataclass(frozen=True)
 class ExtMetadata:
     """The keys under ggml_ext. of one file; None or empty where the file lacks the key. ``hadamard``,
-    ``clip`` and ``fold_sizes``: four per block, in the order of sites.SITE_KINDS. ``fold_orders``: one per
-    block. What was folded itself stays in the file: it can be millions of numbers."""
+    ``clip`` and ``fold_sizes``: one per site, of which version 1 has four per block; ``fold_orders``: one per
+    site, in version 1 per block. The table of sites and what was folded stay in the file: they can be
+    millions of numbers."""
 
     rounding: str | None = None
     transform: str | None = None
     calibration: Calibration | None = None
-    version: int = FORMAT_VERSION
+    version: int = 1
     hadamard: tuple[int, ...] = ()
     clip: tuple[float, ...] = ()
     fold_sizes: tuple[int, ...] | None = None
@@ -131,6 +132,7 @@ def read_ext(source: gguf.GGUFReader | Header) -> ExtMetadata | None:
         return None
     prefix = "ggml_ext.calibration."
     calibration = {name.removeprefix(prefix): keys[name] for name in keys if name.startswith(prefix)}
+    unrecorded = keys["ggml_ext.version"] == 1 and "ggml_ext.fold.sizes" not in keys
     errors = None
     if "ggml_ext.error.tensors" in keys:
         errors = TensorErrors(
@@ -145,7 +147,7 @@ def read_ext(source: gguf.GGUFReader | Header) -> ExtMetadata | None:
         version=keys["ggml_ext.version"],
         hadamard=tuple(keys.get("ggml_ext.transform.hadamard", ())),
         clip=tuple(keys.get("ggml_ext.transform.clip", ())),
-        fold_sizes=tuple(keys["ggml_ext.fold.sizes"]) if "ggml_ext.fold.sizes" in keys else None,
+        fold_sizes=None if unrecorded else tuple(keys.get("ggml_ext.fold.sizes", ())),
         fold_orders=tuple(keys.get("ggml_ext.fold.orders", ())),
         activation_bits=keys.get("ggml_ext.activation.bits"),
         activation_group=keys.get("ggml_ext.activation.group"),

@@ -1,13 +1,13 @@
 """The keys under ``ggml_ext.``: names, types, and the values that they may have.
 
-The rules are the patched loader's (ggml_ext/llama/metadata.cpp and transform-load.cpp); docs/gguf.md
-specifies them.
+The rules are the patched loader's (ggml_ext/llama/metadata.cpp); docs/gguf.md specifies them.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,9 @@ from gguf import GGUFValueType
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import Header
 from ggml_ext.header import value as header_value
+from ggml_ext.registry import TRANSFORMS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "ggml_ext."
 
 
@@ -37,6 +38,18 @@ class Key:
         return self.type.name if self.element is None else f"{self.type.name} of {self.element.name}"
 
 
+def _texts(meaning: str) -> Key:
+    return Key(GGUFValueType.ARRAY, meaning, GGUFValueType.STRING)
+
+
+def _integers(meaning: str) -> Key:
+    return Key(GGUFValueType.ARRAY, meaning, GGUFValueType.UINT32)
+
+
+def _floats(meaning: str) -> Key:
+    return Key(GGUFValueType.ARRAY, meaning, GGUFValueType.FLOAT32)
+
+
 KEYS: Mapping[str, Key] = {
     "ggml_ext.version": Key(
         GGUFValueType.UINT32,
@@ -50,41 +63,44 @@ KEYS: Mapping[str, Key] = {
     ),
     "ggml_ext.transform.name": Key(
         GGUFValueType.STRING,
-        "Transform of the activations that the weights expect: one of TRANSFORMS. A reader refuses others.",
+        "Transform of the activations that the weights expect: one of registry.TRANSFORMS. A reader refuses "
+        "others.",
     ),
-    "ggml_ext.transform.hadamard": Key(
-        GGUFValueType.ARRAY,
-        "Per block four orders (attn_in, attn_out, ffn_in, ffn_mid) of Walsh-Hadamard matrices in the place "
-        "of the right factor: powers of two, 0 or 1 for none.",
-        GGUFValueType.UINT32,
+    "ggml_ext.site.readers": _texts(
+        "Tensors that read each site, one site after the other: first those that read what is transformed "
+        "online, the first of all being the site's anchor."
     ),
-    "ggml_ext.transform.clip": Key(
-        GGUFValueType.ARRAY,
-        "Per block four factors in (0, 1]: a token's transformed activations are clamped to that factor "
-        "times the largest of their magnitudes.",
-        GGUFValueType.FLOAT32,
+    "ggml_ext.site.online": _integers("Per site how many of its readers read what is transformed online."),
+    "ggml_ext.site.folded": _integers("Per site how many of its readers only what was folded concerns."),
+    "ggml_ext.site.makers": _texts("Per site the matrix whose rows make its channels, or an empty string."),
+    "ggml_ext.site.first": _integers("Per site the first of these rows."),
+    "ggml_ext.site.rows": _integers("Per site how many they are."),
+    "ggml_ext.site.head": _integers(
+        "Per site the size of a value head where attention hands these rows on, or 0."
     ),
-    "ggml_ext.fold.sizes": Key(
-        GGUFValueType.ARRAY,
-        "Per block and site the length of the diagonal that the transform folded into the weights, 0 for "
-        "none. Absent: not recorded, so LoRA adapters are refused.",
-        GGUFValueType.UINT32,
+    "ggml_ext.transform.hadamard": _integers(
+        "Per site the order of a Walsh-Hadamard matrix in the place of the right factor: powers of two, 0 "
+        "or 1 for none. Version 1 has four sites per block: attn_in, attn_out, ffn_in, ffn_mid."
     ),
-    "ggml_ext.fold.diagonals": Key(
-        GGUFValueType.ARRAY,
-        "These diagonals, one after the other: the site's channels were divided by them.",
-        GGUFValueType.FLOAT32,
+    "ggml_ext.transform.clip": _floats(
+        "Per site a factor in (0, 1]: a token's transformed activations are clamped to that factor times "
+        "the largest of their magnitudes."
     ),
-    "ggml_ext.fold.orders": Key(
-        GGUFValueType.ARRAY,
-        "Per block the order of the matrix that mixes the channels of each value head, 0 for none.",
-        GGUFValueType.UINT32,
+    "ggml_ext.fold.sizes": _integers(
+        "Per site the length of the diagonal that the transform folded into the weights, 0 for none. "
+        "Absent in version 1: not recorded, so LoRA adapters are refused."
     ),
-    "ggml_ext.fold.heads": Key(
-        GGUFValueType.ARRAY, "These matrices, row after row: v became v times it.", GGUFValueType.FLOAT32
+    "ggml_ext.fold.diagonals": _floats(
+        "These diagonals, one after the other: the site's channels were divided by them."
     ),
+    "ggml_ext.fold.orders": _integers(
+        "Per site (version 1: per block) the order of the matrix that mixes the channels of each value head, "
+        "0 for none."
+    ),
+    "ggml_ext.fold.heads": _floats("These matrices, row after row: v became v times it."),
     "ggml_ext.activation.bits": Key(
-        GGUFValueType.UINT32, "Bits of activations that meet quantised weights: 8 (llama.cpp's own) or 4."
+        GGUFValueType.UINT32,
+        "Bits of the activations that quantised weights are multiplied with: 8 (llama.cpp's own) or 4.",
     ),
     "ggml_ext.activation.group": Key(
         GGUFValueType.UINT32, "Activations that share a scale with 4 bits: 32, 256, or 0 for a whole token."
@@ -95,22 +111,14 @@ KEYS: Mapping[str, Key] = {
     "ggml_ext.calibration.samples": Key(GGUFValueType.UINT32, "Token sequences taken from the text."),
     "ggml_ext.calibration.length": Key(GGUFValueType.UINT32, "Tokens per sequence."),
     "ggml_ext.calibration.seed": Key(GGUFValueType.UINT32, "Seed of the choice of sequences."),
-    "ggml_ext.error.tensors": Key(
-        GGUFValueType.ARRAY, "Names of the tensors that ggml_ext.error.values is about.", GGUFValueType.STRING
-    ),
-    "ggml_ext.error.values": Key(
-        GGUFValueType.ARRAY,
-        "Relative squared error of each, as ggml_ext.error.kind says.",
-        GGUFValueType.FLOAT32,
-    ),
+    "ggml_ext.error.tensors": _texts("Names of the tensors that ggml_ext.error.values is about."),
+    "ggml_ext.error.values": _floats("Relative squared error of each, as ggml_ext.error.kind says."),
     "ggml_ext.error.kind": Key(
         GGUFValueType.STRING,
         'Of what: "output" (of the products, on the calibration text) or "weight".',
     ),
 }
 
-ONLINE_TRANSFORMS = ("hadamard", "flatquant")
-TRANSFORMS = ("none", "smoothquant", "awq", *ONLINE_TRANSFORMS)
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "ggml_ext.activation.bits": (8, 4),
     "ggml_ext.activation.group": (0, 32, 256),
@@ -127,12 +135,14 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
             f"key ggml_ext.transform.name is '{transform}', this version knows only {', '.join(TRANSFORMS)}; "
             "a newer ggml-ext may read the file"
         )
-    _check_per_block(values, n_blocks)
+    version = values.get("ggml_ext.version", 1)
+    _check_sites(values, version)
+    _check_lengths(values, n_blocks)
     for i, order in enumerate(values.get("ggml_ext.transform.hadamard", ())):
         element = f"key ggml_ext.transform.hadamard element {i} is {order}"
         if order & (order - 1):
             raise GgmlExtError(f"{element}, not 0 or a power of two; convert the model again")
-        if order > 1 and transform not in ONLINE_TRANSFORMS:
+        if order > 1 and not TRANSFORMS[transform].online:
             raise GgmlExtError(
                 f"{element}, but the transform '{transform}' has no online part; convert the model again"
             )
@@ -141,7 +151,7 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
             raise GgmlExtError(
                 f"key ggml_ext.transform.clip element {i} is {clip}, not in (0, 1]; convert the model again"
             )
-    _check_folds(values, transform)
+    _check_folds(values, transform, version)
     for name, allowed in _CHOICES.items():
         if name in values and values[name] not in allowed:
             raise GgmlExtError(
@@ -151,8 +161,42 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
     _check_errors(values)
 
 
-def _check_per_block(values: Mapping[str, Any], n_blocks: int | None) -> None:
-    if n_blocks is None:
+def _check_sites(values: Mapping[str, Any], version: int) -> None:
+    """The table of sites, which version 2 has, whole."""
+    names = [name for name in KEYS if name.startswith("ggml_ext.site.")]
+    found = [name for name in names if name in values]
+    if version == 1 and found:
+        raise GgmlExtError(f"key {found[0]} is one of version 2, the file has version 1; convert it again")
+    if version == 1:
+        return
+    if len(found) < len(names):
+        (missing, *_) = [name for name in names if name not in values]
+        raise GgmlExtError(f"key {missing} is missing from a file of version 2; convert the model again")
+    readers, online, folded = (values[name] for name in names[:3])
+    for name in names[2:]:
+        if len(values[name]) != len(online):
+            raise GgmlExtError(
+                f"key {name} has {len(values[name])} elements, {names[1]} has {len(online)}; "
+                "convert the model again"
+            )
+    counts = [sum(pair) for pair in zip(online, folded, strict=True)]
+    if 0 in counts:
+        raise GgmlExtError(
+            f"key {names[1]} element {counts.index(0)} is 0, {names[2]} too; convert the model again"
+        )
+    if len(readers) != sum(counts):
+        raise GgmlExtError(
+            f"key {names[0]} has {len(readers)} elements, {sum(counts)} are announced; "
+            "convert the model again"
+        )
+    twice = [name for name, times in Counter(readers).items() if times > 1]
+    if twice:
+        raise GgmlExtError(f"key {names[0]} names {twice[0]} twice; convert the model again")
+
+
+def _check_lengths(values: Mapping[str, Any], n_blocks: int | None) -> None:
+    n_sites = len(values["ggml_ext.site.online"]) if values.get("ggml_ext.version", 1) > 1 else None
+    if n_sites is None and n_blocks is None:
         return
     for name, each, words in (
         ("ggml_ext.transform.hadamard", 4, "four"),
@@ -161,16 +205,19 @@ def _check_per_block(values: Mapping[str, Any], n_blocks: int | None) -> None:
         ("ggml_ext.fold.orders", 1, "one"),
     ):
         length = len(values.get(name, ()))
-        if length and length != each * n_blocks:
-            raise GgmlExtError(
-                f"key {name} has {length} elements, not {words} for each of the {n_blocks} blocks; "
-                "convert the model again"
-            )
+        wanted = each * (n_blocks or 0) if n_sites is None else n_sites
+        each_of = (
+            f"{words} for each of the {n_blocks} blocks"
+            if n_sites is None
+            else f"one for each of {n_sites} sites"
+        )
+        if length and length != wanted:
+            raise GgmlExtError(f"key {name} has {length} elements, not {each_of}; convert the model again")
 
 
-def _check_folds(values: Mapping[str, Any], transform: str) -> None:
+def _check_folds(values: Mapping[str, Any], transform: str, version: int) -> None:
     present = [name for name in KEYS if name.startswith("ggml_ext.fold.") and name in values]
-    if present and "ggml_ext.fold.sizes" not in values:
+    if present and "ggml_ext.fold.sizes" not in values and version == 1:
         raise GgmlExtError(f"key ggml_ext.fold.sizes is missing beside {present[0]}; convert the model again")
     if present and transform == "none":
         raise GgmlExtError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,16 @@ from ggml_ext import native
 from ggml_ext.block_file import Packed
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.llama import Model
-from ggml_ext.sites import SITE_KINDS, Site, SiteKind, SiteTransform, identity
-from ggml_ext.transforms.official import load_official, load_official_kv
+from ggml_ext.sites import Site, SiteTransform, identity
+from ggml_ext.transforms.official import SITE_KINDS, SiteKind, load_official, load_official_kv
+
+_READERS: Mapping[SiteKind, tuple[str, ...]] = {
+    "attn_in": ("attn_q", "attn_qkv"),
+    "attn_out": ("attn_output",),
+    "ffn_in": ("ffn_up",),
+    "ffn_mid": ("ffn_down",),
+}
+"""Matrices that tell the sites of the official code apart."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +55,36 @@ def load(path: Path, n_blocks: int, model: Path) -> Matrices:
 def sites(
     matrices: Matrices, index: int, block: Mapping[str, Site], *, clips: bool
 ) -> dict[str, SiteTransform]:
-    """The transforms of the sites of block ``index``, by anchor; the identity for those that have no place
-    in a file.
+    """The transforms of the sites of block ``index``, by anchor; the identity for those that the official
+    code does not know.
 
     clips: keep the clips of activations. They were learned for activations of few bits; at 8 bits they would
     only cut. Raises GgmlExtError for another model's.
     """
     found = matrices.transforms[index]
-    placed = {site.kind: site for site in block.values() if site.kind}
+    placed = {kind: _site(index, block, names) for kind, names in _READERS.items()}
     where = f"{matrices.path}: block {index}"
     for kind in SITE_KINDS:
-        site, n = placed.get(kind), found[kind].n
+        site, n = placed[kind], found[kind].n
         if site is None or n != site.n:
             has = f"the model {site.n}" if site is not None else "the model has no such site"
             raise GgmlExtError(f"{where}: {kind} has {n} channels, {has}; give this model's transforms")
-        if not _fits(site, found[kind]):
+        if not _fits(site, found[kind]) or [*placed.values()].count(site) > 1:
             raise GgmlExtError(
                 f"{where}: llama.cpp's graph has no place for the transform of {kind}; "
                 "calibrate without --matrices"
             )
     kept = found if clips else {kind: replace(its, clip=1.0) for kind, its in found.items()}
-    return {anchor: kept[site.kind] if site.kind else identity(site.n) for anchor, site in block.items()}
+    solved = {anchor: identity(site.n) for anchor, site in block.items()}
+    return solved | {site.anchor: kept[kind] for kind, site in placed.items() if site is not None}
+
+
+def _site(index: int, block: Mapping[str, Site], names: Sequence[str]) -> Site | None:
+    """What one of the matrices reads."""
+    wanted = {f"blk.{index}.{name}.weight" for name in names}
+    return next(
+        (site for site in block.values() if wanted & {linear.tensor for linear in site.linears}), None
+    )
 
 
 def _fits(site: Site, transform: SiteTransform) -> bool:

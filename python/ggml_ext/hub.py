@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.files import cache_dir
 from ggml_ext.hf_files import shown
-from ggml_ext.upstream import cache_dir
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME = re.compile(

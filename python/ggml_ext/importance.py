@@ -20,15 +20,15 @@ from pathlib import Path
 
 from ggml_ext.atomic import atomic_path
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.files import cache_dir
 from ggml_ext.imatrix import Imatrix, load, write
-from ggml_ext.journal import identity
 from ggml_ext.observe.description import versions
 from ggml_ext.observe.prepare import Request, Warn
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import discard, observe
+from ggml_ext.outputs import identity
 from ggml_ext.owned_folder import BusyError
 from ggml_ext.samples import read_text
-from ggml_ext.upstream import cache_dir
 
 _KEEP_DAYS = 30
 _FOLDER = re.compile(r"[0-9a-f]{24}")

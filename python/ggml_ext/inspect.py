@@ -231,7 +231,7 @@ def _transform_facts(result: InspectResult, ext: ExtMetadata) -> dict[str, str]:
         facts["Hadamard"] = ", ".join(f"order {order} at {sites} sites" for order, sites in orders.items())
     if ext.fold_sizes is not None:
         diagonals, heads = (sum(n > 0 for n in sizes) for sizes in (ext.fold_sizes, ext.fold_orders))
-        facts["folded"] = f"diagonals at {diagonals} sites, heads of v in {heads} blocks"
+        facts["folded"] = f"diagonals at {diagonals} sites, heads of v at {heads}"
     elif ext.transform not in (None, "none"):
         facts["folded"] = "not recorded; LoRA adapters are refused"
     clips = [clip for clip in ext.clip if clip < 1]

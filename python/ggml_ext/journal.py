@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 
 from ggml_ext import owner
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.outputs import parts
+from ggml_ext.files import cache_dir, digest
 from ggml_ext.scoring import SCORE
-from ggml_ext.upstream import cache_dir
 
 KEEP_DAYS = 14
 """Journals of runs that nobody finished are removed after this time."""
@@ -40,23 +39,6 @@ _SYNC_SECONDS = 1.0  # between two flushes to the disk, which take longer than t
 def cache_root() -> Path:
     """Folder of the journals. Raises GgmlExtError if there is no place for a cache."""
     return cache_dir() / "evaluate"
-
-
-def identity(path: Path) -> list[Any]:
-    """What tells one version of a file from another without reading it: real path, size, time of change.
-
-    Of a split model all parts count.
-    """
-    facts: list[Any] = []
-    for part in parts(path):
-        status = part.stat()
-        facts += [str(part.resolve()), status.st_size, status.st_mtime_ns]
-    return facts
-
-
-def digest(facts: Any) -> str:
-    """Short digest of a JSON value."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Journal:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ggml_ext import hf
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.files import sha256_of
 from ggml_ext.hf_files import check_weights, shown
 from ggml_ext.source import Source, open_gguf
-from ggml_ext.upstream import sha256_of
 
 # What llama.cpp's converter reads beside the weights, and transformers for the tokens of a text.
 _SMALL = (

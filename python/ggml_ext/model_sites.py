@@ -1,9 +1,7 @@
 """The sites of a model's blocks: the observer's table, and the weights of a float GGUF file.
 
-What the graph allows at a site and what a file can say of it (docs/gguf.md) decide together. A site
-degrades, it is never refused: without a fold its diagonal is 1, without ``online`` there is no Kronecker
-product, and without a place in the file there is no transform at all; its matrices are rounded by what was
-observed in any case.
+What the graph allows decides. A site degrades, it is never refused: without a fold its diagonal is 1, without
+``online`` there is no Kronecker product; its matrices are rounded by what was observed in any case.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,26 +17,20 @@ from torch import Tensor
 from ggml_ext.errors import listed
 from ggml_ext.observe import sites as observed
 from ggml_ext.rules import FLOAT_TYPES
-from ggml_ext.sites import Fold, Linear, Site, SiteKind
+from ggml_ext.sites import Fold, Linear, Site
 from ggml_ext.source import Source, read_floats, reading
 
-_LAYOUTS: Sequence[tuple[SiteKind, tuple[str, ...], str]] = (
-    ("attn_in", ("attn_q", "attn_k", "attn_v"), ""),
-    ("attn_in", ("attn_qkv",), ""),
-    ("attn_out", ("attn_output",), ""),
-    ("ffn_in", ("ffn_gate", "ffn_up"), ""),
-    ("ffn_in", ("ffn_up",), "ffn_gate"),
-    ("ffn_in", ("ffn_gate_exps", "ffn_up_exps"), ""),
-    ("ffn_mid", ("ffn_down",), ""),
-    ("ffn_mid", ("ffn_down_exps",), ""),
-)
-"""Kind, the matrices that read it, its anchor first, and a matrix beside which the row does not hold: the
-table of docs/gguf.md, and of ggml_ext/llama/transform-load.cpp."""
+_NAME = re.compile(r"blk\.(\d+)\.")
 
-_MAKERS = {"attn_out": ("attn_v", "attn_qkv"), "ffn_mid": ("ffn_up", "ffn_up_exps")}
-"""The matrices whose last rows a file's record of folds can speak of."""
 
-_NAME = re.compile(r"blk\.(\d+)\.(.+)\.weight")
+@dataclass(frozen=True)
+class _Roles:
+    """The matrices that read a site, by what a transform does for them (Site)."""
+
+    linears: Sequence[str]
+    folded: Sequence[str]
+    also: Sequence[str]
+    online: bool
 
 
 @dataclass(frozen=True)
@@ -54,26 +45,30 @@ class ModelSites:
     def _tensors(self) -> dict[str, tuple[int, ...]]:
         return {tensor.name: tensor.dims for tensor in self.source.tensors}
 
+    @cached_property
+    def _only_floats(self) -> bool:
+        return not any(map(self._rounds, self._tensors))
+
     def block(self, index: int) -> dict[str, Site]:
-        """The sites of block ``index`` by anchor, with their weights: those with a place in the file, and
-        others that a matrix reads which is to be rounded."""
+        """The sites of block ``index`` by anchor, with the weights of their matrices: those where something
+        is rounded, or all of a file of floats."""
         found: dict[str, Site] = {}
         for site in self.table.sites:
-            if _block_of(site.anchor + ".weight") == index:
-                built = self._site(index, site)
-                if built.linears or built.folded:
+            if _block_of(site.anchor) == index:
+                roles = self._roles(site)
+                if roles.linears:
+                    built = self._site(site, roles)
                     found[built.anchor] = built
         return found
 
     def marks(self, index: int) -> bool:
-        """Whether block ``index`` has to hold a stored factor: the first that can have a transform, in a file
-        without a type that stock llama.cpp refuses."""
+        """Whether block ``index`` has to hold a stored factor: the first that can have an online transform,
+        in a file without a type that stock llama.cpp refuses."""
         first = min(
             (
                 block
                 for site in self.table.sites
-                if (block := _block_of(site.anchor + ".weight")) is not None
-                and self._place(block, [reader.tensor for reader in site.readers])[0]
+                if (block := _block_of(site.anchor)) is not None and self._roles(site).online
             ),
             default=None,
         )
@@ -89,18 +84,18 @@ class ModelSites:
             lines.append(
                 f"nothing is known of what reads {listed(unseen)} ({', '.join(uses)}): rounded to nearest"
             )
-        bare = [name for name in rounded if name not in unseen and not self._transforms(name)]
+        bare = [name for name in rounded if name not in unseen and not self.transforms(name)]
         if transform != "none" and bare:
             lines.append(f"no place for a transform before {listed(bare)}: rounded without")
         return lines
 
-    def _transforms(self, name: str) -> bool:
-        """Whether the file has a place for a transform of what the matrix reads."""
+    def transforms(self, name: str) -> bool:
+        """Whether something can be done to what the matrix reads."""
         site = self.table.site_of(name)
-        block = None if site is None else _block_of(site.anchor + ".weight")
-        if site is None or block is None:
+        if site is None or _block_of(site.anchor) is None:
             return False
-        return self._place(block, [reader.tensor for reader in site.readers])[0] != ""
+        roles = self._roles(site)
+        return self._fold(site) is not None or (roles.online and name in roles.linears)
 
     def read(self, name: str) -> Tensor:
         """A tensor of the file, float32, dimensions in C order."""
@@ -115,62 +110,55 @@ class ModelSites:
     def _linears(self, names: Sequence[str]) -> tuple[Linear, ...]:
         return tuple(Linear(name, self.read(name)) for name in names)
 
-    def _site(self, index: int, site: observed.Site) -> Site:
+    def _roles(self, site: observed.Site) -> _Roles:
+        """What stays in float32 among matrices that do not is nothing to transform: a router. Nor is a site
+        where nothing is rounded, but for files of floats."""
         names = [reader.tensor for reader in site.readers if reader.tensor in self._tensors]
-        kind, matrices = self._place(index, names)
-        if not kind:
-            rounded = [name for name in names if self._rounds(name)]
-            return Site("", site.anchor, site.n, self._linears(rounded), None, online=False)
-        others = [name for name in names if name not in matrices]
-        fold = self._fold(index, kind, site.fold)
-        heads = site.fold if kind == "attn_out" and fold is not None else None
+        matrices = [name for name in names if len(self._tensors[name]) > 1]
+        heavy = [name for name in matrices if self.types.get(name, "f32") != "f32"] or matrices
+        if not (self._only_floats or any(map(self._rounds, heavy))):
+            return _Roles((), (), names, online=False)
+        also = [name for name in names if name not in heavy]
+        reached = {reader.tensor for reader in site.readers if reader.online}
+        linears = [name for name in heavy if name in reached]
+        if not linears:
+            return _Roles(heavy, (), also, online=False)
+        return _Roles(linears, [name for name in heavy if name not in reached], also, online=True)
+
+    def _site(self, site: observed.Site, roles: _Roles) -> Site:
+        fold = self._fold(site)
+        heads = site.fold if fold is not None else None
         return Site(
-            kind=kind,
-            anchor=matrices[0].removesuffix(".weight"),
+            anchor=roles.linears[0].removesuffix(".weight"),
             n=site.n,
-            linears=self._linears(matrices),
+            linears=self._linears(roles.linears),
             fold=fold,
-            folded=self._linears([name for name in others if self._rounds(name)]),
-            also=tuple(name for name in others if not self._rounds(name)),
-            online=all(reader.online for reader in site.readers if reader.tensor in matrices),
+            folded=self._linears(roles.folded),
+            also=tuple(roles.also),
+            online=roles.online,
             n_head=heads.n_head if heads else 0,
             n_head_kv=heads.n_head_kv if heads else 0,
             head_dim=heads.head_dim if heads else 0,
             mixes_heads=heads.mixes_heads if heads else False,
         )
 
-    def _place(self, index: int, names: Sequence[str]) -> tuple[SiteKind | Literal[""], list[str]]:
-        """The kind and the matrices of the layout that ``names`` fit; "" where none does, or where the
-        block has two of a kind, which a file cannot tell apart."""
-
-        def tensor(matrix: str) -> str:
-            return f"blk.{index}.{matrix}.weight"
-
-        rows = [
-            (kind, [tensor(matrix) for matrix in matrices])
-            for kind, matrices, unless in _LAYOUTS
-            if tensor(matrices[0]) in self._tensors and not (unless and tensor(unless) in self._tensors)
-        ]
-        for kind, wanted in rows:
-            if set(wanted) <= set(names):
-                return (kind, wanted) if [row[0] for row in rows].count(kind) == 1 else ("", [])
-        return "", []
-
-    def _fold(self, index: int, kind: SiteKind, found: observed.FoldPlace | None) -> Fold | None:
-        """What the graph found, where the file can record it."""
+    def _fold(self, site: observed.Site) -> Fold | None:
+        """What the graph found, if all of it is in one block, since blocks are done one by one, and unless a
+        matrix of the block might read the site in another graph (that of flash attention, say)."""
+        found, block = site.fold, _block_of(site.anchor)
         if found is None:
             return None
-        if kind in ("attn_in", "ffn_in"):
-            gain = found.kind == "gain"
-            return Fold(found.tensor, rows=False, n=found.n, bias=found.bias) if gain else None
-        if found.kind != ("heads" if kind == "attn_out" else "rows"):
+        concerned = {found.tensor, found.bias or found.tensor, *(reader.tensor for reader in site.readers)}
+        if not concerned <= self._tensors.keys() or {_block_of(name) for name in concerned} != {block}:
             return None
-        makers = [f"blk.{index}.{name}.weight" for name in _MAKERS[kind]]
-        if found.tensor not in makers or found.first + found.n != self._tensors[found.tensor][1]:
+        unread = [
+            name for name, use in self.table.others.items() if use == "never" and _block_of(name) == block
+        ]
+        if any(len(dims := self._tensors.get(name, ())) > 1 and dims[0] == site.n for name in unread):
             return None
-        return Fold(found.tensor, rows=True, first=found.first, n=found.n, bias=found.bias)
+        return Fold(found.tensor, found.kind != "gain", first=found.first, n=found.n, bias=found.bias)
 
 
-def _block_of(tensor: str) -> int | None:
-    match = _NAME.fullmatch(tensor)
+def _block_of(name: str) -> int | None:
+    match = _NAME.match(name)
     return None if match is None else int(match[1])

@@ -16,18 +16,16 @@ from typing import Any
 
 from ggml_ext import mixes, native, paths
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.rules import FLOAT_TYPES, STOCK_MIXES
+from ggml_ext.registry import FLOAT_TYPES, ROUNDINGS, TRANSFORMS
+from ggml_ext.rules import STOCK_MIXES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-TRANSFORMS = ("none", "smoothquant", "awq", "hadamard", "flatquant")
-FOLDED = ("none", "smoothquant", "awq")
+FOLDED = tuple(name for name, transform in TRANSFORMS.items() if not transform.online)
 """Transforms that leave nothing to do at run time."""
-
-ROUNDINGS = ("rtn", "imatrix", "gptq")
 
 ACTIVATIONS: dict[str, tuple[int, int] | None] = {
     "a8": None,
@@ -37,15 +35,15 @@ ACTIVATIONS: dict[str, tuple[int, int] | None] = {
 }
 """Name -> (bits, values per scale, 0 for the whole token); a8 is llama.cpp's own, which the type decides."""
 
-_DIAGONAL = ("smoothquant", "awq", "flatquant")
 _FP4 = ("nvfp4", "mxfp4")
 
 
 @dataclass(frozen=True)
 class Method:
-    """``type_name``: a ggml type or a mix. ``transform``, ``rounding``, ``activation``: names of the tuples
-    above. ``transform_bits``: bits per weight that online factors may take, None for no limit. ``samples``:
-    windows of the calibration text, 0 for as many as the widest matrix asks for."""
+    """``type_name``: a ggml type or a mix. ``transform``, ``rounding``: names of the registry.
+    ``activation``: one of ACTIVATIONS. ``transform_bits``: bits per weight that online factors may take,
+    None for no limit. ``samples``: windows of the calibration text, 0 for as many as the widest matrix asks
+    for."""
 
     type_name: str = "fq4"
     transform: str = "none"
@@ -57,12 +55,12 @@ class Method:
     @property
     def blockwise(self) -> bool:
         """Whether the model itself must run, block by block, to convert it."""
-        return self.transform != "none" or self.rounding == "gptq"
+        return self.transform != "none" or ROUNDINGS[self.rounding].compensates
 
     @property
     def online(self) -> bool:
         """Whether something is left to do at run time, which only the patched llama.cpp does."""
-        return self.transform not in FOLDED or ACTIVATIONS[self.activation] is not None
+        return TRANSFORMS[self.transform].online or ACTIVATIONS[self.activation] is not None
 
     def describe(self) -> str:
         """The four axes in one phrase."""
@@ -124,8 +122,8 @@ def resolve(recipe: str | None, options: Options, *, importances: bool) -> Metho
     given = {key: value.lower() if isinstance(value, str) else value for key, value in given.items()}
     base = Method() if recipe is None else load(recipe).method
     for option, known in (
-        ("transform", TRANSFORMS),
-        ("rounding", ROUNDINGS),
+        ("transform", tuple(TRANSFORMS)),
+        ("rounding", tuple(ROUNDINGS)),
         ("activation", tuple(ACTIVATIONS)),
     ):
         if given.get(option, known[0]) not in known:
@@ -171,10 +169,10 @@ def check(
             f"--activation {method.activation}: nothing prepares this model for it; add --transform or "
             "--rounding gptq, or switch a finished model with GGML_EXT_ACT"
         )
-    elif method.rounding == "rtn" and (text or imatrix):
+    elif not ROUNDINGS[method.rounding].measures and (text or imatrix):
         raise GgmlExtError(
-            "--rounding rtn: without a transform it uses no calibration; leave out --calibration and "
-            "--imatrix, or use --rounding imatrix"
+            f"--rounding {method.rounding}: without a transform it uses no calibration; leave out "
+            "--calibration and --imatrix, or use --rounding imatrix"
         )
 
 
@@ -210,7 +208,7 @@ def _check_blockwise(method: Method, *, imatrix: bool) -> None:
             f"{asked}: takes its statistics from the text, in the transformed basis; give --calibration TEXT "
             "instead of --imatrix"
         )
-    if method.type_name in FLOAT_TYPES and method.rounding == "gptq":
+    if method.type_name in FLOAT_TYPES and ROUNDINGS[method.rounding].compensates:
         raise GgmlExtError(
             f"--rounding {method.rounding}: type {method.type_name} leaves nothing to round; "
             "use --rounding rtn or a quantised type"
@@ -229,12 +227,12 @@ def remarks(method: Method, used_types: Sequence[str]) -> list[str]:
     """What works but may surprise, a line each. ``used_types``: types of the quantised matrices."""
     lines = []
     fp4 = sorted(set(used_types) & set(_FP4))
-    if fp4 and method.transform in _DIAGONAL:
+    if fp4 and TRANSFORMS[method.transform].scales:
         lines.append(
             f"warning: diagonal scaling is known to hurt {', '.join(fp4)}, whose small groups have scales of "
             "their own; compare with --transform none or hadamard"
         )
     if method.online and "fq4" not in used_types:
-        what = "the transform" if method.transform not in FOLDED else "4-bit activations"
+        what = "the transform" if TRANSFORMS[method.transform].online else "4-bit activations"
         lines.append(f"{what} happens at run time: stock llama.cpp will not run this file as it is meant")
     return lines

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 
 from ggml_ext import mixes
 from ggml_ext.errors import GgmlExtError
-
-FLOAT_TYPES = ("f32", "f16", "bf16")
-
-SOURCE_TYPES = (*FLOAT_TYPES, "q8_0")
-"""Types of weights that are worth rounding anew: what q8_0 has lost is far below what fewer bits lose."""
+from ggml_ext.registry import FLOAT_TYPES as FLOAT_TYPES
+from ggml_ext.registry import SOURCE_TYPES
+from ggml_ext.source import Shape as Shape
 
 # What llama-quantize's command line knows (tools/quantize/quantize.cpp, QUANT_OPTIONS), less two
 # groups: f16, bf16 and f32, which are plain copies, and q3_k, q4_k, q5_k, which are aliases for the _M
@@ -110,15 +108,6 @@ EMBEDDINGS = frozenset(("token_embd.weight", "per_layer_token_embd.weight"))
 HEAD = "output.weight"
 
 BlockSize = Callable[[str], int]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tensor as the rules see it. ``dims``: GGUF order, dims[0] is the row length in weights."""
-
-    name: str
-    dims: tuple[int, ...]
-    type_name: str
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """The vocabulary of calibration: sites, their statistics, and what a transform does to them.
 
-A site is what some weight matrices of a block read, as llama.cpp's graph says (observe/). Four kinds of
-them have a place in a file for what runs online (docs/gguf.md): ``attn_in`` (read by q, k, v), ``attn_out``
-(the attention output's projection), ``ffn_in`` (gate, up) and ``ffn_mid`` (down). Activations are row
-vectors x of n channels; a linear layer computes y = x W^T with W [n_out, n].
+A site is what some weight matrices of a block read, as llama.cpp's graph says (observe/). Activations are
+row vectors x of n channels; a linear layer computes y = x W^T with W [n_out, n].
 
 A transform replaces x by x' = x T and W by W' = W T^-T, so that x' W'^T = x W^T, with
 
@@ -17,13 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-SiteKind = Literal["attn_in", "attn_out", "ffn_in", "ffn_mid"]
-SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 
 
 @dataclass(frozen=True)
@@ -39,9 +33,9 @@ class Linear:
 class Fold:
     """Where the offline part of a site's transform goes: the channels of the site are elements (``rows`` =
     False: a norm's gain, GGUF vector [n]) or output rows first .. first + n - 1 of a matrix (``rows`` =
-    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]). ``bias``: GGUF vector, or [experts, n_out],
-    that is added to the same channels, or "". For attn_out the n_kv * head_dim rows of v each feed several
-    channels."""
+    True, GGUF matrix [n_out, n_in] or [experts, n_out, n_in]; with ``n`` above n_out the rows of all matrices
+    of the stack, one after the other). ``bias``: GGUF vector, or [experts, n_out], that is added to the same
+    channels, or "". The n_kv * head_dim rows of v each feed several channels."""
 
     tensor: str
     rows: bool
@@ -52,17 +46,15 @@ class Fold:
 
 @dataclass(frozen=True)
 class Site:
-    """``anchor``: GGUF name, without ".weight", of the first matrix that reads the site; transform tensors
-    are named after it. ``kind``: its place in the file, "" where it has none; then there is no transform.
-    ``n``: channels. ``linears``: the matrices that read the site behind the online part. ``folded``: those
-    that are rounded too, but read it in front of the online part (shared experts), so only the folded part
-    concerns them. ``also``: GGUF names of matrices that stay in float and read it there (the router of a
+    """``anchor``: GGUF name, without ".weight", of the first of ``linears``; transform tensors are named
+    after it. ``n``: channels. ``linears``: the matrices that read the site behind the online part.
+    ``folded``: those that are rounded too, but read it in front of the online part, so only the folded part
+    concerns them. ``also``: GGUF names of matrices that stay in float32 and read it there (the router of a
     mixture). ``online``: whether the graph lets a Kronecker product run before ``linears``. ``fold`` is
-    None where nothing can be folded. ``n_head``, ``n_head_kv``, ``head_dim``: attn_out only, 0 elsewhere.
-    ``mixes_heads``: whether what reads v's rows is linear in all channels of a head together, so that
-    ``SiteTransform.head`` can be folded."""
+    None where nothing can be folded. ``n_head``, ``n_head_kv``, ``head_dim``: of what attention makes of v,
+    0 elsewhere. ``mixes_heads``: whether what reads v's rows is linear in all channels of a head together,
+    so that ``SiteTransform.head`` can be folded."""
 
-    kind: SiteKind | Literal[""]
     anchor: str
     n: int
     linears: tuple[Linear, ...]
@@ -104,8 +96,8 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class SiteTransform:
-    """A solved transform T, float64 throughout. ``diag`` [n]. ``head`` [head_dim, head_dim]: attn_out
-    only, the same for all heads, or None. ``left`` [n1, n1] and ``right`` [n2, n2]: None for the
+    """A solved transform T, float64 throughout. ``diag`` [n]. ``head`` [head_dim, head_dim]: behind
+    attention only, the same for all heads, or None. ``left`` [n1, n1] and ``right`` [n2, n2]: None for the
     identity. ``hadamard``: order (a power of two) of a normalised Walsh-Hadamard matrix that takes
     right's place, 0 for none. ``clip``: factor on the token's largest |x'| at which x' is cut off, 1
     for none."""
@@ -126,6 +118,11 @@ class SiteTransform:
     def online(self) -> bool:
         """Whether anything is left to do at run time besides the clip."""
         return self.left is not None or self.right is not None or self.hadamard > 1
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is folded, nothing runs online, and nothing is clipped."""
+        return not self.online and self.clip == 1 and self.head is None and bool((self.diag == 1).all())
 
     def kron(self) -> tuple[Tensor, Tensor]:
         """left [n1, n1] and right [n2, n2] with identities and Hadamard matrices written out, float64."""

@@ -20,10 +20,19 @@ from numpy.typing import NDArray
 from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import Described, value
-from ggml_ext.rules import SOURCE_TYPES, Shape
+from ggml_ext.registry import SOURCE_TYPES
 from ggml_ext.shards import Part, named_errors, read_parts
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What there is to know of a tensor without its data. ``dims``: GGUF order, dims[0] is the row length."""
+
+    name: str
+    dims: tuple[int, ...]
+    type_name: str
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ggml_ext.cpus import processors
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.imatrix import Imatrix
 from ggml_ext.progress import track
+from ggml_ext.registry import SOURCE_TYPES
 from ggml_ext.source import Source, float_slabs
 
 _FALLBACK = re.compile(r"warning: (\S+) .*?required for type\s+(\w+)\).*?-> falling back to\s+(\w+)")
@@ -44,7 +45,7 @@ def quantize(
         command += ["--tensor-type-file", listing.resolve()]
     if importances is not None:
         command += ["--imatrix", importances.name]  # by name: the path lands in the file's metadata
-    if {tensor.type_name for tensor in source.tensors} <= {*rules.SOURCE_TYPES}:
+    if {tensor.type_name for tensor in source.tensors} <= {*SOURCE_TYPES}:
         command.append("--allow-requantize")  # q8_0
     total = len(source.tensors)
     fallbacks: dict[str, tuple[str, str]] = {}

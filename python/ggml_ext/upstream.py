@@ -1,9 +1,9 @@
 """The pinned llama.cpp source: fetch, verify, unpack, patch.
 
 The source comes from the llama-cpp-python source distribution, which vendors the llama.cpp that its
-bindings were made for. This module uses the standard library only and also runs as a plain script, so
-that CMake can call it at configure time, before the package is installed. Then -I is needed: without it
-Python would take the modules beside this file (inspect.py) for those of the standard library::
+bindings were made for. This module, and all that it imports, uses the standard library only and also runs
+as a plain script, so that CMake can call it at configure time, before the package is installed. Then -I is
+needed: without it Python would take the modules beside this file for those of the standard library::
 
     python -I upstream.py fetch
     python -I upstream.py prepare --dest DIR [--source TREE_OR_TARBALL] [--stock] [--patches DIR]
@@ -18,22 +18,15 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from .errors import GgmlExtError
-else:
-    try:
-        from .errors import GgmlExtError
-    except ImportError:  # run as a script by CMake
+if not __package__:  # as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-        class GgmlExtError(Exception):
-            """Stands in for ggml_ext.errors.GgmlExtError."""
-
+from ggml_ext import paths
+from ggml_ext.archive import DROP, KEEP, UpstreamError, tree_files, tree_root, unpack, wanted
+from ggml_ext.files import cache_dir, sha256_of
 
 # Releases that the patches are made for: version -> SHA-256 of llama_cpp_python-VERSION.tar.gz.
 PINNED = {
@@ -43,55 +36,7 @@ PINNED = {
 }
 DEFAULT_VERSION = "0.3.36"
 
-# What the build and the converter need of a llama.cpp tree; the rest (docs, examples, models) is left out.
-KEEP = (
-    "CMakeLists.txt",
-    "LICENSE",
-    "cmake",
-    "common",
-    "conversion",
-    "convert_hf_to_gguf.py",
-    "ggml",
-    "gguf-py",
-    "include",
-    "licenses",
-    "scripts/ui-assets.cmake",
-    "src",
-    "tests",
-    "tools",
-    "vendor",
-)
-DROP = ("tests/snapshots", "tools/ui/src", "tools/ui/static", "tools/ui/tests", "tools/server/tests")
-MARKERS = ("CMakeLists.txt", "include/llama.h", "ggml/CMakeLists.txt")
 STAMP = ".ggml-ext-stamp"
-
-
-class UpstreamError(GgmlExtError):
-    """The llama.cpp source cannot be had, is not what it should be, or a patch does not apply."""
-
-
-def cache_dir() -> Path:
-    """Folder of what is kept between runs: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder.
-
-    Raises UpstreamError where there is neither, nor a home folder.
-    """
-    if override := os.environ.get("GGML_EXT_CACHE"):
-        return Path(override)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "ggml-ext"
-    try:
-        return Path.home() / ".cache" / "ggml-ext"
-    except RuntimeError as error:
-        raise UpstreamError("no folder for a cache: there is no home folder; set GGML_EXT_CACHE") from error
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def fetch(version: str = DEFAULT_VERSION, cache: Path | None = None) -> Path:
@@ -150,106 +95,13 @@ def _pip_download(version: str, folder: Path) -> Path:
     return found[0]
 
 
-def _wanted(path: str) -> bool:
-    """Whether a path, relative to the llama.cpp root, is part of what is kept."""
-    return _under(path, KEEP) and not _under(path, DROP)
-
-
-def _under(path: str, roots: tuple[str, ...]) -> bool:
-    return any(path == root or path.startswith(root + "/") for root in roots)
-
-
-def _safe_name(name: str, archive: Path) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise UpstreamError(f"{archive}: unsafe member {name!r}; do not use this file")
-    return path
-
-
-def _link_target(member: tarfile.TarInfo, archive: Path) -> str:
-    """Name of the member that a link points to; UpstreamError when that is outside the top folder."""
-    name = PurePosixPath(member.name)
-    base = name.parent if member.issym() else PurePosixPath()
-    parts: list[str] = []
-    for part in (base / member.linkname).parts:
-        if part == "..":
-            parts = parts[:-1] if parts else [".."]
-        else:
-            parts.append(part)
-    if PurePosixPath(member.linkname).is_absolute() or len(parts) < 2 or parts[0] != name.parts[0]:
-        link = f"{member.name!r} links to {member.linkname!r}"
-        raise UpstreamError(f"{archive}: {link}; do not use this file")
-    return "/".join(parts)
-
-
-def unpack(archive: Path, dest: Path) -> None:
-    """Unpacks the needed part of the llama.cpp in a tar archive into dest.
-
-    The archive holds llama.cpp in its top folder or in vendor/llama.cpp below it. Every member is checked,
-    wanted or not: absolute names, "..", devices and links that leave the top folder are refused. Links are
-    never created: one to a file becomes a copy of it. Raises UpstreamError.
-    """
-    try:
-        with tarfile.open(archive) as tar:
-            members = {str(_safe_name(member.name, archive)): member for member in tar.getmembers()}
-            root = _archive_root(list(members), archive)
-            for name, member in members.items():
-                if not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
-                    raise UpstreamError(f"{archive}: {name!r} is a device or pipe; do not use this file")
-                source: tarfile.TarInfo | None = member
-                if member.issym() or member.islnk():
-                    source = members.get(_link_target(member, archive))
-                relative = name[len(root) :]
-                if not name.startswith(root) or not _wanted(relative) or member.isdir():
-                    continue
-                if source is None or not source.isfile():
-                    raise UpstreamError(f"{archive}: {name!r} links to no file; use a plain source tree")
-                content = tar.extractfile(source)
-                assert content is not None  # isfile() holds
-                target = dest / relative
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with content, target.open("wb") as file:
-                    shutil.copyfileobj(content, file)
-                target.chmod(0o755 if source.mode & 0o100 else 0o644)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UpstreamError(f"{archive}: cannot unpack: {reason}; get the file again") from error
-
-
-def _archive_root(names: list[str], archive: Path) -> str:
-    known = set(names)
-    for name in names:
-        top = name.split("/", 1)[0]
-        for root in (f"{top}/vendor/llama.cpp/", f"{top}/"):
-            if all(root + marker in known for marker in MARKERS):
-                return root
-    raise UpstreamError(f"{archive}: holds no llama.cpp source ({', '.join(MARKERS)})")
-
-
-def _tree_root(source: Path) -> Path:
-    for root in (source / "vendor" / "llama.cpp", source):
-        if all((root / marker).is_file() for marker in MARKERS):
-            return root
-    raise UpstreamError(f"{source}: no llama.cpp source tree ({', '.join(MARKERS)})")
-
-
-def _tree_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Wanted files of a tree as (path relative to root, path), sorted."""
-    for keep in KEEP:
-        start = root / keep
-        for path in [start] if start.is_file() else sorted(start.rglob("*")):
-            relative = path.relative_to(root).as_posix()
-            if path.is_file() and not _under(relative, DROP):
-                yield relative, path
-
-
 def _identity(source: Path | None, version: str) -> str:
     if source is None:
         return f"llama-cpp-python {version} {PINNED.get(version)}"
     if source.is_file():
         return f"archive {sha256_of(source)}"
     digest = hashlib.sha256()
-    for relative, path in _tree_files(_tree_root(source)):
+    for relative, path in tree_files(tree_root(source)):
         digest.update(f"{relative}\0{sha256_of(path)}\n".encode())
     return f"tree {digest.hexdigest()}"
 
@@ -317,9 +169,8 @@ def _sync(staging: Path, dest: Path) -> None:
 
 def default_patches() -> Path:
     """Patch folder of the repository, or the one in the installed package's sdk."""
-    here = Path(__file__).resolve()
-    packaged = here.parent / "sdk" / "ggml_ext" / "patches"
-    return packaged if packaged.is_dir() else here.parents[2] / "ggml_ext" / "patches"
+    packaged = paths.PACKAGE / "sdk" / "ggml_ext" / "patches"
+    return packaged if packaged.is_dir() else paths.PACKAGE.parents[1] / "ggml_ext" / "patches"
 
 
 def prepare(
@@ -354,7 +205,7 @@ def prepare(
             staging = Path(folder) / "llama.cpp"
             staging.mkdir()
             if source is not None and source.is_dir():
-                for relative, path in _tree_files(_tree_root(source)):
+                for relative, path in tree_files(tree_root(source)):
                     target = staging / relative
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
@@ -377,8 +228,8 @@ def _check_dest(dest: Path, source: Path | None) -> None:
     if dest.is_dir() and any(dest.iterdir()) and not (dest / STAMP).is_file():
         raise UpstreamError(f"{dest}: holds other files; choose an empty folder")
     if source is not None and source.is_dir():
-        root, target = _tree_root(source).resolve(), dest.resolve()
-        inside = target.is_relative_to(root) and _wanted(target.relative_to(root).as_posix())
+        root, target = tree_root(source).resolve(), dest.resolve()
+        inside = target.is_relative_to(root) and wanted(target.relative_to(root).as_posix())
         if inside or root.is_relative_to(target):
             raise UpstreamError(f"{dest}: overlaps the source tree {source}; choose another folder")
 

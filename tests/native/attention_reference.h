@@ -29,7 +29,7 @@ struct Rounding {
     int     k_levels = 0;      // per row
     bool    k_smooth = false;  // the mean over each tile is taken off K before rounding
     int     v_levels = 0;      // per row
-    // A weight is rounded together with the step of the V values it meets: in a group of v_group channels (0: all)
+    // A weight is rounded together with the step of the V values it multiplies: in a group of v_group channels (0: all)
     // whose largest value is a, p a is a multiple of (largest p of the tile) (largest a of the tile) / p_levels.
     int     p_levels = 0;
     int64_t v_group  = 0;

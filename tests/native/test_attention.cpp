@@ -228,7 +228,7 @@ void test_off() {
     CHECK(ggml_ext_attention_set("default") == 0, "default");
 }
 
-// A NaN or an infinity in q spoils the row it belongs to, visibly, and no other. (Upstream loses a NaN where it rounds
+// A NaN or an infinity in q poisons the row it belongs to, visibly, and no other. (Upstream loses a NaN where it rounds
 // q to q8_0.)
 void test_not_finite() {
     for (const Mode & mode : modes) {
@@ -255,8 +255,8 @@ void test_not_finite() {
     }
 }
 
-// A scale of K or V that is NaN or an infinity spoils the rows that see its token, and no other.
-void test_spoilt_cache() {
+// A scale of K or V that is NaN or an infinity poisons the rows that see its token, and no other.
+void test_poisoned_cache() {
     for (const Mode & mode : modes) {
         use(mode);
         for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F16 }) {
@@ -313,7 +313,7 @@ int main() {
         test_bugs();
         test_budget();
         test_not_finite();
-        test_spoilt_cache();
+        test_poisoned_cache();
         std::printf("path %s: %d failures\n", path.name, check_failures - before);
     }
     return check_done();

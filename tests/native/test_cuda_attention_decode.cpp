@@ -6,7 +6,7 @@
 // What would fail: a wrong lane, channel or scale of any type and head size, rows of the product mixed up (random); a
 // tile edge or the cut into chunks off by one (edges); reads outside of the cache (sanitizer, and NaN behind it); a
 // missing cp_async_wait, __syncwarp or __syncthreads (the emulator's order of threads; same bits for every seed); a
-// spoilt token that reaches rows it is hidden from (not_finite, spoilt_cache); a grid that leaves a device idle (plan).
+// poisoned token that reaches rows it is hidden from (not_finite, poisoned_cache); a grid that leaves a device idle (plan).
 
 #include "attention_decode_args.h"
 #include "attention_decode_launch.cuh"
@@ -165,7 +165,7 @@ bool row_is(const std::vector<float> & x, int64_t row, int64_t n, bool nan) {
                        [&](float value) { return std::isnan(value) == nan; });
 }
 
-// A NaN or an infinity in q spoils the row it belongs to and no other.
+// A NaN or an infinity in q poisons the row it belongs to and no other.
 void test_not_finite() {
     for (float value : { (float) NAN, INFINITY, -INFINITY }) {
         const Case c = { 64, 64, 90, 3, 1, 2, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 };
@@ -181,8 +181,8 @@ void test_not_finite() {
     }
 }
 
-// A scale of K or V that is NaN or an infinity spoils the rows that see its token and no other.
-void test_spoilt_cache() {
+// A scale of K or V that is NaN or an infinity poisons the rows that see its token and no other.
+void test_poisoned_cache() {
     for (int64_t dim : { 64, 96, 256 }) {
         for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
             for (uint16_t value : { 0x7e00, 0x7c00, 0xfc00 }) {  // NaN, both infinities
@@ -281,6 +281,6 @@ int main() {
     test_budget();
     test_deterministic();
     test_not_finite();
-    test_spoilt_cache();
+    test_poisoned_cache();
     return check_done();
 }

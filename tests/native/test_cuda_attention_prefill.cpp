@@ -209,7 +209,7 @@ bool close(const float * x, const float * y, int64_t n) {
     return std::equal(x, x + n, y, [](float a, float b) { return std::fabs(a - b) < 0.02f; });
 }
 
-// A NaN or an infinity in q spoils its own row and no other.
+// A NaN or an infinity in q poisons its own row and no other.
 void test_not_finite() {
     for (const Mode & mode : { modes[0], modes[1] }) {
         for (float value : { (float) NAN, INFINITY }) {
@@ -229,8 +229,8 @@ void test_not_finite() {
     }
 }
 
-// A scale of K or V (f16: a value) that is NaN or an infinity spoils the rows that see its token, and no other.
-void test_spoilt_cache() {
+// A scale of K or V (f16: a value) that is NaN or an infinity poisons the rows that see its token, and no other.
+void test_poisoned_cache() {
     for (const Mode & mode : { modes[0], modes[1] }) {
         for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F16 }) {
             const Case c      = { 64, 64, 90, 3, 2, 2, type, type };
@@ -333,6 +333,6 @@ int main() {
     test_bugs();
     test_budget();
     test_not_finite();
-    test_spoilt_cache();
+    test_poisoned_cache();
     return check_done();
 }

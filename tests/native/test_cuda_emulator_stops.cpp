@@ -41,15 +41,6 @@ __global__ void misaligned_copy_kernel(int size) {
                 ggml_ext::cp_async<16>(a, b + 8);
 }
 
-__global__ void misaligned_load_kernel(int size) {
-    alignas(16) static char a[64];
-    if (size == 4) {
-        ggml_ext::load_once(reinterpret_cast<const uint32_t *>(a + 2));
-    } else {
-        ggml_ext::load_once(reinterpret_cast<const uint4 *>(a + 8));
-    }
-}
-
 __global__ void misaligned_matrix_kernel(int last_lane) {
     alignas(16) static char a[64];
     uint32_t                r[4];
@@ -97,8 +88,6 @@ int main() {
     for (int size : { 4, 8, 16 }) {
         check_stops("cp_async: an address is not aligned", misaligned_copy_kernel, size);
     }
-    check_stops("load_once: an address is not aligned to 4", misaligned_load_kernel, 4);
-    check_stops("load_once: an address is not aligned to 16", misaligned_load_kernel, 16);
     check_stops("ldmatrix: a row is not aligned", misaligned_matrix_kernel, 31);
     check_stops("that this architecture does not have", no_such_path_kernel, 0);
     check_stops("a launch that no device takes", missing_lane_kernel, 0, 1, 1025);

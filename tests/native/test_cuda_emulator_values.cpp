@@ -118,9 +118,6 @@ void check_integers() {
         CHECK(std::fabs(ggml_ext::exp2_approx(x) / std::exp2(double(x)) - 1) < 0x1p-22, "2^%g", x);
     }
     CHECK(ggml_ext::exp2_approx(-127.5f) == 0 && ggml_ext::exp2_approx(-INFINITY) == 0, "denormal powers are 0");
-    alignas(16) const uint32_t words[4] = { 1, 2, 3, 4 };
-    CHECK(ggml_ext::load_once(words + 1) == 2, "load_once of a word");
-    CHECK(ggml_ext::load_once(reinterpret_cast<const uint4 *>(words)).w == 4, "load_once of four");
 }
 
 // --- tensor cores ---
@@ -244,21 +241,19 @@ void check_mma_f16() {
 // --- ldmatrix: four matrices of 8 x 8, matrix m row i at 16 * (8 m + i) bytes; element (row, column) of m is
 // 64 m + 8 row + column ---
 
-constexpr int n_read = 4 + 2 + 4 + 2;
+constexpr int n_read = 4 + 2 + 4;
 
 __global__ void ldmatrix_kernel(const uint16_t * matrices, uint32_t * read) {
     const uint16_t * row = matrices + 8 * threadIdx.x;
     const uint16_t * x2  = threadIdx.x < 16 ? row : nullptr;  // must not be read
-    uint32_t         four[4], four_trans[4], two[2], two_trans[2];
+    uint32_t         four[4], four_trans[4], two[2];
     ggml_ext::ldmatrix_x4(four, row);
     ggml_ext::ldmatrix_x4_trans(four_trans, row);
     ggml_ext::ldmatrix_x2(two, x2);
-    ggml_ext::ldmatrix_x2_trans(two_trans, x2);
     uint32_t * mine = read + n_read * threadIdx.x;
     std::memcpy(mine, four, 16);
     std::memcpy(mine + 4, two, 8);
     std::memcpy(mine + 6, four_trans, 16);
-    std::memcpy(mine + 10, two_trans, 8);
 }
 
 void check_ldmatrix() {

@@ -137,7 +137,8 @@ class AdapterModel:
         self._model.close()  # frees the adapters
 
     def log_probabilities(self, adapters: Adapters = ()) -> NDArray[np.float64]:
-        """float64 [40, n_vocab]. Raises AssertionError where an adapter does not load."""
+        """float64 [40, n_vocab], of PROMPT's numbers modulo n_vocab. Raises AssertionError where an adapter
+        does not load."""
         api, model = self._api, self._model
         for path, _ in adapters:
             if path not in self._loaded:
@@ -149,7 +150,8 @@ class AdapterModel:
         assert api.llama_set_adapters_lora(model._context, pointers, n, scales) == 0
         model.clear()
         positions = np.arange(len(PROMPT), dtype=np.int32)
-        logits = model.decode(PROMPT, positions, np.zeros_like(positions), positions >= 0).astype(np.float64)
+        tokens = PROMPT % model.n_vocab
+        logits = model.decode(tokens, positions, np.zeros_like(positions), positions >= 0).astype(np.float64)
         result: NDArray[np.float64] = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         return result
 

@@ -39,7 +39,10 @@ class _Weights:
         is_bias = name == fold["bias"]
 
         def part(data: Float) -> Float:
-            experts = data.reshape(-1, data.shape[-1], 1) if is_bias else data.reshape(-1, *data.shape[-2:])
+            if is_bias:
+                experts = data.reshape(-1, data.shape[-1], 1)
+            else:  # more rows than one matrix has: those of all
+                experts = data.reshape(-1, max(data.shape[-2], end), data.shape[-1])
             for expert in experts:
                 expert[first:end] = change(expert[first:end])
             return experts.reshape(data.shape)

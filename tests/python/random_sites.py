@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ggml_ext.sites import Fold, Linear, Site, SiteKind, SiteStats
+from ggml_ext.sites import Fold, Linear, Site, SiteStats
 
 KINDS = ("norm", "attention", "middle", "experts", "unfoldable")
 
@@ -15,7 +15,7 @@ def make(kind: str, *, seed: int) -> tuple[Site, SiteStats]:
     if kind == "attention":
         return attention(4, 2, 16, seed=seed)
     if kind == "middle":
-        return plain(96, seed=seed, kind="ffn_mid")
+        return plain(96, seed=seed, names=("ffn_down",))
     if kind == "experts":
         return plain(64, seed=seed, experts=3)
     return plain(64, seed=seed, foldable=kind != "unfoldable")
@@ -25,17 +25,16 @@ def plain(
     n: int,
     *,
     seed: int,
-    kind: SiteKind = "ffn_in",
+    names: tuple[str, ...] = ("ffn_gate", "ffn_up"),
     experts: int = 0,
     foldable: bool = True,
     outliers: int = 0,
 ) -> tuple[Site, SiteStats]:
     """A site of n channels that one or two matrices read."""
-    names = {"ffn_in": ("ffn_gate", "ffn_up"), "ffn_mid": ("ffn_down",)}[kind]
     suffix = "_exps" if experts else ""
     linears = tuple(_linear(f"blk.0.{name}{suffix}.weight", 24, n, experts, seed) for name in names)
     fold = Fold("blk.0.ffn_norm.weight", rows=False, n=n) if foldable else None
-    site = Site(kind, f"blk.0.{names[0]}{suffix}", n, linears, fold)
+    site = Site(f"blk.0.{names[0]}{suffix}", n, linears, fold)
     return site, _stats(n, seed, experts, outliers)
 
 
@@ -45,7 +44,6 @@ def attention(n_head: int, n_head_kv: int, head_dim: int, *, seed: int) -> tuple
     fold = Fold("blk.0.attn_v.weight", rows=True, n=n_head_kv * head_dim)
     linear = _linear("blk.0.attn_output.weight", 24, n, 0, seed)
     site = Site(
-        "attn_out",
         "blk.0.attn_output",
         n,
         (linear,),
@@ -58,20 +56,20 @@ def attention(n_head: int, n_head_kv: int, head_dim: int, *, seed: int) -> tuple
 
 
 def block(*, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[str, Site]:
-    """The sites of a Llama block by their anchors, which are their kinds here; weights zero."""
+    """The sites of a Llama block by their anchors; weights zero."""
     head_dim = hidden // heads
-    shapes: dict[SiteKind, tuple[int, tuple[int, ...]]] = {
+    shapes: dict[str, tuple[int, tuple[int, ...]]] = {
         "attn_in": (hidden, (hidden, kv_heads * head_dim, kv_heads * head_dim)),
         "attn_out": (hidden, (hidden,)),
         "ffn_in": (hidden, (ffn, ffn)),
         "ffn_mid": (ffn, (hidden,)),
     }
     sites: dict[str, Site] = {}
-    for kind, (n, rows) in shapes.items():
-        linears = tuple(Linear(f"{kind}.{i}", torch.zeros(m, n)) for i, m in enumerate(rows))
-        n_head, n_head_kv, dim = (heads, kv_heads, head_dim) if kind == "attn_out" else (0, 0, 0)
+    for anchor, (n, rows) in shapes.items():
+        linears = tuple(Linear(f"{anchor}.{i}", torch.zeros(m, n)) for i, m in enumerate(rows))
+        n_head, n_head_kv, dim = (heads, kv_heads, head_dim) if anchor == "attn_out" else (0, 0, 0)
         fold = Fold("f", rows=False, n=n)
-        sites[kind] = Site(kind, kind, n, linears, fold, n_head=n_head, n_head_kv=n_head_kv, head_dim=dim)
+        sites[anchor] = Site(anchor, n, linears, fold, n_head=n_head, n_head_kv=n_head_kv, head_dim=dim)
     return sites
 
 

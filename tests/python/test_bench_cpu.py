@@ -16,9 +16,9 @@ from typing import Any
 import gguf
 import pytest
 
-from ggml_ext.cpu_bench import plan, report, results, runs
-from ggml_ext.cpu_bench.models import SHAPES, TYPES, Model, Shape, build
-from ggml_ext.cpu_bench.plan import PATCHED, STOCK, Contender, Group, Wanted
+from devtools.bench_cpu import plan, report, results, runs
+from devtools.bench_cpu.models import SHAPES, TYPES, Model, Shape, build
+from devtools.bench_cpu.plan import PATCHED, STOCK, Contender, Group, Wanted
 from ggml_ext.errors import GgmlExtError
 
 TINY = Shape("tiny", hidden=256, ff=512, layers=2, heads=4, heads_kv=2, vocabulary=300)
@@ -139,7 +139,7 @@ def test_a_model_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.M
     """Half a file under the final name would be measured as if it were a model."""
     model = Model(TINY, 1, "Q4_0")
     with monkeypatch.context() as broken:
-        broken.setattr("ggml_ext.cpu_bench.models._matrix", lambda *_: 1 / 0)
+        broken.setattr("devtools.bench_cpu.models._matrix", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -313,8 +313,9 @@ def test_a_failed_run_is_one_line(
 
 
 def program(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ggml_ext.cpu_bench", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    command = [sys.executable, "-m", "devtools.bench_cpu", *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(Path(plan.__file__).parents[2])}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_a_whole_run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ggml_ext.gpu_check import plan
+from devtools.gpu_check import plan
 
 BENCH_PARTS = sorted({part for kernel in plan.KERNELS for part in kernel.bench} | {"copy"})
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from devtools.bench_sampling import plan, report
+from devtools.bench_sampling.measure import CHAIN, CONTENDERS, DIRECT, UPSTREAM, Rows, measure, write_model
 from ggml_ext import sampling
-from ggml_ext.sampling_bench import plan, report
-from ggml_ext.sampling_bench.measure import CHAIN, CONTENDERS, DIRECT, UPSTREAM, Rows, measure, write_model
 
 N_VOCAB = 500
 
@@ -87,7 +87,7 @@ def test_contenders_do_the_same_work(chain: str, model: Path) -> None:
 
 
 def test_measures_every_round(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ggml_ext.sampling_bench.measure._LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("devtools.bench_sampling.measure._LEAST_SECONDS", 0.0)
     rows = Rows(model, 2)
     rows.fill("peaked")
     found = measure(rows, plan.Case("32k", "peaked", 2, "defaults"), rounds=4)
@@ -140,11 +140,11 @@ def test_errors_take_one_line(repo_root: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_tells_what_there_is(repo_root: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "ggml_ext.sampling_bench", "--repository", str(repo_root)],
+        [sys.executable, "-m", "devtools.bench_sampling", "--repository", str(repo_root)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(repo_root)},
     )
     for _ in range(600):
         if list(tmp_path.glob("bench-sampling-*/32k.gguf")):

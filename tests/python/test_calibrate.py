@@ -24,7 +24,7 @@ import torch
 import models
 import transform_files
 from ggml_ext import blockwise, calibrate, estimate, native
-from ggml_ext.block_file import Findings, Packed, block_path, load, save
+from ggml_ext.block_file import FileSite, Findings, Packed, block_path, load, save
 from ggml_ext.calibration_plan import Request
 from ggml_ext.convert import ConvertResult, convert
 from ggml_ext.errors import GgmlExtError
@@ -334,7 +334,8 @@ def test_the_file_says_how_it_was_made(base: Path, text: Path, tmp_path: Path) -
     assert (meta["ggml_ext.activation.bits"], meta["ggml_ext.activation.group"]) == (4, 0)
     assert meta["ggml_ext.calibration.samples"] == SAMPLES
     assert meta["ggml_ext.calibration.length"] == CTX
-    assert len(meta["ggml_ext.transform.hadamard"]) == 4 * models.LAYERS
+    assert meta["ggml_ext.version"] == 2
+    assert len(meta["ggml_ext.transform.hadamard"]) == len(meta["ggml_ext.site.online"]) == 4 * models.LAYERS
     assert meta["ggml_ext.error.kind"] == "output"
     errors = dict(zip(meta["ggml_ext.error.tensors"], meta["ggml_ext.error.values"], strict=True))
     assert errors.keys() == {
@@ -417,7 +418,9 @@ def test_a_block_file_is_the_same_bytes_each_time(tmp_path: Path) -> None:
         name: Packed(kind, (256, 4), native.quantize(kind, rows))
         for name, kind in (("b", "fq4"), ("a", "f16"))
     }
-    findings = Findings((0, 2, 0, 0), (1.0, 0.5, 1.0, 1.0), {"b": 0.25}, {"attn_in": {"loss": 1.5}})
+    findings = Findings(
+        (FileSite(("b", "a"), 1, clip=0.5, diagonal=(0.5, 2.0)),), {"b": 0.25}, {"attn_in": {"loss": 1.5}}
+    )
     save(tmp_path / "x", tensors, findings)
     save(tmp_path / "y", dict(reversed(tensors.items())), findings)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()

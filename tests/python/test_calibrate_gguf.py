@@ -20,6 +20,7 @@ from ggml_ext import calibrate
 from ggml_ext.convert import convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import read_header, value
+from ggml_ext.proof import logits
 from ggml_ext.recipes import Options
 from ggml_ext.source import open_gguf
 
@@ -76,10 +77,8 @@ def test_a_split_file_is_one_model(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transform", ["none", "hadamard"])
-def test_an_architecture_without_a_site_that_can_be_transformed(
-    architectures: dict[str, ArchModel], tmp_path: Path, transform: str
-) -> None:
-    """Its matrices are rounded by what was observed; a transform has no place, which is said."""
+def test_a_state_space_model(architectures: dict[str, ArchModel], tmp_path: Path, transform: str) -> None:
+    """Its matrices are rounded by what was observed, and have places for transforms of their own."""
     source, out = architectures["mamba-dense"].path, tmp_path / "m.gguf"
     text = tmp_path / "text"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(5 * 32 * 6)))
@@ -91,9 +90,11 @@ def test_an_architecture_without_a_site_that_can_be_transformed(
     rounded = {t.name for t in open_gguf(out).tensors if t.name[:4] == "blk." and t.type_name == "q4_0"}
     assert rounded
     assert rounded == {name for name in errors if errors[name] > 0}
-    assert not [t.name for t in open_gguf(out).tensors if ".fq_" in t.name]
-    said = [line for line in lines if "no place for a transform" in line]
-    assert len(said) == (0 if transform == "none" else 1), lines
+    assert not [line for line in lines if "no place for a transform" in line]
+    readers = value(keys["ggml_ext.site.readers"]) if transform != "none" else []
+    assert set(readers) == (set() if transform == "none" else rounded)
+    assert value(keys["ggml_ext.version"]) == (1 if transform == "none" else 2)
+    assert np.isfinite(logits(out, threads=1)).all()
 
 
 def test_a_quantised_source_is_refused_in_a_line(tmp_path: Path) -> None:

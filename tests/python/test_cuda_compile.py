@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from devtools.cuda_compile import ptxas, report, tree
+from devtools.cuda_compile.ptxas import Cold, Kernel
+from devtools.gpu_check.plan import KERNELS, Ops
 from ggml_ext import GgmlExtError
-from ggml_ext.cuda_compile import ptxas, report, tree
-from ggml_ext.cuda_compile.ptxas import Cold, Kernel
-from ggml_ext.gpu_check.plan import KERNELS, Ops
 
 # nvcc 13.0 with -Xptxas -v: a kernel that spills and calls a function that is not inlined, and a plain one.
 OUTPUT = """\
@@ -134,7 +134,7 @@ def test_the_plan_names_every_op_of_ours(repo_root: Path, test_bin_dir: Path) ->
     names = re.findall(r'\[GGML_EXT_OP_\w+\]\s*= \{ "(\w+)"', header)
     assert len(names) >= 4
     assert {f"EXT_{name.upper()}" for name in names} <= {ops.op for kernel in KERNELS for ops in kernel.ops}
-    from ggml_ext.cuda_compile.__main__ import n_cases
+    from devtools.cuda_compile.__main__ import n_cases
 
     assert n_cases(test_bin_dir / "test-backend-ops", Ops("EXT_SCALE_ADD")) == 6
     with pytest.raises(GgmlExtError, match="has no case of NONSENSE"):
@@ -146,6 +146,7 @@ def run(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     """Runs it with tmp_path/bin as the whole PATH, an empty cache, and a pip that reaches no index."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PYTHONPATH", str(repo_root))
     monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -153,7 +154,7 @@ def run(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Run
         monkeypatch.delenv(variable, raising=False)
 
     def call() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ggml_ext.cuda_compile", "--repository", str(tmp_path)]
+        command = [sys.executable, "-m", "devtools.cuda_compile", "--repository", str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True)
 
     return call

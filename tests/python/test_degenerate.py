@@ -21,11 +21,12 @@ from ggml_ext.calibration_plan import Request
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hf import to_gguf
 from ggml_ext.observe.observer import LARGEST_TOKEN
+from ggml_ext.registry import TRANSFORMS
 from ggml_ext.rounding import round_matrix
 from ggml_ext.rounding.hessian import Hessian, choose_shrinkage, noise_left, shrink
 from ggml_ext.rounding.kernels import gptq_fq4
 from ggml_ext.sites import ActivationSpec, SiteStats
-from ggml_ext.transforms import NAMES, TransformRequest, flatquant, solve
+from ggml_ext.transforms import TransformRequest, flatquant, solve
 from observed import tempered
 
 
@@ -50,7 +51,7 @@ STATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("kind", STATS)
 def test_any_statistics_give_a_sound_transform(kind: str, name: str, bits: int) -> None:
     site, stats = random_sites.plain(64, seed=1)

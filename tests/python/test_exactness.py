@@ -18,11 +18,12 @@ import torch
 
 import models
 import tiny_families as families
-from ggml_ext import calibrate, recipes
+from ggml_ext import calibrate
 from ggml_ext.convert import convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import read_header, value
 from ggml_ext.recipes import Options
+from ggml_ext.registry import TRANSFORMS
 
 CTX, SAMPLES, STEPS = 32, 8, 4
 
@@ -114,7 +115,7 @@ def test_imported_transforms_keep_the_function(
     np.testing.assert_allclose(keys @ queries.T, np.eye(64), atol=1e-5)
 
 
-@pytest.mark.parametrize("transform", recipes.TRANSFORMS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_the_function_stays(
     family: str,

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ggml_ext.fold import fold
-from ggml_ext.sites import Fold, Linear, Site, SiteKind, SiteTransform, identity
+from ggml_ext.sites import Fold, Linear, Site, SiteTransform, identity
 
 N_IN = 6
 
 
-def site(kind: SiteKind, n: int, fold_: Fold | None, **more: object) -> Site:
+def site(n: int, fold_: Fold | None, **more: object) -> Site:
     linear = Linear("reader.weight", torch.zeros(3, n))
-    return Site(kind, "reader", n, (linear,), fold_, **more)  # type: ignore[arg-type]
+    return Site("reader", n, (linear,), fold_, **more)  # type: ignore[arg-type]
 
 
 def random(seed: int) -> torch.Generator:
@@ -42,7 +42,7 @@ def test_a_norm_takes_the_diagonal_and_the_router_its_inverse(n: int, seed: int)
     transform = SiteTransform(torch.rand(n, generator=g, dtype=torch.float64) + 0.5)
     tensors = {"norm.weight": torch.randn(n, generator=g), "router.weight": torch.randn(4, n, generator=g)}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    where = site("ffn_in", n, Fold("norm.weight", rows=False, n=n), also=("router.weight",))
+    where = site(n, Fold("norm.weight", rows=False, n=n), also=("router.weight",))
     assert fold(where, transform, tensors) == {"norm.weight", "router.weight"}
     x = torch.randn(5, n, generator=g)
     assert_close(x * tensors["norm.weight"], transform.apply(x * before["norm.weight"]))
@@ -69,7 +69,6 @@ def test_value_rows_take_the_diagonal_and_the_head(
     left = torch.randn(n_head, n_head, generator=g, dtype=torch.float64)
     transform = SiteTransform(diag.expand(n_kv, shared, head_dim).reshape(-1), head=head, left=left)
     where = site(
-        "attn_out",
         n_head * head_dim,
         Fold("qkv.weight", rows=True, first=first, n=n, bias="qkv.bias"),
         n_head=n_head,
@@ -98,7 +97,7 @@ def test_rows_of_up_take_the_diagonal(experts: int) -> None:
     g = random(1)
     shape = (experts, 8, N_IN) if experts else (8, N_IN)
     transform = SiteTransform(torch.rand(8, generator=g, dtype=torch.float64) + 0.5)
-    where = site("ffn_mid", 8, Fold("up.weight", rows=True, n=8))
+    where = site(8, Fold("up.weight", rows=True, n=8))
     tensors = {"up.weight": torch.randn(shape, generator=g)}
     before = tensors["up.weight"].clone()
     assert fold(where, transform, tensors) == {"up.weight"}
@@ -106,15 +105,30 @@ def test_rows_of_up_take_the_diagonal(experts: int) -> None:
     assert_close(x @ tensors["up.weight"].transpose(-1, -2), transform.apply(x @ before.transpose(-1, -2)))
 
 
+def test_the_rows_of_a_stack_take_the_diagonal_one_after_the_other() -> None:
+    """Latent attention: head after head has a matrix of its own."""
+    g = random(2)
+    transform = SiteTransform(torch.rand(6, generator=g, dtype=torch.float64) + 0.5)
+    tensors = {"v_b.weight": torch.randn(3, 2, N_IN, generator=g)}
+    before = tensors["v_b.weight"].clone()
+    assert fold(site(6, Fold("v_b.weight", rows=True, n=6)), transform, tensors) == {"v_b.weight"}
+    x = torch.randn(5, 3, N_IN, generator=g)
+
+    def heads(found: Tensor) -> Tensor:
+        return torch.einsum("thi,hoi->tho", x, found).reshape(5, 6)
+
+    assert_close(heads(tensors["v_b.weight"]), transform.apply(heads(before)))
+
+
 def test_nothing_is_changed_where_nothing_is_folded() -> None:
     """Identity transforms must give the bits of a file without them."""
-    assert fold(site("ffn_in", 4, None), identity(4), {}) == set()
+    assert fold(site(4, None), identity(4), {}) == set()
 
 
 def test_impossible_folds_are_bugs() -> None:
     uneven = SiteTransform(torch.arange(1, 9, dtype=torch.float64))
-    where = site("attn_out", 8, Fold("v.weight", rows=True, n=4), n_head=2, n_head_kv=1, head_dim=4)
+    where = site(8, Fold("v.weight", rows=True, n=4), n_head=2, n_head_kv=1, head_dim=4)
     with pytest.raises(ValueError, match="differs between the query heads"):
         fold(where, uneven, {"v.weight": torch.ones(4, 2)})
     with pytest.raises(ValueError, match="nothing before the site"):
-        fold(site("ffn_in", 8, None), uneven, {})
+        fold(site(8, None), uneven, {})

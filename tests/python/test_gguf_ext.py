@@ -88,7 +88,7 @@ def add_no_version(writer: gguf.GGUFWriter) -> None:
 
 
 def add_newer(writer: gguf.GGUFWriter) -> None:
-    add_ext_keys(writer, ExtMetadata(version=2))
+    add_ext_keys(writer, ExtMetadata(version=3))
 
 
 def add_version_zero(writer: gguf.GGUFWriter) -> None:
@@ -151,7 +151,7 @@ REFUSED = {
     add_wrong_type: "key ggml_ext.version must be of type UINT32, is STRING",
     add_array: "key ggml_ext.rounding must be of type STRING, is ARRAY",
     add_no_version: "key ggml_ext.version is missing",
-    add_newer: "key ggml_ext.version is 2, this version reads 1 to 1",
+    add_newer: "key ggml_ext.version is 3, this version reads 1 to 2",
     add_version_zero: "key ggml_ext.version is 0",
     add_transform: "key ggml_ext.transform.name is 'spin', this version knows only none, smoothquant, awq",
     add_hadamard_of_a_folded_transform: "hadamard element 2 is 2, but the transform 'awq' has no online part",

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from ggml_ext import gpu_check
-from ggml_ext.cuda_compile.__main__ import n_cases
-from ggml_ext.gpu_check import checks, machine, pack, plan, programs, report, run
-from ggml_ext.gpu_check.plan import CheckError, Kernel, Ops
-from ggml_ext.gpu_check.state import FAILED, NOT_RUN, PASSED, Outcome, Run, figure
+from devtools import gpu_check
+from devtools.cuda_compile.__main__ import n_cases
+from devtools.gpu_check import checks, machine, pack, plan, programs, report, run
+from devtools.gpu_check.plan import CheckError, Kernel, Ops
+from devtools.gpu_check.state import FAILED, NOT_RUN, PASSED, Outcome, Run, figure
 
 DEVICE = machine.Device("stand-in", "9.0", "1.0", 1000, "13.0")
 ABOUT = {"commit": "0" * 12}
@@ -325,10 +325,9 @@ def test_packed_programs(tmp_path: Path, test_bin_dir: Path, monkeypatch: pytest
 
 def test_no_device(tmp_path: Path, repo_root: Path) -> None:
     """One line and status 1, before anything is packed."""
-    command = [sys.executable, "-m", "ggml_ext.gpu_check", "--root", str(repo_root)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": str(tmp_path)}
-    )
+    command = [sys.executable, "-m", "devtools.gpu_check", "--root", str(repo_root)]
+    env = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(repo_root)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("gpu-check: error: no nvidia-smi on the PATH")

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eval_models import make_model, text_of
-from ggml_ext import cli, journal, scoring
+from ggml_ext import cli, journal, outputs, scoring
 from ggml_ext.evaluate import perplexity
 from test_evaluate import count_decodes
 
@@ -106,9 +106,9 @@ def test_another_part_of_a_split_model_is_another_model(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"m-0000{number}-of-00002.gguf").write_text("part")
     first = tmp_path / "m-00001-of-00002.gguf"
-    before = journal.identity(first)
+    before = outputs.identity(first)
     (tmp_path / "m-00002-of-00002.gguf").write_text("another part")
-    assert journal.identity(first) != before
+    assert outputs.identity(first) != before
 
 
 def test_without_a_home_folder_one_can_measure(

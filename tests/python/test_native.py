@@ -179,7 +179,7 @@ def test_missing_library_and_header(tmp_path: Path) -> None:
 
 def test_header_of_another_version_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "ggml-ext.h"
-    other.write_text(header().read_text().replace("GGML_EXT_FORMAT_VERSION 1", "GGML_EXT_FORMAT_VERSION 2"))
+    other.write_text(header().read_text().replace("GGML_EXT_FORMAT_VERSION 2", "GGML_EXT_FORMAT_VERSION 3"))
     with pytest.raises(GgmlExtError, match="versions differ"):
         native._open(other, paths.library("ggml-base"), paths.library("ggml-cpu"))
 

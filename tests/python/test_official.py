@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.sites import SITE_KINDS
-from ggml_ext.transforms.official import load_official, load_official_kv
+from ggml_ext.transforms.official import SITE_KINDS, load_official, load_official_kv
 
 HEADS, HEAD_DIM, HIDDEN, FFN = 4, 8, 32, 48
 Saved = dict[int, dict[str, Tensor]]

@@ -76,7 +76,6 @@ def bases(folders: dict[str, Path]) -> dict[str, Path]:
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_a_recipe_keeps_its_bound_and_folds_outliers(
     recipe: str,
-    folders: dict[str, Path],
     bases: dict[str, Path],
     texts: tuple[Path, Path],
     tmp_path: Path,
@@ -84,23 +83,23 @@ def test_a_recipe_keeps_its_bound_and_folds_outliers(
 ) -> None:
     monkeypatch.setattr(calibrate, "TransformRequest", partial(calibrate.TransformRequest, steps=STEPS))
     kld = {}
-    for name, folder in folders.items():
+    for name, base in bases.items():
         out = tmp_path / f"{name}.gguf"
         options = Options(samples=SAMPLES)
-        convert(folder, out, recipe=recipe, options=options, calibration=texts[0], ctx=CTX, keep=KEEP)
-        kld[name] = compare(bases[name], [out], texts[1], ctx=CTX, rounds=0, layers=0)[1]["kld"]
+        convert(base, out, recipe=recipe, options=options, calibration=texts[0], ctx=CTX, keep=KEEP)
+        kld[name] = compare(base, [out], texts[1], ctx=CTX, rounds=0, layers=0)[1]["kld"]
     print(f"{recipe}: KL divergence {kld['plain']:.6f}, with outlier channels {kld['outliers']:.6f}")
     assert kld["plain"] < BOUNDS[recipe]
     assert kld["outliers"] < 1.3 * kld["plain"]
 
 
 def test_outliers_cost_plain_rounding_much(
-    folders: dict[str, Path], bases: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path
+    bases: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Otherwise the variant would be no test."""
     kld = {}
-    for name, folder in folders.items():
+    for name, base in bases.items():
         out = tmp_path / f"{name}.gguf"
-        convert(folder, out, type_name="q4_k", keep=KEEP)
-        kld[name] = compare(bases[name], [out], texts[1], ctx=CTX, rounds=0, layers=0)[1]["kld"]
+        convert(base, out, type_name="q4_k", keep=KEEP)
+        kld[name] = compare(base, [out], texts[1], ctx=CTX, rounds=0, layers=0)[1]["kld"]
     assert kld["outliers"] > 5 * kld["plain"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ggml_ext import recipes, rounding, transforms
+from ggml_ext import recipes
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.recipes import Method, Options, check, load, remarks, resolve
 
@@ -14,13 +14,6 @@ from ggml_ext.recipes import Method, Options, check, load, remarks, resolve
 def checked(method: Method, **options: Any) -> None:
     defaults: dict[str, Any] = {"text": True, "imatrix": False}
     check(method, options.pop("type_for", []), **{**defaults, **options})
-
-
-def test_names_are_those_of_the_packages() -> None:
-    """The command line lists them without loading torch; a name added there must be added here."""
-    assert tuple(transforms.NAMES) == recipes.TRANSFORMS
-    assert set(recipes.FOLDED) == set(transforms.FOLDED)
-    assert tuple(rounding.NAMES) == recipes.ROUNDINGS
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from ggml_ext import native
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.rounding import NAMES, grid, relative_error, round_matrix
-from ggml_ext.rounding.gptq import round_gptq
+from ggml_ext.registry import ROUNDINGS
+from ggml_ext.rounding import gptq, grid, relative_error, round_matrix
 from ggml_ext.rounding.hessian import Hessian
 from ggml_ext.rounding.kernels import descend, gptq_fq4, gptq_grid
 
-TYPES = ("fq4", "q4_0", "iq4_xs", "q4_k", "q5_k", "q6_k", "nvfp4", "mxfp4")
+TYPES = ("fq4", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "q4_k", "q5_k", "q6_k", "nvfp4", "mxfp4")
 
 
 def _weights(rows: int, n: int, seed: int = 0) -> NDArray[np.float32]:
@@ -37,7 +37,7 @@ def _factor(hessian: torch.Tensor, damping: float = 0.01) -> NDArray[np.float64]
     return np.linalg.cholesky(np.linalg.inv(h)).T
 
 
-def test_every_type_of_the_issue_has_a_grid() -> None:
+def test_types_that_have_a_grid() -> None:
     assert set(grid.names()) == set(TYPES)
     assert all(grid.supports(name) for name in TYPES)
     assert not grid.supports("iq2_xxs")
@@ -154,14 +154,14 @@ def test_descent_lowers_the_error(type_name: str, rows: int, seed: int) -> None:
 @pytest.mark.parametrize("type_name", TYPES)
 def test_gptq_beats_importances_on_the_output(type_name: str) -> None:
     w, h = _weights(48, 512, 5), _hessian(512, 5)
-    errors = {name: round_matrix(w, type_name, name, Hessian(h), threads=1).error for name in NAMES}
+    errors = {name: round_matrix(w, type_name, name, Hessian(h), threads=1).error for name in ROUNDINGS}
     assert errors["gptq"] < 0.8 * min(errors["rtn"], errors["imatrix"])
 
 
 @pytest.mark.parametrize("type_name", ["fq4", "q4_k", "q4_0"])
 def test_gptq_does_not_depend_on_threads(type_name: str) -> None:
     w, h = _weights(200, 512, 6), Hessian(_hessian(512, 6))
-    assert np.array_equal(round_gptq(w, type_name, h, threads=1), round_gptq(w, type_name, h, threads=3))
+    assert np.array_equal(gptq.encode(w, type_name, h, threads=1), gptq.encode(w, type_name, h, threads=3))
 
 
 def test_channels_without_activity_are_rounded_to_nearest() -> None:
@@ -169,18 +169,18 @@ def test_channels_without_activity_are_rounded_to_nearest() -> None:
     w, h = _weights(16, 256, 7), _hessian(256, 7)
     h[:, 50:90] = 0
     h[50:90] = 0
-    data = round_gptq(w, "fq4", Hessian(h))
+    data = gptq.encode(w, "fq4", Hessian(h))
     dead = (native.dequantize("fq4", data, 256) - w)[:, 50:90]
     assert np.sqrt(np.square(dead).mean()) < 0.3 * w.std()
     nothing = Hessian(torch.zeros(256, 256))
-    assert np.isfinite(native.dequantize("q4_k", round_gptq(w, "q4_k", nothing), 256)).all()
+    assert np.isfinite(native.dequantize("q4_k", gptq.encode(w, "q4_k", nothing), 256)).all()
 
 
 def test_zero_rows_stay_zero() -> None:
     w = _weights(4, 256)
     w[1] = 0
     for type_name in TYPES:
-        values = native.dequantize(type_name, round_gptq(w, type_name, Hessian(_hessian(256))), 256)
+        values = native.dequantize(type_name, gptq.encode(w, type_name, Hessian(_hessian(256))), 256)
         assert not values[1].any()
         assert values[0].any()
 
@@ -188,12 +188,12 @@ def test_zero_rows_stay_zero() -> None:
 def test_what_gptq_cannot_do_is_refused() -> None:
     w, h = _weights(2, 256), _hessian(256)
     with pytest.raises(GgmlExtError, match=r"gptq: no level grid for type q8_0; use one of"):
-        round_gptq(w, "q8_0", Hessian(h))
+        gptq.encode(w, "q8_0", Hessian(h))
     with pytest.raises(GgmlExtError, match=r"rows of 240 weights do not fit the blocks of fq4"):
-        round_gptq(w[:, :240].copy(), "fq4", Hessian(h[:240, :240]))
+        gptq.encode(w[:, :240].copy(), "fq4", Hessian(h[:240, :240]))
     w[1, 3] = np.inf
     with pytest.raises(GgmlExtError, match="NaN or Inf"):
-        round_gptq(w, "fq4", Hessian(h))
+        gptq.encode(w, "fq4", Hessian(h))
 
 
 def test_float_types_are_copies() -> None:

@@ -162,7 +162,7 @@ def test_a_singular_record_is_refused_by_name(llama: Path, patched_lib_dir: Path
     adapter = folds.write_adapter(tmp_path / "a.gguf", folds.shapes_of(llama, ["attn_output"]))
     result = load(patched_lib_dir, model.write(tmp_path / "m.gguf"), adapter, tmp_path / "out.npy")
     assert result.returncode == 1
-    assert "key 'ggml_ext.fold.heads' has no inverse for block" in result.stderr
+    assert "key 'ggml_ext.fold.heads' has no inverse for 'blk.0.attn_output.weight'" in result.stderr
 
 
 def test_with_transforms_of_the_cache(llama: Path, patched_lib_dir: Path, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ MALFORMED: dict[str, tuple[Change, str]] = {
     ),
     "diagonal of query heads": (
         record(sizes=[0, 256, 0, 0] * 2, diagonals=[2.0] * 64 + [3.0] * 448),
-        "key 'ggml_ext.fold.diagonals' speaks of block 0: a diagonal of attn_out that differs",
+        "key 'ggml_ext.fold.diagonals' speaks of block 0: a diagonal that differs between query heads",
     ),
     "outside of blocks": (put("output.fq_l", EYE), "tensor 'output.fq_l' is a transform of no site"),
 }

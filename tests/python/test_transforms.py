@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import random_sites
 from ggml_ext import transforms
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.registry import TRANSFORMS
 from ggml_ext.sites import ActivationSpec, Site, SiteStats, SiteTransform, identity
 from ggml_ext.transforms import TransformRequest, fake_quant_activation, flatquant, matrices
 from ggml_ext.transforms.awq import Objective
@@ -43,14 +44,14 @@ def assert_foldable(site: Site, transform: SiteTransform) -> None:
     if site.fold is None:
         assert bool((transform.diag == 1).all())
         assert transform.head is None
-    if site.kind == "attn_out":
+    if site.head_dim:
         shared = transform.diag.view(site.n_head_kv, -1, site.head_dim)
         assert torch.equal(shared, shared[:, :1].expand_as(shared))
     else:
         assert transform.head is None
 
 
-@pytest.mark.parametrize("name", transforms.NAMES)
+@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("kind", random_sites.KINDS)
 @pytest.mark.parametrize("alpha", [None, 0.3])
 def test_outputs_stay_the_same(name: str, kind: str, alpha: float | None) -> None:
@@ -58,7 +59,7 @@ def test_outputs_stay_the_same(name: str, kind: str, alpha: float | None) -> Non
     site, stats = random_sites.make(kind, seed=3)
     transform = transforms.solve(site, stats, request(site, name, alpha=alpha, activation=A4))
     assert_foldable(site, transform)
-    assert transform.online == (name not in transforms.FOLDED)
+    assert transform.online == TRANSFORMS[name].online
     x = stats.sample[:16].double()
     for linear in site.linears:
         w = linear.weight.double()
@@ -79,7 +80,7 @@ def test_outputs_stay_the_same(name: str, kind: str, alpha: float | None) -> Non
     heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (5, 1)]),
     head_dim=st.sampled_from([8, 12]),
     n=st.integers(2, 50),
-    name=st.sampled_from(transforms.NAMES),
+    name=st.sampled_from(list(TRANSFORMS)),
 )
 @settings(max_examples=25, deadline=None)
 def test_any_shape_of_site(heads: tuple[int, int], head_dim: int, n: int, name: str) -> None:
@@ -204,7 +205,7 @@ def test_a_block_shares_its_budget() -> None:
 def test_the_same_seed_gives_the_same_bits() -> None:
     """A resumed calibration has to make the same file."""
     site, stats = random_sites.attention(4, 2, 16, seed=4)
-    for name in transforms.NAMES:
+    for name in TRANSFORMS:
         one, two = (transforms.solve(site, stats, request(site, name, activation=A4)) for _ in range(2))
         for part in ("diag", "head", "left", "right"):
             a, b = getattr(one, part), getattr(two, part)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ggml_ext import upstream
+from ggml_ext.files import cache_dir
 from ggml_ext.upstream import UpstreamError
 
 TOP = "llama_cpp_python-9.9.9"
@@ -104,7 +105,7 @@ def test_a_download_with_a_wrong_hash_does_not_get_into_the_cache(
     monkeypatch.setattr(upstream, "_pip_download", download)
     with pytest.raises(UpstreamError, match=r"SHA-256 is .*check the package index"):
         upstream.fetch(release)
-    assert not list(upstream.cache_dir().iterdir())
+    assert not list(cache_dir().iterdir())
 
 
 def test_fetch_names_the_known_versions() -> None:
@@ -121,7 +122,7 @@ def test_fetch_reports_a_failed_download_in_one_line(release: str, monkeypatch: 
     ) as error:
         upstream.fetch(release)
     assert "\n" not in str(error.value)
-    assert not list(upstream.cache_dir().iterdir())
+    assert not list(cache_dir().iterdir())
 
 
 def test_fetch_reports_an_unwritable_cache(

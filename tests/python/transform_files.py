@@ -24,6 +24,7 @@ from ggml_ext.gguf_ext import KEYS
 
 LOGITS = Path(__file__).with_name("logits.py")
 Matrix = NDArray[np.float64]
+HEAD_DIM = 64
 READERS = {
     "attn_q": ("attn_q", "attn_k", "attn_v"),
     "attn_qkv": ("attn_qkv",),
@@ -63,6 +64,8 @@ class Model:
         for name, entry in reader.fields.items():
             if name.startswith("GGUF.") or name == "general.architecture" or name.startswith("ggml_ext."):
                 continue
+            if entry.types == [Value.ARRAY]:
+                continue  # empty, which GGUFWriter does not write
             inner = entry.types[1] if entry.types[0] == Value.ARRAY else None
             writer.add_key_value(name, entry.contents(), entry.types[0], inner)
         for name, value in self.ours.items():
@@ -173,6 +176,37 @@ def transform_heads(model: Model, head_dim: int, *, seed: int = 0) -> Model:
             model.tensors[f"blk.{block}.{name}.fq_h"] = factor.astype(np.float32)
     model.ours["ggml_ext.version"] = 1
     model.ours["ggml_ext.transform.name"] = "flatquant"
+    return model
+
+
+def upgrade(model: Model) -> Model:
+    """The file in version 2 of the format, which says itself what version 1 says by the names of matrices."""
+    old = model.ours
+    sites: list[dict[str, Any]] = []
+    for block in range(model.blocks):
+        for anchor in model.anchors():
+            name = f"blk.{block}.{{}}.weight".format
+            exps = "_exps" if anchor.endswith("_exps") else ""
+            maker = {"attn_output": "attn_v", f"ffn_down{exps}": f"ffn_up{exps}"}.get(anchor)
+            values = anchor == "attn_output"
+            router = [name("ffn_gate_inp")] if anchor == "ffn_gate_exps" else []
+            sites.append(
+                {
+                    "readers": [*map(name, READERS[anchor]), *router],
+                    "online": len(READERS[anchor]),
+                    "folded": len(router),
+                    "makers": name(maker) if maker else "",
+                    "first": 0,
+                    "rows": model.tensors[name(maker)].shape[-2] if maker else 0,
+                    "head": HEAD_DIM if values else 0,
+                }
+            )
+    new = {name: [site[name] for site in sites] for name in sites[0]}
+    new["readers"] = [reader for readers in new["readers"] for reader in readers]
+    model.ours = {**old, "ggml_ext.version": 2, **{f"ggml_ext.site.{name}": new[name] for name in new}}
+    if "ggml_ext.fold.orders" in old:
+        orders = [[0, order, 0, 0] for order in old["ggml_ext.fold.orders"]]
+        model.ours["ggml_ext.fold.orders"] = [order for block in orders for order in block]
     return model
 
 

@@ -32,8 +32,9 @@ class Reader:
 @dataclass(frozen=True)
 class FoldPlace:
     """Where the offline part of a site's transform can go. ``kind``: "gain", a vector; "rows", rows
-    ``first`` to ``first`` + ``n`` - 1 of the matrix ``tensor``; "heads", the same for the rows of v, which
-    attention hands on head by head. ``bias``: added to the same channels, or "". ``n_head`` and so on: of
+    ``first`` to ``first`` + ``n`` - 1 of the matrix ``tensor``, or of the matrices of a stack one after the
+    other where ``n`` is more than one has; "heads", the same for the rows of v, which attention hands on head
+    by head. ``bias``: added to the same channels, or "". ``n_head`` and so on: of
     "heads", else 0."""
 
     kind: str

@@ -24,7 +24,7 @@ _SWEEPS = 4
 _FACTORS = (0.92, 0.96, 1.04, 1.08)  # on the fp16 scales of the best candidate
 
 
-def round_gptq(
+def encode(
     w: Floats,
     type_name: str,
     hessian: Hessian,

@@ -143,8 +143,33 @@ def _no_offset(scale: Floats) -> tuple[Floats, Floats, Bytes]:
 # --- Q4_0: fp16 d, 32 codes; w = d (q - 8)
 
 
-def _q4_0_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
+def _d_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
     return _no_offset(_half(blocks, 0).astype(np.float32)[:, None])
+
+
+# --- Q4_1: fp16 d, m, 32 codes; w = d q + m. Q5_0, Q5_1: the same two with a fifth bit of each code in a
+# uint32 before the nibbles; Q5_0: w = d (q - 16)
+
+
+def _minimum_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
+    scale, minimum = (_half(blocks, at).astype(np.float32)[:, None] for at in (0, 2))
+    return scale, minimum, np.zeros(scale.shape, np.uint8)
+
+
+def _fifth_bits(first: int) -> tuple[Callable[[Bytes], Bytes], Callable[[Bytes, Bytes], None]]:
+    """Unpack and pack for the bits in bytes first .. first + 3 and the nibbles in the 16 bytes after them."""
+    nibbles = first + 4
+
+    def unpack(blocks: Bytes) -> Bytes:
+        high = np.unpackbits(blocks[:, first:nibbles], axis=1, bitorder="little")
+        codes: Bytes = _nibbles(blocks[:, nibbles : nibbles + 16], 16) | high << np.uint8(4)
+        return codes
+
+    def pack(blocks: Bytes, codes: Bytes) -> None:
+        blocks[:, first:nibbles] = np.packbits(codes >> 4, axis=1, bitorder="little")
+        blocks[:, nibbles : nibbles + 16] = _pack_nibbles(codes & np.uint8(15), 16)
+
+    return unpack, pack
 
 
 # --- Q4_K, Q5_K: fp16 d, dmin; 8 scales and 8 minima of 6 bits in 12 bytes; w = d sc q - dmin m
@@ -194,8 +219,8 @@ def _q6_k_pack(blocks: Bytes, codes: Bytes) -> None:
     blocks[:, 128:192] = np.bitwise_or.reduce(high, 2).reshape(-1, 64)
 
 
-# --- IQ4_XS: fp16 d, 8 scales of 6 bits (2 high bits in one uint16, low nibbles in 4 bytes); w = d (ls -
-# 32) K[q]
+# --- IQ4_NL: fp16 d, 32 codes; w = d K[q]. IQ4_XS: fp16 d, 8 scales of 6 bits (2 high bits in one uint16,
+# low nibbles in 4 bytes); w = d (ls - 32) K[q]
 
 _IQ4_VALUES = np.array(
     [[-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]], np.float32
@@ -280,10 +305,14 @@ def _unpack_nvfp4(blocks: Bytes) -> Bytes:
 # fmt: off
 _LAYOUTS = {
     "fq4": _Layout(256, 138, 16, _FQ4_ROWS, _CODES4, (0,), _fq4_parameters, *_packed(10, 138, 64)),
-    "q4_0": _Layout(32, 18, 32, _steps(-8, 8), _CODES4, (0,), _q4_0_parameters, *_packed(2, 18, 16)),
+    "q4_0": _Layout(32, 18, 32, _steps(-8, 8), _CODES4, (0,), _d_parameters, *_packed(2, 18, 16)),
+    "q4_1": _Layout(32, 20, 32, _steps(0, 16), _CODES4, (0, 2), _minimum_parameters, *_packed(4, 20, 16)),
+    "q5_0": _Layout(32, 22, 32, _steps(-16, 16), _CODES5, (0,), _d_parameters, *_fifth_bits(2)),
+    "q5_1": _Layout(32, 24, 32, _steps(0, 32), _CODES5, (0, 2), _minimum_parameters, *_fifth_bits(4)),
     "q4_k": _Layout(256, 144, 32, _steps(0, 16), _CODES4, (0, 2), _k_parameters, *_packed(16, 144, 32)),
     "q5_k": _Layout(256, 176, 32, _steps(0, 32), _CODES5, (0, 2), _k_parameters, _q5_k_unpack, _q5_k_pack),
     "q6_k": _Layout(256, 210, 16, _Q6_STEPS, _CODES6, (208,), _q6_k_parameters, _q6_k_unpack, _q6_k_pack),
+    "iq4_nl": _Layout(32, 18, 32, _IQ4_VALUES, _CODES4, (0,), _d_parameters, *_packed(2, 18, 16)),
     "iq4_xs": _Layout(256, 136, 32, _IQ4_VALUES, _CODES4, (0,), _iq4_xs_parameters, *_packed(8, 136, 16)),
     "mxfp4": _Layout(32, 17, 32, _E2M1, _E2M1_CODES, (), _mxfp4_parameters, _unpack_mxfp4, _pack_mxfp4),
     "nvfp4": _Layout(64, 36, 16, _E2M1, _E2M1_CODES, (), _nvfp4_parameters, _unpack_nvfp4, _pack_nvfp4),

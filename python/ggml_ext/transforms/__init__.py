@@ -4,21 +4,19 @@ mathematics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.registry import TRANSFORMS
 from ggml_ext.sites import Site, SiteStats, SiteTransform, identity
-from ggml_ext.transforms import awq, flatquant, hadamard, none, smoothquant
 from ggml_ext.transforms.activation import fake_quant_activation
 from ggml_ext.transforms.request import TransformRequest
 from ggml_ext.transforms.structure import split_budget
 
 __all__ = [
-    "FOLDED",
-    "NAMES",
     "TransformRequest",
     "fake_quant_activation",
     "solve",
@@ -26,17 +24,6 @@ __all__ = [
 ]
 
 _SILENT = 1e-30  # mean square below which float32 arithmetic on the moments underflows
-
-_SOLVERS: dict[str, Callable[[Site, SiteStats, TransformRequest], SiteTransform]] = {
-    "none": none.solve,
-    "smoothquant": smoothquant.solve,
-    "awq": awq.solve,
-    "hadamard": hadamard.solve,
-    "flatquant": flatquant.solve,
-}
-
-NAMES = tuple(_SOLVERS)
-FOLDED = frozenset({"none", "smoothquant", "awq"})  # nothing is left to do at run time besides a clip
 
 
 def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransform:
@@ -47,11 +34,13 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
     with NaN or Inf."""
     if not site.online:  # a clip is done online too
         request = replace(request, search_clip=False)
-    if request.name not in _SOLVERS:
-        raise GgmlExtError(f"no transform {request.name}; there are: {', '.join(NAMES)}")
+    if request.name not in TRANSFORMS:
+        raise GgmlExtError(f"no transform {request.name}; there are: {', '.join(TRANSFORMS)}")
     if not bool(torch.isfinite(stats.hessian).all() and torch.isfinite(stats.absmax).all()):
         raise GgmlExtError(f"{site.anchor}: its statistics hold NaN or Inf; check the model and the text")
     nowhere = not site.online and site.fold is None
     if nowhere or float(stats.hessian.diagonal().mean()) < _SILENT:
         return identity(site.n)
-    return _SOLVERS[request.name](site, stats, request)
+    solver = import_module(f"{__name__}.{request.name}").solve
+    solved: SiteTransform = solver(site, stats, request)
+    return solved

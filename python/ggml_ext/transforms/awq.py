@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext import native
+from ggml_ext.registry import ROUNDINGS
 from ggml_ext.sites import Site, SiteStats, SiteTransform, identity
 from ggml_ext.transforms.activation import FLOAT_BITS, fake_quant_activation
 from ggml_ext.transforms.clip import with_best_clip
@@ -81,7 +82,7 @@ class Objective:
             return w
         moved = np.ascontiguousarray(transform.weight(w).numpy())
         importance = None
-        if self._request.rounding != "rtn" or native.needs_imatrix(type_name):
+        if ROUNDINGS[self._request.rounding].measures or native.needs_imatrix(type_name):
             importance = transform.hessian(h).diagonal().float().clamp_min(0).numpy()
         data = native.quantize(type_name, moved, importance, threads=1)
         return transform.effective_weight(

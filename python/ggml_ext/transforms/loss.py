@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext import native
+from ggml_ext.registry import ROUNDINGS
 from ggml_ext.sites import Site, SiteStats
 from ggml_ext.transforms.activation import FLOAT_BITS, expected_error, grouped
 from ggml_ext.transforms.kronecker import Factors
@@ -70,7 +71,7 @@ class Loss:
         self.h = stats.hessian.float()
         self.sample = stats.sample[:: max(1, -(-len(stats.sample) // SAMPLE_TOKENS))].float()
         self.activation = request.activation
-        self.residuals = request.rounding == "gptq"
+        self.residuals = ROUNDINGS[request.rounding].compensates
         self._generator = generator
         self._rows = _sampled_rows(site, self.h, request, generator)
         self._step = 0

@@ -23,17 +23,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.hf import pickled_call
-from ggml_ext.sites import SITE_KINDS, SiteKind, SiteTransform
+from ggml_ext.sites import SiteTransform
 from ggml_ext.transforms.flatquant import MAX_CONDITION, condition
 from ggml_ext.transforms.structure import stored
 
 Saved = Mapping[str, Tensor]
+SiteKind = Literal["attn_in", "attn_out", "ffn_in", "ffn_mid"]
+SITE_KINDS: tuple[SiteKind, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 
 _KRONECKER: dict[SiteKind, tuple[str, str]] = {  # site -> its transform, a linear that reads it
     "attn_in": ("self_attn.ln_trans", "self_attn.q_proj"),

@@ -11,7 +11,7 @@ from ggml_ext.sites import ActivationSpec, Linear
 
 @dataclass(frozen=True)
 class TransformRequest:
-    """``name``: one of transforms.NAMES. ``types``: the ggml type of each matrix, by GGUF tensor name.
+    """``name``: one of registry.TRANSFORMS. ``types``: the ggml type of each matrix, by GGUF tensor name.
     ``activation``: how activations are rounded at run time; 16 bits or more stand for not at all.
     ``budget_bits``: bits per weight of a site's matrices that its stored factors may take, None for no limit.
     ``rounding``: how the matrices will be rounded; gptq leaves another error to minimise than the others.

@@ -29,19 +29,6 @@ template <int PENDING> void cp_async_wait() {
     ggml_ext_emulator::async_wait(PENDING);
 }
 
-inline uint32_t load_once(const uint32_t * p) {
-    if (uintptr_t(p) % 4) {
-        ggml_ext_emulator::fail("load_once: an address is not aligned to 4 bytes");
-    }
-    return *p;
-}
-inline uint4 load_once(const uint4 * p) {
-    if (uintptr_t(p) % 16) {
-        ggml_ext_emulator::fail("load_once: an address is not aligned to 16 bytes");
-    }
-    return *p;
-}
-
 struct emulated_row {
     uint16_t values[8];
 };
@@ -74,10 +61,6 @@ inline void ldmatrix_x2(uint32_t (&r)[2], const void * row) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void * row) {
     emulated_ldmatrix<4, true>(r, row);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void * row) {
-    emulated_ldmatrix<2, true>(r, row);
-}
-
 inline uint32_t move_matrix_trans(uint32_t row) {
     const auto     rows = ggml_ext_emulator::share(0xffffffffu, row);
     const unsigned lane = ggml_ext_emulator::lane(), g = lane / 4, t = lane % 4;
@@ -134,7 +117,7 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 inline void grid_dependency_launch() {}
 inline void grid_dependency_wait() {}
 
-template <typename T> T opaque(T x) {
+template <typename T> T keep_out_of_registers(T x) {
     return x;
 }
 

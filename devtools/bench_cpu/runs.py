@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ggml_ext.cpu_bench import limits
-from ggml_ext.cpu_bench.models import build
-from ggml_ext.cpu_bench.plan import PATCHED, STOCK, Contender, Group
+from devtools.bench_cpu import limits
+from devtools.bench_cpu.models import build
+from devtools.bench_cpu.plan import PATCHED, STOCK, Contender, Group
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.journal import digest, identity
+from ggml_ext.files import digest
+from ggml_ext.outputs import identity
 from ggml_ext.progress import track
 
 _PATCHED_COMMIT = "ggml-ext"  # how a patched build's commit begins, see CMakeLists.txt

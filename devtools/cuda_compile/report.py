@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ggml_ext.cuda_compile.ptxas import Kernel
+from devtools.cuda_compile.ptxas import Kernel
 
 _NAME_WIDTH = 72
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ggml_ext.cpu_bench.models import SHAPES, TYPES, Model
+from devtools.bench_cpu.models import SHAPES, TYPES, Model
 from ggml_ext.errors import GgmlExtError, listed
 
 STOCK, PATCHED = "stock", "patched"

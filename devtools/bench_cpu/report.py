@@ -13,15 +13,15 @@ from typing import Any
 
 from rich.table import Table
 
-from ggml_ext.atomic import write_text
-from ggml_ext.cpu_bench.plan import Group
-from ggml_ext.cpu_bench.results import (
+from devtools.bench_cpu.plan import Group
+from devtools.bench_cpu.results import (
     METRICS,
     Ratio,
     Results,
     cache_bytes,
     verdicts,
 )
+from ggml_ext.atomic import write_text
 from ggml_ext.errors import GgmlExtError
 
 JSON_VERSION = 1

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ggml_ext.cpu_bench.report import Sheet
-from ggml_ext.cpu_bench.results import Ratio, paired
-from ggml_ext.sampling_bench.measure import CHAIN, CONTENDERS, DIRECT, UPSTREAM
-from ggml_ext.sampling_bench.plan import Case
+from devtools.bench_cpu.report import Sheet
+from devtools.bench_cpu.results import Ratio, paired
+from devtools.bench_sampling.measure import CHAIN, CONTENDERS, DIRECT, UPSTREAM
+from devtools.bench_sampling.plan import Case
 
 JSON_VERSION = 1
 

@@ -16,21 +16,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from devtools.cuda_compile import ptxas, report, tree
+from devtools.cuda_compile.ptxas import Kernel
+from devtools.gpu_check.checks import parse_ops
+from devtools.gpu_check.plan import KERNELS, Ops, device_tests
 from ggml_ext import cuda
-from ggml_ext.cuda_compile import ptxas, report, tree
-from ggml_ext.cuda_compile.ptxas import Kernel
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.gpu_check.checks import parse_ops
-from ggml_ext.gpu_check.plan import KERNELS, Ops, device_tests
 
 
 def say(text: str) -> None:
     print(f"cuda-compile: {text}", flush=True)
 
 
-def compile_kernels(
-    repository: Path, build: Path, architectures: Sequence[str]
-) -> list[tuple[str, Kernel]]:
+def compile_kernels(repository: Path, build: Path, architectures: Sequence[str]) -> list[tuple[str, Kernel]]:
     """All our kernels on the architectures, with the names of their source files."""
     sources = tree.our_sources(repository, build)
     jobs = [(source, arch) for source in sources for arch in architectures]

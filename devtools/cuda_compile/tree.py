@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext.errors import GgmlExtError
-from ggml_ext.upstream import cache_dir
+from ggml_ext.files import cache_dir
 
 # The architecture of the whole build.
 WHOLE = "90a"

@@ -20,7 +20,15 @@ from .plan import CheckError
 MAX_BYTES, MAX_PREBUILT_BYTES = 30_000_000, 40_000_000
 """Of a packed folder, without and with programs."""
 
-_PROJECT = ("CMakeLists.txt", "ggml_ext", "cuda", "tests/native", "python/ggml_ext/upstream.py")
+# With upstream.py and what it imports.
+_MODULES = ("__init__", "archive", "errors", "files", "paths", "upstream")
+_PROJECT = (
+    "CMakeLists.txt",
+    "ggml_ext",
+    "cuda",
+    "tests/native",
+    *(f"python/ggml_ext/{m}.py" for m in _MODULES),
+)
 # ggml's backends that are not built; conversion is done here.
 _DROP = ("conversion", "gguf-py", "convert_hf_to_gguf.py")
 _BACKENDS = ("ggml-cpu", "ggml-cuda", "ggml-cuda.h")

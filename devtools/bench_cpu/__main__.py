@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from devtools.bench_cpu import limits, plan, report, runs
+from devtools.bench_cpu.models import SHAPES, TYPES
+from devtools.bench_cpu.results import Results
 from ggml_ext import cpus, paths
 from ggml_ext.atomic import write_text
-from ggml_ext.cpu_bench import limits, plan, report, runs
-from ggml_ext.cpu_bench.models import SHAPES, TYPES
-from ggml_ext.cpu_bench.results import Results
 from ggml_ext.errors import GgmlExtError
 
 _ABOUT = """Speed of FQ4 and of the attention over a quantised cache beside stock llama.cpp on this machine's

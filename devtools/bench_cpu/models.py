@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ggml_ext import native
 from ggml_ext.atomic import atomic_path
 from ggml_ext.errors import GgmlExtError
+from ggml_ext.files import digest
 from ggml_ext.gguf_ext import FQ4
-from ggml_ext.journal import digest
 
 TYPES = {
     "FQ4": FQ4,

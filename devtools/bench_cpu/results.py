@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ggml_ext.cpu_bench.models import HEAD_SIZE
-from ggml_ext.cpu_bench.plan import CACHE_WEIGHTS, DEPTHS, OURS, PATCHED, STOCK, Contender, Group
-from ggml_ext.cpu_bench.runs import Run
+from devtools.bench_cpu.models import HEAD_SIZE
+from devtools.bench_cpu.plan import CACHE_WEIGHTS, DEPTHS, OURS, PATCHED, STOCK, Contender, Group
+from devtools.bench_cpu.runs import Run
 
 METRICS = {"pp": "prefill", "tg": "decode"}
 DISTURBED = 0.03

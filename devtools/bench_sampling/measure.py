@@ -19,9 +19,9 @@ import cffi
 import gguf
 import numpy as np
 
+from devtools.bench_sampling.plan import CHAINS, Case, make_logits
 from ggml_ext import native, paths, sampling
 from ggml_ext.llama import Model, bindings
-from ggml_ext.sampling_bench.plan import CHAINS, Case, make_logits
 
 UPSTREAM, CHAIN, DIRECT = "upstream", "chain", "direct"
 CONTENDERS = (UPSTREAM, CHAIN, DIRECT)
