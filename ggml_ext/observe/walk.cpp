@@ -49,6 +49,12 @@ node_t whole_weight(node_t w, const std::map<node_t, std::string> & weights) {
     return weights.count(w) ? w : nullptr;
 }
 
+// Experts read [n, slots, tokens], matrices by index [n, tokens, matrices], others all rows.
+int64_t rows_per_token(node_t product) {
+    const ggml_tensor * x = product->src[1];
+    return product->op == GGML_OP_MUL_MAT_ID ? x->ne[1] : product->src[0]->ne[2] > 1 ? x->ne[2] : 1;
+}
+
 int64_t n_experts(node_t product) {
     const int64_t n = product->src[0]->ne[2];
     return product->op == GGML_OP_MUL_MAT_ID || n > 1 ? n : 0;
@@ -191,6 +197,7 @@ class walker {
             site.n_experts           = std::max(site.n_experts, n_experts(product));
             add_readers(site, found[i].readers);
             site.values.push_back(product->src[1]->name);
+            site.rows = std::max(site.rows, rows_per_token(product));
             if (site.anchor.empty()) {
                 site.anchor = without_suffix(site.readers[0].weight);
             }
@@ -321,8 +328,9 @@ std::string ggml_ext_table_json(const ggml_ext_graph_table & table) {
     };
     const auto site = [&](const ggml_ext_observed & its) {
         return "{\"anchor\":" + quoted(its.anchor) + ",\"n\":" + std::to_string(its.n) +
-               ",\"experts\":" + std::to_string(its.n_experts) + ",\"readers\":" + list(its.readers, reader) +
-               ",\"values\":" + list(its.values, quoted) + ",\"fold\":" + fold(its.fold) + "}";
+               ",\"experts\":" + std::to_string(its.n_experts) + ",\"rows\":" + std::to_string(its.rows) +
+               ",\"readers\":" + list(its.readers, reader) + ",\"values\":" + list(its.values, quoted) +
+               ",\"fold\":" + fold(its.fold) + "}";
     };
     const auto other = [](const std::pair<std::string, std::string> & its) {
         return "{\"tensor\":" + quoted(its.first) + ",\"use\":" + quoted(its.second) + "}";

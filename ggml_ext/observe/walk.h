@@ -40,11 +40,13 @@ struct ggml_ext_fold_place {
 };
 
 // What some matrices read: the values that share a reader. n: length of a row. n_experts: matrices that each get a part of
-// the rows, by MUL_MAT_ID's ids or by index (one matrix per head, say); 0 for a matrix that gets all.
+// the rows, by MUL_MAT_ID's ids or by index (one matrix per head, say); 0 for a matrix that gets all. rows: of a
+// value, per token, at most.
 struct ggml_ext_observed {
     std::string                  anchor;
     int64_t                      n         = 0;
     int64_t                      n_experts = 0;
+    int64_t                      rows      = 1;
     std::vector<ggml_ext_reader> readers;
     std::vector<std::string>     values;
     ggml_ext_fold_place          fold;

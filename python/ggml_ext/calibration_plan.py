@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from ggml_ext import __version__, mixes, model_files, native, paths, recipes, rules
+from ggml_ext import __version__, mixes, model_files, native, owned_folder, paths, recipes, rules
 from ggml_ext.atomic import write_text
 from ggml_ext.block_file import block_path
 from ggml_ext.errors import GgmlExtError
@@ -160,20 +161,14 @@ def _versions() -> dict[str, str]:
 
 def load(folder: Path) -> Plan | None:
     """The folder's plan, None if it has none. Raises GgmlExtError for one that is no plan."""
-    path = folder / PLAN
-    try:
-        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
+
+    def parse(facts: dict[str, Any]) -> Plan:
+        plan = Plan(**facts)
         if not isinstance(plan.source, dict):
             raise ValueError("of an earlier version")
         return plan
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise GgmlExtError(
-            f"{path}: not a plan of this version ({exc}); delete the folder and calibrate again"
-        ) from exc
+
+    return owned_folder.load_plan(folder, parse, "calibrate again")
 
 
 def is_plan(folder: Path) -> bool:
@@ -186,29 +181,4 @@ def is_plan(folder: Path) -> bool:
 
 def require_equal(found: Plan, wanted: Plan, folder: Path) -> None:
     """Raises GgmlExtError, naming what differs, unless the two plans are the same."""
-    differences = _differences(found, wanted)
-    if differences:
-        raise GgmlExtError(
-            f"{folder}: holds a calibration with other settings ({'; '.join(differences)}); repeat its "
-            "settings to go on, or delete the folder or choose another"
-        )
-
-
-def _differences(found: Plan, wanted: Plan) -> Sequence[str]:
-    lines = []
-    for name, old in asdict(found).items():
-        new = getattr(wanted, name)
-        if old == new:
-            continue
-        if name == "source":
-            lines.append(f"another model: {model_files.changed(old, new)}")
-        elif isinstance(old, dict) and isinstance(new, dict):
-            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            there, here = (values.get(keys[0], "absent") for values in (old, new))
-            lines.append(f"{name}: {keys[0]} {there} there, {here} here{more}")
-        elif name == "text":
-            lines.append("another calibration text")
-        else:
-            lines.append(f"{name} {old} there, {new} here")
-    return lines
+    model_files.require_equal_plans(asdict(found), asdict(wanted), "source", f"{folder}: holds a calibration")

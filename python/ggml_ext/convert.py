@@ -26,6 +26,7 @@ from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.imatrix import Imatrix, load
 from ggml_ext.outputs import check_outputs
 from ggml_ext.recipes import Options
+from ggml_ext.registry import ROUNDINGS
 from ggml_ext.samples import text_or_default
 from ggml_ext.source import Tensor, open_gguf
 
@@ -143,7 +144,7 @@ def convert(
     method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
     recipes.check(method, request.type_for, text=calibration is not None, imatrix=bool(imatrix))
-    if imatrix is None and (method.blockwise or method.rounding == "imatrix"):
+    if imatrix is None and (method.blockwise or ROUNDINGS[method.rounding].measures):
         calibration = text_or_default(calibration, warn)
     if method.blockwise and calibration is not None:
         from ggml_ext.calibrate import calibrate, discard

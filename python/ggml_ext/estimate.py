@@ -20,6 +20,7 @@ from ggml_ext.device import require_device
 from ggml_ext.mixes import BODY
 from ggml_ext.observe import estimate as observing
 from ggml_ext.observe.layout import FLOAT
+from ggml_ext.progress import duration_text, size_text
 from ggml_ext.rounding import round_matrix
 from ggml_ext.rounding.hessian import Hessian
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats
@@ -46,35 +47,25 @@ class Estimate:
     def table(self) -> Table:
         """The figures as a terminal table."""
         table = Table("", "what", "needs")
-        table.add_row("memory", f"peak on {self.device}", _size(self.memory))
+        table.add_row("memory", f"peak on {self.device}", size_text(self.memory))
         for what, n_bytes in self.disk.items():
-            table.add_row("disk", what, _size(n_bytes))
-        table.add_row("disk", "all of it", _size(sum(self.disk.values())))
+            table.add_row("disk", what, size_text(n_bytes))
+        table.add_row("disk", "all of it", size_text(sum(self.disk.values())))
         for stage, seconds in self.seconds.items():
-            table.add_row("time", stage, _duration(seconds))
-        table.add_row("time", "all stages", _duration(sum(self.seconds.values())))
+            table.add_row("time", stage, duration_text(seconds))
+        table.add_row("time", "all stages", duration_text(sum(self.seconds.values())))
         return table
 
     def summary(self) -> str:
         """One line for the end of the command."""
         needed = sum(self.disk.values())
         enough = (
-            "" if needed <= self.free else f", of which only {_size(self.free)} are free: make room first"
+            "" if needed <= self.free else f", of which only {size_text(self.free)} are free: make room first"
         )
         return (
-            f"{self.folder}: would take {_size(self.memory)} of memory, {_size(needed)} of disk{enough}, "
-            f"about {_duration(sum(self.seconds.values()))}; nothing was written"
+            f"{self.folder}: would take {size_text(self.memory)} of memory, {size_text(needed)} of "
+            f"disk{enough}, about {duration_text(sum(self.seconds.values()))}; nothing was written"
         )
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def estimate(request: Request, folder: Path) -> Estimate:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ggml_ext import hf
 from ggml_ext.errors import GgmlExtError
@@ -97,3 +98,29 @@ def changed(there: dict[str, str], here: dict[str, str]) -> str:
         return ""
     how = "came" if names[0] not in there else "has gone" if names[0] not in here else "has changed"
     return f"{shown(names[0])} {how}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def require_equal_plans(found: Mapping[str, Any], wanted: Mapping[str, Any], model: str, what: str) -> None:
+    """Raises GgmlExtError, naming what differs, unless two plans are the same. model: the field with the
+    model's digests. what: the folder and what it holds."""
+    lines = []
+    for name, old in found.items():
+        new = wanted[name]
+        if old == new:
+            continue
+        if name == model:
+            lines.append(f"another model: {changed(old, new)}")
+        elif name == "text":
+            lines.append("another calibration text")
+        elif isinstance(old, dict) and isinstance(new, dict):
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            there, here = (values.get(keys[0], "absent") for values in (old, new))
+            lines.append(f"{name}: {keys[0]} {there} there, {here} here{more}")
+        else:
+            lines.append(f"{name} {old} there, {new} here")
+    if lines:
+        raise GgmlExtError(
+            f"{what} with other settings ({'; '.join(lines)}); repeat its settings to go on, or delete the "
+            "folder or choose another"
+        )

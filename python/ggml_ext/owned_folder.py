@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from ggml_ext import owner
 from ggml_ext.atomic import sweep
 from ggml_ext.errors import GgmlExtError
+
+T = TypeVar("T")
 
 LOCK = "lock"
 PLAN = "plan.json"
@@ -51,6 +53,28 @@ class _Facts:
     temporary: bool
     created: bool
     source: int = 0
+
+
+def load_plan(folder: Path, parse: Callable[[dict[str, Any]], T], remedy: str) -> T | None:
+    """What ``parse`` makes of the folder's plan.json, None where there is none.
+
+    Raises GgmlExtError, which ends with the remedy, where ``parse`` raises ValueError or TypeError and for
+    what is no JSON object.
+    """
+    path = folder / PLAN
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("no JSON object")
+        return parse(facts)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise GgmlExtError(
+            f"{path}: not a plan of this version ({exc}); delete the folder and {remedy}"
+        ) from exc
 
 
 class Held:

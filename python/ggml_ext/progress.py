@@ -1,4 +1,5 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on standard error. Also how
+sizes and durations are written."""
 
 from __future__ import annotations
 
@@ -72,3 +73,15 @@ def _plain(total: float, description: str, unit: str) -> Advance:
         )
 
     return advance
+
+
+def size_text(n_bytes: float) -> str:
+    """A size for people."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -83,6 +83,8 @@ _NEVER = (
     "a.rvq.codebook",
     "mm.a.code_embd",
 )
+# What no product reads although llama-quantize takes it for a matrix: llama.cpp's MUL aborts on rounded ones.
+_NO_MATRICES = ("ple_conv1d", "ple_norm_")
 _NEVER_NAMES = frozenset(("position_embd.weight", "token_types.weight"))
 _NEVER_GLM5_NEXT = (
     "hc_",
@@ -146,11 +148,15 @@ def _compile(option: str, pattern: str) -> re.Pattern[str]:
 
 
 def allows_quantization(tensor: Shape, arch: str) -> bool:
-    """True if llama-quantize would quantise the tensor at all."""
+    """True if llama-quantize would quantise the tensor at all, and llama.cpp could use it then."""
     if _n_dims(tensor.dims) < 2 or not tensor.name.endswith("weight") or tensor.name in _NEVER_NAMES:
         return False
-    parts = _NEVER + _NEVER_GLM5_NEXT if arch == "glm5-next" else _NEVER
+    parts = (*_NEVER, *_NO_MATRICES, *(_NEVER_GLM5_NEXT if arch == "glm5-next" else ()))
     return not any(part in tensor.name for part in parts)
+
+
+def _is_no_matrix(tensor: Shape) -> bool:
+    return any(part in tensor.name for part in _NO_MATRICES)
 
 
 def _n_dims(dims: Sequence[int]) -> int:
@@ -214,12 +220,14 @@ def choose(tensors: Sequence[Shape], arch: str, rules: Rules, block_size: BlockS
 
 
 def overrides(tensors: Sequence[Shape], arch: str, rules: Rules) -> dict[str, str]:
-    """Tensor -> type for what ``keep`` and ``type_for`` ask, and nothing else: the rest is llama-quantize's.
+    """Tensor -> type for what ``keep`` and ``type_for`` ask and what it would get wrong: the rest is
+    llama-quantize's.
 
     Raises GgmlExtError for a pattern that no tensor's name matches.
     """
     _require_matches(tensors, rules)
     asked = {tensor.name: _asked(tensor, arch, rules) for tensor in tensors}
+    asked |= {tensor.name: tensor.type_name for tensor in tensors if _is_no_matrix(tensor)}
     return {name: type_name for name, type_name in asked.items() if type_name is not None}
 
 

@@ -6,12 +6,11 @@ A folder goes on with the description it has or not at all: sums of two texts or
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import __version__, model_files, paths
+from ggml_ext import __version__, model_files, owned_folder, paths
 from ggml_ext.atomic import write_text
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.observe.layout import Layout, Place
@@ -79,23 +78,16 @@ def versions() -> dict[str, str]:
 
 def load(folder: Path) -> Description | None:
     """The folder's description, None if it has none. Raises GgmlExtError for what is no such description."""
-    path = folder / PLAN
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or facts.pop("observation", None) != VERSION:
+
+    def parse(facts: dict[str, Any]) -> Description:
+        if facts.pop("observation", None) != VERSION:
             raise ValueError("no observation's, or of another version")
         found = Description(**facts)
         found.sites()
         found.layout()
         return found
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise GgmlExtError(
-            f"{path}: not a plan of this version ({exc}); delete the folder and observe again"
-        ) from exc
+
+    return owned_folder.load_plan(folder, parse, "observe again")
 
 
 def is_description(folder: Path) -> bool:
@@ -108,26 +100,10 @@ def is_description(folder: Path) -> bool:
 
 def require_equal(found: Description, wanted: Description, folder: Path) -> None:
     """Raises GgmlExtError, naming what differs, unless the two are the same."""
-    differences = _differences(asdict(found), asdict(wanted))
-    if differences:
-        raise GgmlExtError(
-            f"{folder}: holds an observation with other settings ({'; '.join(differences)}); repeat its "
-            "settings to go on, or delete the folder or choose another"
-        )
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    names = [name for name, old in found.items() if old != wanted[name]]
-    if "model" in names:
-        return [f"another model: {model_files.changed(found['model'], wanted['model'])}"]
-    lines = []
-    for name in names:
-        old, new = found[name], wanted[name]
-        if name == "text":
-            lines.append("another calibration text")
-        elif name == "versions":
-            key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
-            lines.append(f"another version of {key}: {old.get(key)} there, {new.get(key)} here")
-        elif name not in ("table", "places", "bytes"):
-            lines.append(f"{name} {old} there, {new} here")
-    return lines or (["other sites"] if names else [])
+    old, new = asdict(found), asdict(wanted)
+    sites = [[facts.pop(name) for name in ("table", "places", "bytes")] for facts in (old, new)]
+    if old["model"] != new["model"]:  # and with it everything else
+        old, new = ({"model": facts["model"]} for facts in (old, new))
+    elif old == new and sites[0] != sites[1]:
+        old["sites"], new["sites"] = "of another graph", "of this one"
+    model_files.require_equal_plans(old, new, "model", f"{folder}: holds an observation")

@@ -29,6 +29,7 @@ from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
 from ggml_ext.outputs import check_folder
 from ggml_ext.owned_folder import SOURCE
+from ggml_ext.progress import duration_text, size_text
 from ggml_ext.samples import read_text
 from ggml_ext.source import Source, open_gguf
 
@@ -72,14 +73,16 @@ class Estimate:
     def lines(self) -> list[str]:
         """The figures in a few lines."""
         needed = sum(self.disk.values())
-        room = "" if needed <= self.free else f", of which only {_size(self.free)} are free: make room first"
-        disk = ", ".join(f"{what} {_size(n_bytes)}" for what, n_bytes in self.disk.items())
+        room = (
+            "" if needed <= self.free else f", of which only {size_text(self.free)} are free: make room first"
+        )
+        disk = ", ".join(f"{what} {size_text(n_bytes)}" for what, n_bytes in self.disk.items())
         tokens = self.windows * self.ctx
         return [
             f"sites   {self.sites}, on {self.windows} windows of {self.ctx} tokens, {self.batch} at a time",
-            f"memory  {_size(self.memory)}, and the model's {_size(self.mapped)} mapped",
-            f"disk    {_size(needed)}{room}: {disk}",
-            f"time    {_duration(self.seconds)} at {tokens / self.seconds:,.4g} tok/s; "
+            f"memory  {size_text(self.memory)}, and the model's {size_text(self.mapped)} mapped",
+            f"disk    {size_text(needed)}{room}: {disk}",
+            f"time    {duration_text(self.seconds)} at {tokens / self.seconds:,.4g} tok/s; "
             f"{self.seconds / self.forward:.2f} times the forward pass",
             f"{self.folder}: nothing was written",
         ]
@@ -87,16 +90,6 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         """The figures for --json."""
         return {**asdict(self), "folder": str(self.folder)}
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
