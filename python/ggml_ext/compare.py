@@ -46,8 +46,8 @@ class FileFacts:
 
     bits_per_weight: over all tensors; bits_per_layer_weight: of a weight in the matrices of the layers, with
     what factors of transforms take, without embeddings, output head and vectors; types: weights per tensor
-    type; origin: metadata on how it was made; tensor_errors: "kind" and "values", tensor -> error, as the file
-    was made; None if it does not tell.
+    type; origin: metadata on how it was made; tensor_errors: "kind" and "values", tensor -> error, as the
+    file was made; None if it does not tell.
     """
 
     bytes: int
