@@ -34,6 +34,7 @@ from ggml_ext.device import bound_threads, require_device
 from ggml_ext.errors import GgmlExtError, listed
 from ggml_ext.model_sites import ModelSites
 from ggml_ext.observe import prepare, run
+from ggml_ext.observe.layout import SAMPLE_ROWS
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import named_as
 from ggml_ext.outputs import check_folder
@@ -44,6 +45,7 @@ from ggml_ext.samples import read_text
 from ggml_ext.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
 from ggml_ext.source import Source, open_gguf
 from ggml_ext.transforms import TransformRequest
+from ggml_ext.transforms.loss import SAMPLE_TOKENS
 
 Warn = Callable[[str], None]
 
@@ -114,7 +116,12 @@ def calibrate(
 
 
 def observation_of(request: Request, source: Path) -> prepare.Request:
-    """What a calibration observes, on the float GGUF file ``source``."""
+    """What a calibration observes, on the float GGUF file ``source``.
+
+    With activations of 4 bits the sample is part of what transforms are solved for; else it only tells how
+    far to trust the moments.
+    """
+    rounded = recipes.ACTIVATIONS[request.method.activation] is not None
     return prepare.Request(
         source,
         request.text,
@@ -124,6 +131,7 @@ def observation_of(request: Request, source: Path) -> prepare.Request:
         threads=request.threads or None,
         parse_special=request.parse_special,
         trust_remote_code=request.trust_remote_code,
+        sample_rows=SAMPLE_TOKENS if rounded else SAMPLE_ROWS,
     )
 
 

@@ -44,9 +44,10 @@ ORIGIN_KEYS = ("ggml_ext.", "quantize.")
 class FileFacts:
     """What a model says about itself, all files of a split one together.
 
-    bits_per_weight: over all tensors; bits_per_layer_weight: over the matrices of the layers alone, without
-    embeddings, output head and vectors; types: weights per tensor type; origin: metadata on how it was made;
-    tensor_errors: "kind" and "values", tensor -> error, as the file was made; None if it does not tell.
+    bits_per_weight: over all tensors; bits_per_layer_weight: of a weight in the matrices of the layers, with
+    what factors of transforms take, without embeddings, output head and vectors; types: weights per tensor
+    type; origin: metadata on how it was made; tensor_errors: "kind" and "values", tensor -> error, as the
+    file was made; None if it does not tell.
     """
 
     bytes: int
@@ -64,7 +65,7 @@ def file_facts(path: Path) -> FileFacts:
     if about.parameters == 0:
         raise GgmlExtError(f"{path}: has no tensors; name a GGUF file with a model")
     layers = [tensor for tensor in about.tensors if tensor.name.startswith("blk.") and len(tensor.dims) > 1]
-    weights = sum(tensor.weights for tensor in layers)
+    weights = sum(tensor.weights for tensor in layers if ".fq_" not in tensor.name)
     with named_errors(path):
         origin = _origin(read_header(path).keys)
     return FileFacts(

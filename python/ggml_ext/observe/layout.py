@@ -24,7 +24,7 @@ DIAGONAL, MOMENT, OWN_MOMENTS = range(3)
 As enum ggml_ext_moments."""
 
 SAMPLE_ROWS = 1024
-"""Most rows of a site that are kept as they are."""
+"""Most rows of a site that are kept as they are, where nobody asks for more."""
 
 OWN_MOMENT_TOKENS = 4
 """Tokens per channel from which on an expert's own second moment is worth keeping."""
@@ -84,9 +84,11 @@ def rows_per_token(site: Site, used: int) -> int:
     return max(used, 1) if site.routed else site.experts
 
 
-def lay_out(table: Table, n_tokens: int, used: int, *, diagonals: bool) -> Layout:
+def lay_out(
+    table: Table, n_tokens: int, used: int, *, diagonals: bool, sample_rows: int = SAMPLE_ROWS
+) -> Layout:
     """The layout for an observation of ``n_tokens`` tokens. ``used``: experts per token of a mixture.
-    ``diagonals``: nothing but diagonals is kept."""
+    ``diagonals``: nothing but diagonals is kept. ``sample_rows``: kept of each site, at most."""
     places = []
     sums = absmax = sample = 0
     for site in table.sites:
@@ -96,7 +98,7 @@ def lay_out(table: Table, n_tokens: int, used: int, *, diagonals: bool) -> Layou
             sums += _aligned(FLOAT * block_floats(site, DIAGONAL))
             continue
         moments = OWN_MOMENTS if keeps_moments(site, n_tokens, used) else MOMENT
-        stride = sample_stride(n_tokens * rows, rows)
+        stride = sample_stride(n_tokens * rows, rows, sample_rows)
         kept = -(-n_tokens * rows // stride)
         places.append(Place(site.anchor, rows, moments, stride, kept, sums, absmax, sample))
         sums += _aligned(FLOAT * block_floats(site, moments))
@@ -114,12 +116,12 @@ def keeps_moments(site: Site, n_tokens: int, used: int) -> bool:
     return n_tokens * used >= OWN_MOMENT_TOKENS * site.n * site.experts
 
 
-def sample_stride(rows: int, per_token: int) -> int:
-    """Every so manieth row is kept: the smallest power of two that keeps SAMPLE_ROWS or fewer.
+def sample_stride(rows: int, per_token: int, kept: int) -> int:
+    """Every so manieth row is kept: the smallest power of two that keeps ``kept`` or fewer.
 
     Where a token has several rows, the smallest odd number: a power of two would always meet the same one.
     """
-    least = max(1, -(-rows // SAMPLE_ROWS))
+    least = max(1, -(-rows // kept))
     return 1 << math.ceil(math.log2(least)) if per_token == 1 else least | 1
 
 

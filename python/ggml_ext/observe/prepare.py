@@ -17,7 +17,7 @@ from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import value
 from ggml_ext.llama import Model
 from ggml_ext.observe.description import Description, layout_facts, versions
-from ggml_ext.observe.layout import FLOAT, PANEL, Layout, lay_out
+from ggml_ext.observe.layout import FLOAT, PANEL, SAMPLE_ROWS, Layout, lay_out
 from ggml_ext.observe.observer import LARGEST_TOKEN, Observer
 from ggml_ext.observe.sites import Table
 from ggml_ext.samples import consecutive, enough, few_tokens, windows
@@ -42,7 +42,7 @@ class Request:
     None for one per core; with one the figures do not depend on how often a run was interrupted.
     ``parse_special``: see samples.windows. ``trust_remote_code``: see hf.to_gguf. ``importances``: what
     llama-imatrix computes and no more: all windows of the text from its start, diagonals, no token scaled
-    down."""
+    down. ``sample_rows``: kept of what each site reads, at most."""
 
     source: Path
     text: Path
@@ -54,6 +54,7 @@ class Request:
     parse_special: bool = False
     trust_remote_code: bool = False
     importances: bool = False
+    sample_rows: int = SAMPLE_ROWS
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,13 @@ def prepare(request: Request, model: Path, content: bytes, warn: Warn) -> Prepar
         n_seq, memory = _fit(loaded, observer, request, len(tokens))
         observer.start(loaded, ctx=request.ctx, n_seq=n_seq)
         table, text = observer.table(), observer.table_text()
-    layout = lay_out(table, tokens.size, experts_used(source), diagonals=request.importances)
+    layout = lay_out(
+        table,
+        tokens.size,
+        experts_used(source),
+        diagonals=request.importances,
+        sample_rows=request.sample_rows,
+    )
     folder = request.source if request.source.is_dir() else None
     return Prepared(
         model,
