@@ -140,8 +140,8 @@ def refused(folder: Path, match: str) -> None:
 def test_a_path_that_does_not_exist_is_said_first(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("text")
-    with pytest.raises(GgmlExtError, match=r"org/name: no such file or directory; .*Hugging Face Hub"):
-        convert(Path("org/name"), tmp_path / "o.gguf", recipe="flat4", calibration=text)
+    with pytest.raises(GgmlExtError, match=r"no/such/model: no such file or directory; .*Hub"):
+        convert(Path("no/such/model"), tmp_path / "o.gguf", recipe="flat4", calibration=text)
 
 
 def test_the_index_of_other_weights_does_not_count(folder: Path) -> None:

@@ -7,6 +7,7 @@ again, a file without a record that takes an adapter in silence.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def test_a_singular_record_is_refused_by_name(llama: Path, patched_lib_dir: Path
     adapter = folds.write_adapter(tmp_path / "a.gguf", folds.shapes_of(llama, ["attn_output"]))
     result = load(patched_lib_dir, model.write(tmp_path / "m.gguf"), adapter, tmp_path / "out.npy")
     assert result.returncode == 1
-    assert "key 'ggml_ext.fold.heads' has no inverse for 'blk.0.attn_output.weight'" in result.stderr
+    # The adapter's tensors come in no order.
+    assert re.search(
+        r"key 'ggml_ext\.fold\.heads' has no inverse for 'blk\.[01]\.attn_output\.weight'", result.stderr
+    )
 
 
 def test_with_transforms_of_the_cache(llama: Path, patched_lib_dir: Path, tmp_path: Path) -> None:
@@ -233,9 +237,9 @@ def test_inspect_shows_the_record(
     llama: Path, converted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, words in (
-        ("awq", "diagonals at 8 sites, heads of v in 0 blocks"),
-        ("hadamard", "diagonals at 0 sites, heads of v in 2 blocks"),
-        ("flatquant", "diagonals at 8 sites, heads of v in 2 blocks"),
+        ("awq", "diagonals at 8 sites, heads of v at 0"),
+        ("hadamard", "diagonals at 0 sites, heads of v at 2"),
+        ("flatquant", "diagonals at 8 sites, heads of v at 2"),
     ):
         print_result(inspect(converted[name]))
         assert words in capsys.readouterr().out
