@@ -23,15 +23,14 @@ import torch
 
 import models
 import transform_files
-from ggml_ext import blockwise, calibrate, estimate, native
-from ggml_ext.block_file import FileSite, Findings, Packed, block_path, load, save
+from ggml_ext import blockwise, calibrate, estimate
+from ggml_ext.block_file import block_path, load
 from ggml_ext.calibration_plan import Request
 from ggml_ext.convert import ConvertResult, convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.header import read_header, value
 from ggml_ext.observe.reader import Observation
 from ggml_ext.recipes import Method, Options
-from ggml_ext.samples import windows
 from ggml_ext.source import open_gguf
 
 CTX, SAMPLES = 32, 6
@@ -389,42 +388,3 @@ def test_a_dry_run_knows_the_disk(base: Path, text: Path, finished: Path, tmp_pa
     assert found.seconds.keys() == {"observing", "transforms", "rounding"}
     assert min(found.seconds.values()) > 0
     assert found.memory > 9 * 8 * models.FFN**2
-
-
-def test_windows_are_spread_over_the_text(base: Path, text: Path) -> None:
-    model = models.llama_gguf(base)
-    lines: list[str] = []
-
-    def cut(samples: int, seed: int = 0, ctx: int = CTX) -> Any:
-        return windows(model, text, ctx=ctx, samples=samples, seed=seed, warn=lines.append)
-
-    few = cut(3)
-    assert few.shape == (3, CTX)
-    assert (few[:, 0] == 1).all(), "BOS"
-    np.testing.assert_array_equal(few, cut(3))
-    assert (few != cut(3, seed=1)).any()
-    assert not lines
-    many = cut(10_000)
-    assert len(many) < 10_000
-    assert "not 10000" in lines[0]
-    with pytest.raises(GgmlExtError, match=r"only \d+ tokens, and a window needs 100000"):
-        cut(1, ctx=100_000)
-
-
-def test_a_block_file_is_the_same_bytes_each_time(tmp_path: Path) -> None:
-    random = np.random.default_rng(1)
-    rows = random.standard_normal((4, 256)).astype(np.float32)
-    tensors = {
-        name: Packed(kind, (256, 4), native.quantize(kind, rows))
-        for name, kind in (("b", "fq4"), ("a", "f16"))
-    }
-    findings = Findings(
-        (FileSite(("b", "a"), 1, clip=0.5, diagonal=(0.5, 2.0)),), {"b": 0.25}, {"attn_in": {"loss": 1.5}}
-    )
-    save(tmp_path / "x", tensors, findings)
-    save(tmp_path / "y", dict(reversed(tensors.items())), findings)
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
-    stored, found = load(tmp_path / "x")
-    assert found == findings
-    assert (stored["b"].type_name, stored["b"].dims) == ("fq4", (256, 4))
-    np.testing.assert_array_equal(stored["b"].read(), tensors["b"].data)

@@ -24,6 +24,7 @@ from ggml_ext import process
 from ggml_ext.convert import convert
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.source import open_gguf
+from imatrix_files import write_imatrix
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,6 @@ def test_types_that_need_importances(base: Path, small: Path, out: Path) -> None
 
 
 def test_importances_of_another_model(base: Path, tmp_path: Path, small: Path, out: Path) -> None:
-    from test_imatrix import write_imatrix
-
     entries = {"blk.0.attn_q.weight": (np.ones((1, 512)), np.array([1]))}
     matrix = write_imatrix(tmp_path / "i.gguf", entries)
     for type_name, src in (("fq4", small), ("q4_k_m", models.llama_gguf(base))):
@@ -162,8 +161,6 @@ def test_importances_of_another_model(base: Path, tmp_path: Path, small: Path, o
 
 
 def test_missing_importances_are_named(tmp_path: Path, small: Path, out: Path) -> None:
-    from test_imatrix import write_imatrix
-
     matrix = write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": (np.ones((1, 256)), np.array([1]))})
     lines: list[str] = []
     convert(small, out, imatrix=matrix, warn=lines.append)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from eval_models import make_model, text_of
-from ggml_ext import evaluate, scoring, tools, windows
+from ggml_ext import evaluate, tools, windows
 from ggml_ext.errors import GgmlExtError
 from ggml_ext.evaluate import Evaluation, perplexity
 from ggml_ext.llama import Model
@@ -180,29 +179,6 @@ def test_model_against_itself(folder: Path, tmp_path: Path) -> None:
     assert abs(same.divergence.kld) < 1e-12
     assert same.divergence.top1 == 1.0
     assert same.perplexity == base.perplexity
-
-
-def test_score_of_known_distributions() -> None:
-    base = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32)) + 7
-    model = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]], np.float32)) - 3
-    scores = scoring.score(model, np.array([1, 2], np.int32), lambda start, stop: base[start:stop])
-    np.testing.assert_allclose(scores["nll"], -np.log([0.5, 0.1]), rtol=1e-6)
-    np.testing.assert_allclose(scores["nll_base"], -np.log([0.25, 0.1]), rtol=1e-6)
-    np.testing.assert_allclose(scores["kld"], [0.25 * np.log(2), 0.0], atol=1e-7)
-    assert scores["same_top"].tolist() == [False, True]
-
-
-def test_scoring_a_large_vocabulary_takes_little_memory() -> None:
-    vocabulary, rows = 152_000, 96
-    logits = np.random.default_rng(0).standard_normal((rows, vocabulary), np.float32)
-    targets = np.zeros(rows, np.int32)
-    tracemalloc.start()
-    try:
-        scoring.score(logits, targets, lambda start, stop: logits[start:stop].copy())
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 100e6
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
