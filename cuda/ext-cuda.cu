@@ -1,7 +1,7 @@
 #include "common.cuh"
+#include "common/views.h"
 #include "ext-cuda.h"
-#include "ggml-ext-hooks.h"
-#include "views.h"
+#include "hooks/ggml-ext-hooks.h"
 
 static const ggml_ext_cuda_feature * const features[] = {
     &ggml_ext_cuda_scale_add,      &ggml_ext_cuda_act_round,   &ggml_ext_cuda_kron,      &ggml_ext_cuda_fq4_get_rows,

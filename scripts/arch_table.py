@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ggml_ext.model_sites import ModelSites
+from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.methods.model_sites import ModelSites
 from ggml_ext.observe.sites import from_json
-from ggml_ext.source import Source, open_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from ggml_ext import native
+from ggml_ext.runtime import native
 
 ROWS, COLUMNS = 256, 4096
 TYPES = ("fq4", "q4_K", "iq4_xs")

@@ -29,7 +29,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext import fq4
+from ggml_ext.gguf import fq4
 
 F32 = NDArray[np.float32]
 

@@ -1,6 +1,6 @@
 #include "bench.h"
 
-#include "ggml-ext-hooks.h"
+#include "hooks/ggml-ext-hooks.h"
 
 #include <algorithm>
 #include <chrono>

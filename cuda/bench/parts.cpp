@@ -1,9 +1,9 @@
 // What is measured: the shapes of Llama-3-8B (hidden 4096, feed-forward 14336, 32 heads of 128, 8 for K and V).
 
 #include "bench.h"
-#include "ggml-ext-hooks.h"
 #include "ggml-ext.h"
-#include "ops/kron.h"
+#include "hooks/ggml-ext-hooks.h"
+#include "kron/kron.h"
 
 #include <algorithm>
 

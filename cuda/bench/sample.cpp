@@ -2,7 +2,7 @@
 // and dist build (src/llama-sampler.cpp), op by op. One token has more than half of the mass, the rest is broad.
 
 #include "bench.h"
-#include "ggml-ext-hooks.h"
+#include "hooks/ggml-ext-hooks.h"
 
 #include <algorithm>
 

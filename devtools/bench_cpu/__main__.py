@@ -12,9 +12,9 @@ from rich.console import Console
 from devtools.bench_cpu import limits, plan, report, runs
 from devtools.bench_cpu.models import SHAPES, TYPES
 from devtools.bench_cpu.results import Results
-from ggml_ext import cpus, paths
-from ggml_ext.atomic import write_text
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core import cpus, paths
+from ggml_ext.core.atomic import write_text
+from ggml_ext.core.errors import GgmlExtError
 
 _ABOUT = """Speed of FQ4 and of the attention over a quantised cache beside stock llama.cpp on this machine's
 processor: random-weight models, llama-bench of both builds in turns, ratios within a round. Prints the limits

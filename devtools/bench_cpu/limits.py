@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError
 
 
 def measure(program: Path, threads: int) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext import native
-from ggml_ext.atomic import atomic_path
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.files import digest
-from ggml_ext.gguf_ext import FQ4
+from ggml_ext.core.atomic import atomic_path
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.files import digest
+from ggml_ext.gguf.ext import FQ4
+from ggml_ext.runtime import native
 
 TYPES = {
     "FQ4": FQ4,

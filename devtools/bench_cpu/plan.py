@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devtools.bench_cpu.models import SHAPES, TYPES, Model
-from ggml_ext.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, listed
 
 STOCK, PATCHED = "stock", "patched"
 OURS = "FQ4"  # the type that stock llama.cpp does not have

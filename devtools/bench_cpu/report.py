@@ -21,8 +21,8 @@ from devtools.bench_cpu.results import (
     cache_bytes,
     verdicts,
 )
-from ggml_ext.atomic import write_text
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.atomic import write_text
+from ggml_ext.core.errors import GgmlExtError
 
 JSON_VERSION = 1
 BEGIN, END = "<!-- bench-cpu: begin -->", "<!-- bench-cpu: end -->"

@@ -20,10 +20,10 @@ from typing import Any
 from devtools.bench_cpu import limits
 from devtools.bench_cpu.models import build
 from devtools.bench_cpu.plan import PATCHED, STOCK, Contender, Group
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.files import digest
-from ggml_ext.outputs import identity
-from ggml_ext.progress import track
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.files import digest
+from ggml_ext.core.outputs import identity
+from ggml_ext.core.progress import track
 
 _PATCHED_COMMIT = "ggml-ext"  # how a patched build's commit begins, see CMakeLists.txt
 _SETUP = "build it with scripts/setup --tests or name another folder"

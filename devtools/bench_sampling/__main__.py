@@ -14,9 +14,9 @@ from rich.console import Console
 from devtools.bench_cpu import limits
 from devtools.bench_sampling import plan, report
 from devtools.bench_sampling.measure import Rows, measure, write_model
-from ggml_ext.atomic import write_text
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.progress import track
+from ggml_ext.core.atomic import write_text
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.progress import track
 
 _ABOUT = """Microseconds per token of the fused sampler and of llama.cpp's sampler chain with the same
 parameters, in one process and in turns, on one thread: in a chain as llama.cpp's tools have it, and on the

@@ -20,8 +20,9 @@ import gguf
 import numpy as np
 
 from devtools.bench_sampling.plan import CHAINS, Case, make_logits
-from ggml_ext import native, paths, sampling
-from ggml_ext.llama import Model, bindings
+from ggml_ext.core import paths
+from ggml_ext.runtime import native, sampling
+from ggml_ext.runtime.llama import Model, bindings
 
 UPSTREAM, CHAIN, DIRECT = "upstream", "chain", "direct"
 CONTENDERS = (UPSTREAM, CHAIN, DIRECT)

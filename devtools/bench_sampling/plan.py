@@ -28,7 +28,7 @@ CHAINS: dict[str, dict[str, Any]] = {
     "temperature 0.8": _OFF,
     "temperature 0": {**_OFF, "temperature": 0.0},
 }
-"""Parameters of ggml_ext.sampling.fused; what is not named is off, the temperature 0.8."""
+"""Parameters of ggml_ext.runtime.sampling.fused; what is not named is off, the temperature 0.8."""
 
 
 @dataclass(frozen=True)

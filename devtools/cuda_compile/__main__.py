@@ -1,6 +1,6 @@
-"""Compiles every cuda/*.cu for one architecture, or with --all for the five, warnings as errors, and reports
-registers and spills; with --all it then builds the whole patched ggml-cuda and test-backend-ops for one.
-Where nvcc or cuBLAS is missing it says so and ends with status 0."""
+"""Compiles every .cu file of cuda/ for one architecture, or with --all for the five, warnings as errors, and
+reports registers and spills; with --all it then builds the whole patched ggml-cuda and test-backend-ops for
+one. Where nvcc or cuBLAS is missing it says so and ends with status 0."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from devtools.cuda_compile import ptxas, report, tree
 from devtools.cuda_compile.ptxas import Kernel
 from devtools.gpu_check.checks import parse_ops
 from devtools.gpu_check.plan import KERNELS, Ops, device_tests
-from ggml_ext import cuda
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.runtime import cuda
 
 
 def say(text: str) -> None:

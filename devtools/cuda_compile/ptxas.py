@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)' for 'sm_(\w+)'")
 _PROPERTIES = re.compile(r"Function properties for (\S+)")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.files import cache_dir
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.files import cache_dir
 
 # The architecture of the whole build.
 WHOLE = "90a"
@@ -81,9 +81,9 @@ def our_sources(repository: Path, build: Path) -> list[Source]:
     found = [
         Source(Path(entry["file"]), shlex.split(entry["command"]))
         for entry in commands
-        if Path(entry["file"]).parent == repository / "cuda" and entry["file"].endswith(".cu")
+        if Path(entry["file"]).is_relative_to(repository / "cuda") and entry["file"].endswith(".cu")
     ]
-    missing = {path.name for path in (repository / "cuda").glob("*.cu")} - {
+    missing = {path.name for path in (repository / "cuda").rglob("*.cu")} - {
         source.path.name for source in found
     }
     if missing:

@@ -11,8 +11,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from ggml_ext import upstream
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.build import upstream
+from ggml_ext.core.errors import GgmlExtError
 
 from . import machine, programs
 from .plan import CheckError
@@ -21,13 +21,13 @@ MAX_BYTES, MAX_PREBUILT_BYTES = 30_000_000, 40_000_000
 """Of a packed folder, without and with programs."""
 
 # With upstream.py and what it imports.
-_MODULES = ("__init__", "archive", "errors", "files", "paths", "upstream")
+_MODULES = ("__init__.py", "build", "core")
 _PROJECT = (
     "CMakeLists.txt",
     "ggml_ext",
     "cuda",
     "tests/native",
-    *(f"python/ggml_ext/{m}.py" for m in _MODULES),
+    *(f"python/ggml_ext/{name}" for name in _MODULES),
 )
 # ggml's backends that are not built; conversion is done here.
 _DROP = ("conversion", "gguf-py", "convert_hf_to_gguf.py")
@@ -88,7 +88,7 @@ def _without_series(path: Path, folder: Path) -> Path:
 
 def _tool() -> list[str]:
     """The command line of the package that runs here."""
-    return [sys.executable, "-c", "from ggml_ext.cli import main; main()"]
+    return [sys.executable, "-c", "from ggml_ext.cli.entry import main; main()"]
 
 
 def _run(command: list[str]) -> None:

@@ -1,12 +1,12 @@
 # Adds our sources to upstream's targets, without a line in upstream's CMake files. Included after
-# add_subdirectory(llama.cpp). Which target a file goes into follows from its name:
+# add_subdirectory(llama.cpp). Which target a file goes into follows from its folder:
 #
-#   ggml_ext/{llama,observe}/*.cpp  llama
-#   ggml_ext/**/*-cpu.{c,cpp} every CPU backend: ggml-cpu, or ggml-cpu-<tag> with GGML_CPU_ALL_VARIANTS
-#   ggml_ext/**/*.{c,cpp}     ggml-base
-#   cuda/*.{cu,cpp}           ggml-cuda, where that is built
+#   ggml_ext/{transform,observe,sampler}/*.cpp  llama
+#   ggml_ext/*/cpu/*.{c,cpp}  every CPU backend: ggml-cpu, or ggml-cpu-<tag> with GGML_CPU_ALL_VARIANTS
+#   ggml_ext/*/*.{c,cpp}      ggml-base
+#   cuda/**/*.cu              ggml-cuda, where that is built
 #
-# Files named *-x86*, *-avx* are SIMD chosen at run time, see ops/x86.h.
+# Files x86*, avx* in cpu/ and sampler/ are SIMD chosen at run time, see core/x86.h.
 
 get_filename_component(GGML_EXT_ROOT "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
 
@@ -21,7 +21,7 @@ endif()
 # Upstream's patched files include our headers by name; PRIVATE, since no installed header does.
 function(ggml_ext_include target)
     target_include_directories(${target} PRIVATE
-        "${GGML_EXT_ROOT}/ggml_ext" "${GGML_EXT_ROOT}/ggml_ext/include")
+        "${GGML_EXT_ROOT}/ggml_ext" "${GGML_EXT_ROOT}/ggml_ext/include" "${GGML_EXT_ROOT}/ggml_ext/hooks")
 endfunction()
 
 # SIMD chosen at run time has the instructions of its function attributes and no others, whatever processor the rest is
@@ -42,7 +42,7 @@ function(ggml_ext_inject target)
             set(warnings ${GGML_EXT_CUDA_WARNINGS})
         endif()
         set(simd "")
-        if (source MATCHES "/[^/]+-(x86|avx)[^/]*$")
+        if (source MATCHES "/(cpu|sampler)/(x86|avx)[^/]*$")
             set(simd ${GGML_EXT_SIMD_OPTIONS})
         endif()
         set_property(SOURCE "${source}" TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS ${warnings} ${simd})
@@ -54,10 +54,10 @@ file(GLOB_RECURSE GGML_EXT_BASE_SOURCES CONFIGURE_DEPENDS
     "${GGML_EXT_ROOT}/ggml_ext/*.c" "${GGML_EXT_ROOT}/ggml_ext/*.cpp")
 set(GGML_EXT_CPU_SOURCES ${GGML_EXT_BASE_SOURCES})
 set(GGML_EXT_LLAMA_SOURCES ${GGML_EXT_BASE_SOURCES})
-list(FILTER GGML_EXT_LLAMA_SOURCES INCLUDE REGEX "/ggml_ext/(llama|observe)/[^/]+\\.cpp$")
-list(FILTER GGML_EXT_CPU_SOURCES INCLUDE REGEX "-cpu\\.(c|cpp)$")
+list(FILTER GGML_EXT_LLAMA_SOURCES INCLUDE REGEX "/ggml_ext/(transform|observe|sampler)/[^/]+\\.cpp$")
+list(FILTER GGML_EXT_CPU_SOURCES INCLUDE REGEX "/cpu/[^/]+\\.(c|cpp)$")
 list(REMOVE_ITEM GGML_EXT_BASE_SOURCES ${GGML_EXT_CPU_SOURCES} ${GGML_EXT_LLAMA_SOURCES})
-file(GLOB GGML_EXT_CUDA_SOURCES CONFIGURE_DEPENDS "${GGML_EXT_ROOT}/cuda/*.cu" "${GGML_EXT_ROOT}/cuda/*.cpp")
+file(GLOB_RECURSE GGML_EXT_CUDA_SOURCES CONFIGURE_DEPENDS "${GGML_EXT_ROOT}/cuda/*.cu")
 
 ggml_ext_inject(ggml-base ${GGML_EXT_BASE_SOURCES})
 if (TARGET llama)
@@ -72,7 +72,7 @@ foreach(target IN LISTS GGML_EXT_GGML_TARGETS)
     if (target MATCHES "^ggml-cpu(-.+)?$" AND NOT target MATCHES "-feats$")
         ggml_ext_inject(${target} ${GGML_EXT_CPU_SOURCES})
         # The reference of the dot products, which numpy repeats bit for bit.
-        set_property(SOURCE "${GGML_EXT_ROOT}/ggml_ext/types/fq4-generic-cpu.c" TARGET_DIRECTORY ${target}
+        set_property(SOURCE "${GGML_EXT_ROOT}/ggml_ext/fq4/cpu/generic.c" TARGET_DIRECTORY ${target}
             APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
         set(GGML_EXT_HAS_CPU TRUE)
     endif()
@@ -96,14 +96,13 @@ endforeach()
 # The same token for the same seed, whatever the processor: the paths of the sampler give the same bits.
 if (TARGET llama)
     set(GGML_EXT_SAMPLER_SOURCES ${GGML_EXT_LLAMA_SOURCES})
-    list(FILTER GGML_EXT_SAMPLER_SOURCES INCLUDE REGEX "/sampler[^/]*\\.cpp$")
+    list(FILTER GGML_EXT_SAMPLER_SOURCES INCLUDE REGEX "/sampler/[^/]+\\.cpp$")
     set_property(SOURCE ${GGML_EXT_SAMPLER_SOURCES} TARGET_DIRECTORY llama
         APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
 endif()
 
 # The encoder's results are part of the format's definition: the same bits from every compiler.
-file(GLOB GGML_EXT_TYPE_SOURCES "${GGML_EXT_ROOT}/ggml_ext/types/*.c")
-list(FILTER GGML_EXT_TYPE_SOURCES EXCLUDE REGEX "-cpu\\.c$")
+file(GLOB GGML_EXT_TYPE_SOURCES "${GGML_EXT_ROOT}/ggml_ext/fq*/fq*.c")
 set_property(SOURCE ${GGML_EXT_TYPE_SOURCES} TARGET_DIRECTORY ggml-base
     APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
 

@@ -2,7 +2,7 @@
 //
 // Functions marked "ggml-base" live in libggml-base, those marked "ggml-cpu" in libggml-cpu, those
 // marked "llama" in libllama; the libraries are the patched ones. The part between the two "cffi" marks is plain C without
-// preprocessor lines: python/ggml_ext/native.py reads it as its declarations.
+// preprocessor lines: python/ggml_ext/runtime/native.py reads it as its declarations.
 //
 // Errors are negative return values (GGML_EXT_E_*); no function aborts on bad arguments.
 

@@ -16,8 +16,8 @@ if _COMMAND and not getattr(sys.flags, "safe_path", False):
 import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from ggml_ext import paths  # noqa: E402
-from ggml_ext.errors import GgmlExtError  # noqa: E402
+from ggml_ext.core import paths  # noqa: E402
+from ggml_ext.core.errors import GgmlExtError  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """``python -m ggml_ext``: the command line."""
 
-from ggml_ext.cli import main
+from ggml_ext.cli.entry import main
 
 main()

@@ -3,7 +3,7 @@
 A conversion is transform x rounding x type. The transform changes the matrices before they are rounded,
 the rounding chooses each weight's code, the type says what codes there are. Without a transform, rounding to
 nearest and by importance need the weights only, and are done here tensor by tensor; everything else goes
-block by block (calibrate.py) and is written from what that leaves.
+block by block (methods/calibrate/run.py) and is written from what that leaves.
 
 An interrupted conversion leaves no output. What can take hours is kept: the importance matrix in a cache
 (importance.py), the blocks in a folder beside the output, from which the same command goes on.
@@ -20,15 +20,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext import encode, hf, hub, importance, native, recipes, rules, stock
-from ggml_ext.atomic import target, work_folder
-from ggml_ext.errors import GgmlExtError, listed
-from ggml_ext.imatrix import Imatrix, load
-from ggml_ext.outputs import check_outputs
+from ggml_ext import recipes
+from ggml_ext.core.atomic import target, work_folder
+from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.outputs import check_outputs
+from ggml_ext.core.registry import ROUNDINGS
+from ggml_ext.gguf.imatrix import Imatrix, load
+from ggml_ext.gguf.source import Tensor, open_gguf
+from ggml_ext.hf import folder as hf
+from ggml_ext.hf import hub
+from ggml_ext.observe import importance
+from ggml_ext.observe.samples import text_or_default
 from ggml_ext.recipes import Options
-from ggml_ext.registry import ROUNDINGS
-from ggml_ext.samples import text_or_default
-from ggml_ext.source import Tensor, open_gguf
+from ggml_ext.runtime import native
+from ggml_ext.types import encode, rules, stock
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def convert(
     """Converts a Hugging Face model directory, a model on the Hub (hub.parse) or an f16/bf16/f32 GGUF file to
     the GGUF file ``out``.
 
-    recipe, options: how, see recipes.py. type_name: short for options with only a type: a ggml type (fq4,
+    recipe, options: how, see recipes/. type_name: short for options with only a type: a ggml type (fq4,
     q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which
     llama-quantize makes itself unless a transform or gptq is asked for. imatrix: importance matrix of
     llama-imatrix. calibration: text to compute one from, or to calibrate on, by default the package's where
@@ -147,8 +152,8 @@ def convert(
     if imatrix is None and (method.blockwise or ROUNDINGS[method.rounding].measures):
         calibration = text_or_default(calibration, warn)
     if method.blockwise and calibration is not None:
-        from ggml_ext.calibrate import calibrate, discard
-        from ggml_ext.calibration_plan import Request
+        from ggml_ext.methods.calibrate.plan import Request
+        from ggml_ext.methods.calibrate.run import calibrate, discard
 
         place = target(out)
         folder = place.with_name(f"{place.name}.calibration")
@@ -209,7 +214,7 @@ def _from_folder(
     source: Path, folder: Path, out: Path, threads: int, started: float, warn: Callable[[str], None]
 ) -> ConvertResult:
     """Writes ``out`` from a finished calibration of the model ``source``."""
-    from ggml_ext import calibrated
+    from ggml_ext.methods.calibrate import result as calibrated
 
     finished = calibrated.open_folder(folder, source)
     choices = [

@@ -1,4 +1,4 @@
-// test-backend-ops: attention with many queries (cuda/attention_prefill.cuh) over upstream's own test_flash_attn_ext. Set
+// test-backend-ops: attention with many queries (cuda/attention/prefill/prefill.cuh) over upstream's own test_flash_attn_ext. Set
 // GGML_EXT_ATTN: half or full for quantised caches, half/f16 or full/f16 for f16 ones too; else those are upstream's kernels.
 
 #pragma once

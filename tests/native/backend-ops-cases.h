@@ -9,7 +9,7 @@
 #include "backend-ops-fq4.h"
 #include "backend-ops-kron.h"
 #include "backend-ops-sample.h"
-#include "ggml-ext-hooks.h"
+#include "hooks/ggml-ext-hooks.h"
 
 // GGML_OP_EXT, scale_add: rows that need not be adjacent.
 struct test_ext_scale_add : public test_case {

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "ops/ext-op.h"
-#include "ops/kron.h"
+#include "core/ext_op.h"
+#include "kron/kron.h"
 
 // GGML_OP_EXT, kron: n1 x n2 channels; a factor of type GGML_TYPE_COUNT is absent.
 struct test_ext_kron : public test_case {

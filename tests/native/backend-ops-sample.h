@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "ggml-ext-hooks.h"
+#include "hooks/ggml-ext-hooks.h"
 
 #include <cmath>
 #include <random>

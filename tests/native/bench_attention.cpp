@@ -4,15 +4,15 @@
 //
 //     bench_attention [path=NAME] [threads] [rounds] [q_len] [n_kv ...]
 //
-// path: one that ops/attention-cpu.h lists in place of the fastest, among them avx2 and generic.
+// path: one that attention/cpu/attention.h lists in place of the fastest, among them avx2 and generic.
 //
 // A line gives medians: milliseconds per layer with each setting, and the ratio of times within a round.
 
+#include "attention/cpu/attention.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml-ext.h"
 #include "ggml.h"
-#include "ops/attention-cpu.h"
 
 #include <algorithm>
 #include <chrono>

@@ -6,7 +6,7 @@
 //     bench_fq4 [rounds]
 
 #include "fq4-evex256.h"
-#include "types/fq4-cpu.h"
+#include "fq4/cpu/fq4.h"
 
 #include <algorithm>
 #include <chrono>

@@ -8,10 +8,10 @@
 //
 // hadamard: no stored right factors, a Hadamard matrix of order n2 in their place; left factors F16.
 
+#include "core/ext_op.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/ext-op.h"
 
 #include <algorithm>
 #include <chrono>

@@ -4,7 +4,7 @@
 //
 //     bench_limits [--json] [--threads N] [--passes N] [--mib N]
 
-#include "ops/x86.h"
+#include "core/x86.h"
 
 #include <algorithm>
 #include <atomic>

@@ -3,8 +3,8 @@
 
 #pragma once
 
-#include "ops/x86.h"
-#include "types/fq4-cpu.h"
+#include "core/x86.h"
+#include "fq4/cpu/fq4.h"
 
 #ifdef GGML_EXT_X86
 
@@ -14,7 +14,7 @@
 #    define FQ4_OFFSET         128
 #    define fq4_mac(sum, w, y) _mm256_dpbusd_epi32(sum, w, y)
 
-#    include "types/fq4-x86-256.h"
+#    include "fq4/cpu/x86_256.h"
 
 static const ggml_ext_fq4_path evex256_path = { "avx-vnni's body", ggml_ext_has_avx512_vnni,
                                                 fq4_quantize,      fq4_dots,

@@ -1,9 +1,9 @@
-// FQ4 weights and int8 activations as docs/gguf.md and types/fq4-cpu.h word them, written anew for the tests.
+// FQ4 weights and int8 activations as docs/gguf.md and fq4/cpu/fq4.h word them, written anew for the tests.
 
 #pragma once
 
+#include "fq4/fq4.h"
 #include "ggml.h"
-#include "types/fq4.h"
 
 #include <cfloat>
 #include <cmath>

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "ops/ext-op.h"
+#include "core/ext_op.h"
 #include "sampler_reference.h"
 
 #include <cmath>

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "llama/sampler-select.h"
+#include "sampler/select.h"
 #include "sampler_reference.h"
 
 #include <cmath>

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "llama/sampler-generator.h"
+#include "sampler/generator.h"
 #include "sampler_cases.h"
 
 #include <cmath>

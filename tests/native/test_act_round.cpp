@@ -1,10 +1,10 @@
 // GGML_EXT_OP_ACT_ROUND: every path and thread count against the definition, bit for bit.
 
+#include "act_round/cpu/act_round.h"
 #include "check.h"
+#include "core/ext_op.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/act_round-cpu.h"
-#include "ops/ext-op.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@ bool same(float a, float b) {
     return a == b || (std::isnan(a) && std::isnan(b));
 }
 
-// The definition of ext-op.h, one group.
+// The definition of core/ext_op.h, one group.
 void round_group(const float * x, float * y, int64_t n, int bits) {
     const float q_max = (float) ((1 << (bits - 1)) - 1);
     float       max   = 0.0f;

@@ -5,10 +5,10 @@
 // an eighth more, for ties and other orders of sums, and by the rounding of its floats. test_bugs shows that
 // the tolerance tells known bugs apart, test_budget that each mode makes no less than its error: that it is on.
 
+#include "attention/cpu/attention.h"
 #include "attention_reference.h"
 #include "check.h"
 #include "ggml-ext.h"
-#include "ops/attention-cpu.h"
 
 using namespace attention;
 

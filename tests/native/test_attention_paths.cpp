@@ -3,10 +3,10 @@
 // fused multiply: a few units of the last place of the sum of its terms' magnitudes. A weight may differ by one step
 // where the exponentials differ in their last bits at a tie.
 
+#include "attention/cpu/attention.h"
 #include "check.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/attention-cpu.h"
 
 #include <algorithm>
 #include <cmath>

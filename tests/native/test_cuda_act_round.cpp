@@ -2,7 +2,7 @@
 // over the block, a last group that is shorter, rows that are not adjacent, ties, zeros, NaN, Inf and numbers too small
 // for a scale.
 
-#include "act_round.cuh"
+#include "act_round/act_round.cuh"
 #include "check.h"
 
 #include <random>

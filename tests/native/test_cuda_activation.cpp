@@ -5,8 +5,8 @@
 // transposed place, a maximum over part of a group), special groups (NaN, Inf, zeros, values too small for a scale),
 // poison after the results (too many blocks or groups), and the slots' cases (a stale or early reused buffer).
 
-#include "activation-quantize.cuh"
-#include "activation-slots.h"
+#include "activation/quantize.cuh"
+#include "activation/slots.h"
 #include "check.h"
 
 #include <random>

@@ -8,9 +8,9 @@
 // missing cp_async_wait, __syncwarp or __syncthreads (the emulator's order of threads; same bits for every seed); a
 // poisoned token that reaches rows it is hidden from (not_finite, poisoned_cache); a grid that leaves a device idle (plan).
 
-#include "attention_decode_args.h"
-#include "attention_decode_launch.cuh"
-#include "attention_decode_merge.cuh"
+#include "attention/decode/args.h"
+#include "attention/decode/launch.cuh"
+#include "attention/decode/merge.cuh"
 #include "attention_reference.h"
 #include "check.h"
 

@@ -4,8 +4,8 @@
 // to do (docs/attention.md, section CUDA), gives the error that this rounding causes on the same data; the kernels may
 // be off by an eighth more and by the rounding of f16 weights.
 
-#include "attention_launch.cuh"
-#include "attention_op.h"
+#include "attention/prefill/launch.cuh"
+#include "attention/prefill/op.h"
 #include "attention_reference.h"
 #include "check.h"
 #include "ggml-ext.h"

@@ -4,7 +4,7 @@
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // in upstream's ggml-impl.h
 
-#include "../../cuda/bench/bench.h"
+#include "bench/bench.h"
 #include "check.h"
 #include "ext-cuda.h"
 #include "ggml-cpp.h"

@@ -2,7 +2,7 @@
 // test_cuda_emulator_values.cpp, kernels that it must stop in test_cuda_emulator_stops.cpp.
 
 #include "check.h"
-#include "device.cuh"
+#include "common/device.cuh"
 
 #include <cstring>
 #include <vector>

@@ -2,7 +2,7 @@
 // and say why.
 
 #include "check.h"
-#include "device.cuh"
+#include "common/device.cuh"
 
 #include <sys/wait.h>
 #include <unistd.h>

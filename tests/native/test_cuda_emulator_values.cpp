@@ -2,7 +2,7 @@
 // tables of the PTX ISA ("Matrix Fragments for mma.m16n8k32", "... m16n8k16", "ldmatrix"), written down here anew.
 
 #include "check.h"
-#include "device.cuh"
+#include "common/device.cuh"
 #include "ggml.h"
 
 #include <random>

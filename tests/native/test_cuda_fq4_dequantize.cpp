@@ -6,7 +6,7 @@
 
 #include "check.h"
 #include "fq4-reference.h"
-#include "fq4_dequantize.cuh"
+#include "fq4/dequantize.cuh"
 
 namespace {
 

@@ -8,7 +8,7 @@
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"  // static functions of ggml-impl.h
-#include "fq4_mul_mat-match.h"
+#include "fq4/mul_mat_match.h"
 #pragma GCC diagnostic pop
 
 #include <functional>

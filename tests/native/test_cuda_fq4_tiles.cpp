@@ -3,9 +3,9 @@
 
 #include "check.h"
 #include "fq4-reference.h"
-#include "fq4_tiles-dp4a.cuh"
-#include "fq4_tiles-experts.cuh"
-#include "fq4_tiles.cuh"
+#include "fq4/tiles.cuh"
+#include "fq4/tiles_dp4a.cuh"
+#include "fq4/tiles_experts.cuh"
 
 #include <limits>
 #include <map>

@@ -1,7 +1,7 @@
-// How products of FQ4 weights are cut into tiles and ranges (fq4_tiles-problem.h), for devices of many kinds.
+// How products of FQ4 weights are cut into tiles and ranges (fq4/tiles_problem.h), for devices of many kinds.
 
 #include "check.h"
-#include "fq4_tiles-problem.h"
+#include "fq4/tiles_problem.h"
 
 #include <random>
 

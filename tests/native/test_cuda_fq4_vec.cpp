@@ -9,7 +9,7 @@
 
 #include "check.h"
 #include "fq4-reference.h"
-#include "fq4_vec.cuh"
+#include "fq4/vec.cuh"
 
 #include <memory>
 

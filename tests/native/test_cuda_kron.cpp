@@ -7,8 +7,8 @@
 // The general kernels: the same sums, on any order.
 
 #include "check.h"
-#include "kron-general.cuh"
-#include "kron.cuh"
+#include "kron/general.cuh"
+#include "kron/kron.cuh"
 
 #include <random>
 

@@ -1,12 +1,12 @@
-// Who reads the result of a Kronecker transform, as cuda/kron.cu asks before it leaves the F32 values unwritten. Each case
+// Who reads the result of a Kronecker transform, as cuda/kron/kron.cu asks before it leaves the F32 values unwritten. Each case
 // is a graph in which one more thing reads it: a mistake here would give a product memory that nobody has written.
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // in upstream's ggml-impl.h
 
 #include "check.h"
 #include "ggml-cpp.h"
-#include "kron-uses.h"
-#include "ops/kron.h"
+#include "kron/kron.h"
+#include "kron/uses.h"
 
 #include <functional>
 

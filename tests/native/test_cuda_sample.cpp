@@ -6,7 +6,7 @@
 #include "check.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "sample.cuh"
+#include "sample/sample.cuh"
 #include "sample_cases.h"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // more rows than blocks.
 
 #include "check.h"
-#include "scale_add.cuh"
+#include "scale_add/scale_add.cuh"
 
 #include <vector>
 

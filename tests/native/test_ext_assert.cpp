@@ -1,12 +1,12 @@
 // What the constructors of our ops refuse, and what the CPU backend refuses of nodes that no constructor made, as a peer
 // sends them over RPC; each with its reason on stderr.
 
+#include "act_round/act_round.h"
 #include "check.h"
+#include "core/ext_op.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/act_round.h"
-#include "ops/ext-op.h"
-#include "ops/kron.h"
+#include "kron/kron.h"
 
 #include <sys/wait.h>
 #include <unistd.h>

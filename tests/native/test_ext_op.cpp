@@ -1,10 +1,10 @@
 // GGML_OP_EXT: names, and the CPU dispatch with every thread count, against plain loops.
 
 #include "check.h"
+#include "core/ext_op.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/ext-op.h"
 
 #include <cstring>
 #include <vector>

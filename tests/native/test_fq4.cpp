@@ -1,10 +1,10 @@
 // FQ4: layout, encoder and dot products against independent computations in double and int64.
 
 #include "check.h"
+#include "fq4/cpu/fq4.h"
+#include "fq4/fq4.h"
 #include "ggml-cpu.h"
 #include "ggml-ext.h"
-#include "types/fq4-cpu.h"
-#include "types/fq4.h"
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"

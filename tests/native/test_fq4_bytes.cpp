@@ -3,8 +3,8 @@
 // gives other ones.
 
 #include "check.h"
+#include "fq4/fq4.h"
 #include "ggml-cpu.h"
-#include "types/fq4.h"
 
 #include <cinttypes>
 #include <vector>

@@ -3,8 +3,8 @@
 #include "check.h"
 #include "fq4-evex256.h"
 #include "fq4-reference.h"
+#include "fq4/cpu/fq4.h"
 #include "ggml-cpu.h"
-#include "types/fq4-cpu.h"
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"

@@ -1,9 +1,9 @@
 // GPTQ and coordinate descent against plain loops in double: errors, costs and what the encoded blocks decode to.
-// tests/python/test_rounding.py compares the choices themselves with a dense implementation.
+// tests/python/methods/test_rounding.py compares the choices themselves with a dense implementation.
 
 #include "check.h"
+#include "fq4/fq4.h"
 #include "ggml-ext.h"
-#include "types/fq4.h"
 
 #include <cmath>
 #include <random>

@@ -1,10 +1,10 @@
 // GGML_EXT_OP_KRON: every path and thread count against matrix products in double.
 
 #include "check.h"
+#include "core/ext_op.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/ext-op.h"
-#include "ops/kron-cpu.h"
+#include "kron/cpu/kron.h"
 
 #include <algorithm>
 #include <cmath>

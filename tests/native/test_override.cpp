@@ -2,9 +2,9 @@
 // host's. A library without it would run FQ4 and attention through upstream's slow ways, and say nothing.
 
 #include "check.h"
+#include "core/cpu/override.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
-#include "ops/override-cpu.h"
 
 #include <cstring>
 

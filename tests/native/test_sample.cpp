@@ -5,7 +5,7 @@
 #include "check.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "ops/sample-math.h"
+#include "sample/sample_math.h"
 #include "sample_cases.h"
 
 #include <algorithm>

@@ -5,7 +5,7 @@
 #include "check.h"
 #include "ggml-ext.h"
 #include "llama.h"
-#include "llama/sampler-chain.h"
+#include "sampler/chain.h"
 
 #include <algorithm>
 #include <cmath>

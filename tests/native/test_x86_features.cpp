@@ -1,7 +1,7 @@
 // What CPUID says, against the compiler's own detection where that knows the name.
 
 #include "check.h"
-#include "ops/x86.h"
+#include "core/x86.h"
 
 namespace {
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-from ggml_ext.header import read_header
-from ggml_ext.source import open_gguf
-from ggml_ext.writer import OutTensor, padding, write_header
+from ggml_ext.gguf.header import read_header
+from ggml_ext.gguf.source import open_gguf
+from ggml_ext.gguf.writer import OutTensor, padding, write_header
 
 SEED, STDEV = 1, 0.1
 BYTES_PER_TOKEN = 5

@@ -33,7 +33,7 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def patched_lib_dir() -> Path:
     """Patched shared libraries, as the package finds them."""
-    from ggml_ext import paths
+    from ggml_ext.core import paths
 
     return paths.lib_dir()
 
@@ -41,7 +41,7 @@ def patched_lib_dir() -> Path:
 @pytest.fixture(scope="session")
 def patched_bin_dir() -> Path:
     """Patched llama.cpp tools, as the package finds them."""
-    from ggml_ext import paths
+    from ggml_ext.core import paths
 
     return paths.bin_dir()
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import transform_files as files
-from ggml_ext.llama import Model
+from ggml_ext.runtime.llama import Model
 
 TARGETS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 EXPERT_TARGETS = (*TARGETS[:4], "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

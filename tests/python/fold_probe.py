@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.source import open_gguf
+from ggml_ext.gguf.source import open_gguf
 
 Float = NDArray[np.float32]
 Change = Callable[[Float], Float]

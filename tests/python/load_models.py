@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ggml_ext.llama import bindings
+from ggml_ext.runtime.llama import bindings
 
 
 def runs(api: Any, path: str) -> bool:

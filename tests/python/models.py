@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext import hf
+from ggml_ext.hf import folder as hf
 
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS, EXPERTS = 256, 512, 4, 2, 2, 4
 VOCAB = 320

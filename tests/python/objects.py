@@ -65,7 +65,9 @@ def compile_all(
     known = commands(build, root)
 
     def one(file: Path) -> list[Instruction]:
-        return list(instructions(compile_for(build, known[file], flags, folder / f"{file.name}.o")))
+        return list(
+            instructions(compile_for(build, known[file], flags, folder / f"{'-'.join(file.parts)}.o"))
+        )
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(files, pool.map(one, files), strict=True))

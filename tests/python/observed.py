@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.llama import Model
-from ggml_ext.native import llama_library
 from ggml_ext.observe.observer import LARGEST_TOKEN
+from ggml_ext.runtime.llama import Model
+from ggml_ext.runtime.native import llama_library
 
 PANEL = 256
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ggml_ext.sites import Fold, Linear, Site, SiteStats
+from ggml_ext.methods.sites import Fold, Linear, Site, SiteStats
 
 KINDS = ("norm", "attention", "middle", "experts", "unfoldable")
 

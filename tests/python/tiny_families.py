@@ -21,8 +21,8 @@ import transformers
 from numpy.typing import NDArray
 
 import models
-from ggml_ext import paths
-from ggml_ext.llama import bindings, view
+from ggml_ext.core import paths
+from ggml_ext.runtime.llama import bindings, view
 
 HIDDEN, FFN, HEADS, KV_HEADS, EXPERTS = 256, 512, 4, 2, 4
 

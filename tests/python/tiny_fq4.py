@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from ggml_ext import fq4
-from ggml_ext.gguf_ext import FQ4, Calibration, ExtMetadata, TensorErrors, add_ext_keys
+from ggml_ext.gguf import fq4
+from ggml_ext.gguf.ext import FQ4, Calibration, ExtMetadata, TensorErrors, add_ext_keys
 
 WIDTH, HEADS, VOCAB = 256, 4, 32
 

@@ -1,6 +1,6 @@
 """GGUF files with transforms, made from plain ones: weights change by numpy, factors are added.
 
-The mathematics is that of ggml_ext.sites, written out again: with a row of a weight read as W [n1, n2],
+The mathematics is that of methods/sites.py, written out again: with a row of a weight read as W [n1, n2],
 W' = L^-1 W R^-T answers x' = L^T X R, so that the products are the same.
 """
 
@@ -20,7 +20,7 @@ from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
 import models
-from ggml_ext.gguf_ext import KEYS
+from ggml_ext.gguf.ext import KEYS
 
 LOGITS = Path(__file__).with_name("logits.py")
 Matrix = NDArray[np.float64]

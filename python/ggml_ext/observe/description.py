@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import __version__, model_files, owned_folder, paths
-from ggml_ext.atomic import write_text
-from ggml_ext.errors import GgmlExtError
+from ggml_ext import __version__
+from ggml_ext.core import owned_folder, paths
+from ggml_ext.core.atomic import write_text
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.owned_folder import PLAN
+from ggml_ext.hf import model_files
 from ggml_ext.observe.layout import Layout, Place
 from ggml_ext.observe.sites import Table, from_json
-from ggml_ext.owned_folder import PLAN
 
 VERSION = 2
 

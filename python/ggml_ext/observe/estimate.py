@@ -19,19 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from ggml_ext import hf
-from ggml_ext.atomic import work_folder
-from ggml_ext.cpus import physical_cores
-from ggml_ext.llama import Model
+from ggml_ext.core.atomic import work_folder
+from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.outputs import check_folder
+from ggml_ext.core.owned_folder import SOURCE
+from ggml_ext.core.progress import duration_text, size_text
+from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.hf import folder as hf
 from ggml_ext.observe.layout import block_floats
 from ggml_ext.observe.observer import Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
-from ggml_ext.outputs import check_folder
-from ggml_ext.owned_folder import SOURCE
-from ggml_ext.progress import duration_text, size_text
-from ggml_ext.samples import read_text
-from ggml_ext.source import Source, open_gguf
+from ggml_ext.observe.samples import read_text
+from ggml_ext.runtime.llama import Model
 
 _SUMS_BYTES = 512 << 20  # of the sites that are timed
 _SECONDS = 60.0  # of a timed batch, about

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.llama import Model
-from ggml_ext.native import error_name, llama_library
+from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.observe.layout import MOMENT
 from ggml_ext.observe.sites import Table, parse
+from ggml_ext.runtime.llama import Model
+from ggml_ext.runtime.native import error_name, llama_library
 
 LARGEST_TOKEN = 64.0
 """A token counts at most as much as so many median ones; docs/rounding.md has the figures."""

@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext import llama, model_files
-from ggml_ext.errors import GgmlExtError
-from ggml_ext.header import value
-from ggml_ext.llama import Model
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.gguf.header import value
+from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.hf import model_files
 from ggml_ext.observe.description import Description, layout_facts, versions
 from ggml_ext.observe.layout import FLOAT, PANEL, SAMPLE_ROWS, Layout, lay_out
 from ggml_ext.observe.observer import LARGEST_TOKEN, Observer
+from ggml_ext.observe.samples import consecutive, enough, few_tokens, windows
 from ggml_ext.observe.sites import Table
-from ggml_ext.samples import consecutive, enough, few_tokens, windows
-from ggml_ext.source import Source, open_gguf
+from ggml_ext.runtime import llama
+from ggml_ext.runtime.llama import Model
 
 BATCH_TOKENS = 4096
 """Tokens of a decode: as many as make reading and writing the sums cheap beside adding to them."""

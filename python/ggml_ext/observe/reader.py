@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.description import Description
 from ggml_ext.observe.layout import (

@@ -11,21 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ggml_ext import hf
-from ggml_ext.atomic import atomic_path
-from ggml_ext.cpus import physical_cores
-from ggml_ext.errors import GgmlExtError, listed
-from ggml_ext.llama import Model
+from ggml_ext.core.atomic import atomic_path
+from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.outputs import check_folder
+from ggml_ext.core.owned_folder import SOURCE, Held, Kind, held
+from ggml_ext.core.progress import track
+from ggml_ext.gguf.source import open_gguf
+from ggml_ext.hf import folder as hf
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
+from ggml_ext.observe.samples import read_text
 from ggml_ext.observe.state import FILES, drop_other_generation, load_state
 from ggml_ext.observe.store import Store
-from ggml_ext.outputs import check_folder
-from ggml_ext.owned_folder import SOURCE, Held, Kind, held
-from ggml_ext.progress import track
-from ggml_ext.samples import read_text
-from ggml_ext.source import open_gguf
+from ggml_ext.runtime.llama import Model
 
 COMMIT_SECONDS = 60.0
 """About how much work a kill costs; a batch at least."""

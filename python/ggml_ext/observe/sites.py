@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError
 
 ROUTED = "MUL_MAT_ID"
 """Product in which every token has experts of its own."""

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ggml_ext.atomic import write_text
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.atomic import write_text
+from ggml_ext.core.errors import GgmlExtError
 
 SUMS = ("sums-0.bin", "sums-1.bin")
 ABSMAX, SAMPLES, STATE = "absmax.bin", "samples.bin", "state.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.observe.layout import FLOAT, Layout, block_floats
 from ggml_ext.observe.observer import Target
 from ggml_ext.observe.sites import Table

@@ -1,4 +1,4 @@
-// What cuda/device.cuh makes of PTX instructions, after the fragments that the PTX ISA documents. Same names and
+// What cuda/common/device.cuh makes of PTX instructions, after the fragments that the PTX ISA documents. Same names and
 // meaning as there.
 
 #pragma once

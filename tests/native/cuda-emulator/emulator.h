@@ -1,4 +1,4 @@
-// Runs CUDA kernels of ours on a CPU, for tests: cuda/device.cuh includes this in place of CUDA's headers where
+// Runs CUDA kernels of ours on a CPU, for tests: cuda/common/device.cuh includes this in place of CUDA's headers where
 // GGML_EXT_CUDA_EMULATED is defined. Every thread of a block is a fiber; blocks run one after the other.
 //
 // What it finds: wrong indices and fragments, accesses outside a buffer (under the address sanitizer), barriers and
@@ -146,7 +146,7 @@ using cudaError_t                 = int;
 using cudaStream_t                = void *;
 constexpr cudaError_t cudaSuccess = 0;
 
-// cuda/launch.h
+// cuda/common/launch.h
 inline cudaError_t ggml_ext_cuda_ask_shared(const void *, size_t) {
     return cudaSuccess;
 }

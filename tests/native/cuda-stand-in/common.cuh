@@ -5,7 +5,7 @@
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // in upstream's ggml-impl.h
 
-#include "device.cuh"
+#include "common/device.cuh"
 #include "ggml-impl.h"
 
 #include <cstdlib>

@@ -1,8 +1,8 @@
 // In the place of cuda/attention_{prefill,decode}_{96,128,256}.cu: the stand-in's tests have heads of 64, and these kernels
 // have tests of their own.
 
-#include "attention_decode_args.h"
-#include "attention_shapes.cuh"
+#include "attention/decode/args.h"
+#include "attention/prefill/shapes.cuh"
 #include "common.cuh"
 
 namespace ggml_ext {

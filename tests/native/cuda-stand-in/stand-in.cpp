@@ -1,11 +1,11 @@
 #include "stand-in.h"
 
 #include "common.cuh"
+#include "common/views.h"
 #include "ext-cuda.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
-#include "views.h"
 
 namespace {
 

@@ -1,0 +1,62 @@
+#include "activation.cuh"
+#include "common.cuh"
+#include "common/context.h"
+#include "quantize.cuh"
+
+// Also called while a CUDA graph is captured: upstream captures in relaxed mode, where cudaMalloc is allowed and takes
+// place at once, outside the graph.
+static void * allocate(size_t size) {
+    void * memory = nullptr;
+    CUDA_CHECK(cudaMalloc(&memory, size));
+    return memory;
+}
+
+struct activation_slot {
+    ggml_ext_cuda_activation activation;
+    bool                     filled;
+};
+
+static activation_slot find_slot(ggml_backend_cuda_context & ctx, const ggml_tensor * x) {
+    GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[0] % GGML_EXT_ACTIVATION_GROUP == 0);
+    const int64_t k      = x->ne[0];
+    const int64_t n_rows = ggml_nrows(x);
+    GGML_ASSERT(n_rows * (k / GGML_EXT_ACTIVATION_GROUP) < INT32_MAX);
+    const size_t codes_size  = GGML_PAD(k * n_rows, 256);
+    const size_t scales_size = k / GGML_EXT_ACTIVATION_GROUP * n_rows * sizeof(float);
+
+    ggml_ext_activation_slots & slots  = ggml_ext_cuda_state_of(ctx).streams[ctx.curr_stream_no];
+    const auto                  found  = slots.find(x, std::max<size_t>(codes_size + scales_size, 1), allocate);
+    char *                      buffer = static_cast<char *>(found.buffer);
+    return {
+        { reinterpret_cast<int8_t *>(buffer), reinterpret_cast<float *>(buffer + codes_size), k, n_rows },
+        found.filled
+    };
+}
+
+ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx, const ggml_tensor * x) {
+    const activation_slot slot = find_slot(ctx, x);
+    if (slot.filled || ggml_is_empty(x)) {
+        return slot.activation;
+    }
+    GGML_ASSERT(ggml_ext_cuda_state_of(ctx).unwritten.count(x) == 0 &&
+                "ggml-ext: an activation that exists in int8 only is gone");
+    const ggml_ext_activation_shape shape = {
+        x->ne[0],          ggml_nrows(x),     uint32_t(x->ne[1]), uint32_t(x->ne[2]),
+        int64_t(x->nb[1]), int64_t(x->nb[2]), int64_t(x->nb[3]),
+    };
+    const auto plan   = ggml_ext_activation_plan(shape, x->data);
+    const auto kernel = plan.aligned ? ggml_ext_activation_kernel<true> : ggml_ext_activation_kernel<false>;
+    const ggml_cuda_kernel_launch_params params(dim3(plan.n_blocks), dim3(GGML_EXT_ACTIVATION_THREADS), size_t(0),
+                                                ctx.stream());
+    ggml_cuda_kernel_launch(kernel, params, (const char *) x->data, slot.activation.codes, slot.activation.scales,
+                            shape);
+    return slot.activation;
+}
+
+ggml_ext_cuda_activation ggml_ext_cuda_quantized_reserve(ggml_backend_cuda_context & ctx, const ggml_tensor * x,
+                                                         bool only) {
+    if (only) {
+        ggml_ext_cuda_state_of(ctx).unwritten.insert(x);
+    }
+    return find_slot(ctx, x).activation;
+}

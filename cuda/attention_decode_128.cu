@@ -1,4 +1,0 @@
-#include "attention_decode_launch.cuh"
-
-template cudaError_t ggml_ext::attention_decode_launch<128>(const attention_decode_args &, cache_type, cache_type,
-                                                            cudaStream_t);

@@ -1,0 +1,160 @@
+// A product with FQ4 weights, cut into tiles: what the kernels get, and how the launchers choose the cut. Plain C++, so
+// that tests launch what a device would.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+constexpr int GGML_EXT_FQ4_BLOCK_WEIGHTS = 256;
+
+// Rows of weights in a tile; a warp has 32 of them.
+constexpr int GGML_EXT_FQ4_TILE_ROWS    = 128;
+constexpr int GGML_EXT_FQ4_TILE_THREADS = 128;
+// Columns of a tile where there are no tensor cores for int8.
+constexpr int GGML_EXT_FQ4_TILE_DP4A    = 32;
+
+// Columns of a tile that use one expert: the pairs[first .. first + count - 1]. No columns: count <= 0.
+struct ggml_ext_fq4_expert_tile {
+    int32_t expert, first, count;
+};
+
+struct ggml_ext_fq4_product {
+    // Row r of matrix (i2, i3) starts at weights + r nb1 + i2 nb2 + i3 nb3 and is n_blocks blocks long. Any even address.
+    // The kernels read whole words of 4 aligned bytes: up to 2 bytes before and after a block, which is inside an
+    // allocation of the CUDA backend (aligned to 128 bytes, and its size rounded up to 256).
+    const char * weights;
+    int64_t      nb1, nb2, nb3;
+    int32_t      m;         // rows of a matrix
+    int32_t      n_blocks;  // of a row, > 0
+    int32_t      k;         // 256 n_blocks
+
+    // As ggml_ext_cuda_activation.
+    const int8_t * codes;
+    const float *  scales;
+    int64_t        n_activations;
+
+    // Column (i1, i2, i3) starts at dst + i1 s1 + i2 s2 + i3 s3.
+    float * dst;
+    int64_t s1, s2, s3;
+
+    // MUL_MAT: column i1 < n of batch (i2, i3) is activation i1 + n (i2 + ne2 i3), the weights' batch is
+    // (i2 / repeat2, i3 / repeat3).
+    int32_t n, ne2, ne3, repeat2, repeat3;
+
+    // MUL_MAT_ID where tiles is set: pair p = token n_used + slot is column (slot, token) of dst and activation
+    // token ne1 + slot % ne1.
+    const ggml_ext_fq4_expert_tile * tiles;
+    const int32_t *                  pairs;
+    int32_t                          n_used, ne1;
+
+    // The steps (tile, block), block fastest and column tiles before row tiles, are dealt to the thread blocks in equal
+    // ranges. Where a range starts inside a tile, this part of the tile goes to partial[block][column][row] and is added
+    // by ggml_ext_fq4_tiles_join; all else goes to dst.
+    int32_t column_tiles;  // of all batches, or length of tiles[]
+    int32_t row_tiles;
+    int32_t n_ranges;
+    float * partial;
+};
+
+// The first step of range i of n: the first ranges are one step longer where they cannot be equal. The ranges are the
+// same on every run.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+inline int32_t
+ggml_ext_fq4_range_begin(int32_t i, int32_t n, int32_t n_steps) {
+    const int32_t rest = n_steps % n;
+    return n_steps / n * i + (i < rest ? i : rest);
+}
+
+struct ggml_ext_fq4_tiling {
+    int  columns;  // of a tile: 16, 32, 64 or 128
+    int  row_tiles;
+    int  column_tiles;
+    int  n_ranges;  // thread blocks
+    bool split;     // ranges may start inside a tile
+};
+
+// Shared memory of a thread block: see tiles.cuh.
+constexpr size_t ggml_ext_fq4_tile_shared(int columns) {
+    const int slice   = columns < 64 ? columns : 64;
+    const int n_slots = columns / slice + 1;
+    return 2048 + 4 * 32 * 144 + size_t(n_slots) * slice * (256 + 4) + size_t(columns) * (4 + 8) + 32;
+}
+
+// Thread blocks of one multiprocessor: as many as registers allow (the kernels' launch bounds) ...
+constexpr int ggml_ext_fq4_tile_residents(int columns) {
+    return columns >= 64 ? 2 : 3;
+}
+// ... and shared memory: a multiprocessor has what one block may have at most and 1 KiB, and each block takes 1 KiB more.
+inline int ggml_ext_fq4_tile_residents(int columns, size_t shared_limit) {
+    return std::max(1, std::min(ggml_ext_fq4_tile_residents(columns),
+                                int((shared_limit + 1024) / (ggml_ext_fq4_tile_shared(columns) + 1024))));
+}
+
+// Widest tile that leaves two steps' data in a thread block's shared memory.
+inline int ggml_ext_fq4_widest_tile(size_t shared_limit) {
+    int columns = 128;
+    while (columns > 16 && ggml_ext_fq4_tile_shared(columns) > shared_limit) {
+        columns /= 2;
+    }
+    return columns;
+}
+
+// Clocks of one multiprocessor, by arithmetic (docs/fq4.md, "CUDA: many columns"); no device has measured them.
+// One step of a tile while others run beside it: decoding, or shared memory's bandwidth.
+constexpr int64_t ggml_ext_fq4_step_clocks(int columns) {
+    return columns <= 48 ? 1100 : 620 + 10 * columns;
+}
+// The same with the multiprocessor to itself: decoding, then multiplying while the next rows are on their way.
+constexpr int64_t ggml_ext_fq4_lone_step_clocks(int columns) {
+    return 1000 + std::max(900, 13 * columns);
+}
+inline int64_t ggml_ext_fq4_steps_clocks(int columns, int64_t n_ranges, int n_sm) {
+    const int64_t beside = (n_ranges + n_sm - 1) / n_sm;
+    return std::max(ggml_ext_fq4_lone_step_clocks(columns), beside * ggml_ext_fq4_step_clocks(columns));
+}
+
+// How to cut n columns (times n_batches) of an m x (256 n_blocks) matrix on a device of n_sm multiprocessors.
+inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_tiling(int64_t m, int64_t n_blocks, int64_t n, int64_t n_batches,
+                                                      int n_sm, size_t shared_limit) {
+    ggml_ext_fq4_tiling t = {};
+    t.columns             = 16;
+    while (t.columns < n && t.columns < ggml_ext_fq4_widest_tile(shared_limit)) {
+        t.columns *= 2;
+    }
+    t.row_tiles           = int((m + GGML_EXT_FQ4_TILE_ROWS - 1) / GGML_EXT_FQ4_TILE_ROWS);
+    t.column_tiles        = int((n + t.columns - 1) / t.columns * n_batches);
+    const int64_t n_tiles = int64_t(t.row_tiles) * t.column_tiles;
+    const int64_t at_once = int64_t(n_sm) * ggml_ext_fq4_tile_residents(t.columns, shared_limit);
+
+    const int64_t rest     = n_tiles % at_once;
+    const int64_t whole    = n_blocks * (n_tiles / at_once * ggml_ext_fq4_steps_clocks(t.columns, at_once, n_sm) +
+                                      (rest ? ggml_ext_fq4_steps_clocks(t.columns, rest, n_sm) : 0));
+    // Ranges of four steps at least. A part is written, read, and the result read and written, at 20 bytes per clock
+    // and multiprocessor; a launch more is 4000 clocks.
+    const int64_t n_steps  = n_tiles * n_blocks;
+    const int64_t n_ranges = std::max<int64_t>(1, std::min(at_once, n_steps / 4));
+    const int64_t bytes    = n_ranges * GGML_EXT_FQ4_TILE_ROWS * t.columns * 4 * 4;
+    const int64_t parts = (n_steps + n_ranges - 1) / n_ranges * ggml_ext_fq4_steps_clocks(t.columns, n_ranges, n_sm) +
+                          bytes / (20 * n_sm) + 4000;
+    t.split    = n_ranges > 1 && parts < whole;
+    t.n_ranges = int(t.split ? n_ranges : n_tiles);
+    return t;
+}
+
+// The same for n_pairs columns shared out among n_experts in an unknown way: every expert may leave a tile unfilled.
+inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_expert_tiling(int64_t m, int64_t n_pairs, int64_t n_experts,
+                                                             size_t shared_limit) {
+    ggml_ext_fq4_tiling t = {};
+    t.columns             = 16;
+    while (t.columns < n_pairs / n_experts && t.columns < ggml_ext_fq4_widest_tile(shared_limit)) {
+        t.columns *= 2;
+    }
+    t.row_tiles    = int((m + GGML_EXT_FQ4_TILE_ROWS - 1) / GGML_EXT_FQ4_TILE_ROWS);
+    t.column_tiles = int(n_pairs / t.columns + n_experts);
+    t.n_ranges     = t.row_tiles * t.column_tiles;
+    return t;
+}

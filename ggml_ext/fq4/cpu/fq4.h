@@ -1,0 +1,70 @@
+// FQ4 inside ggml-cpu: products of FQ4 rows with columns of int8 activations, one set of kernels per instruction
+// set, and the choice between them. mul_mat.c drives them.
+//
+// All kernels accumulate in int32 over a block of 256 and so equal the reference exactly in their integer part:
+// |T| <= 127 and |q| <= 127, hence a block's sum stays below 2^22. A kernel's result for one row and one column
+// does not depend on the other rows and columns of the call.
+
+#ifndef GGML_EXT_FQ4_CPU_H
+#define GGML_EXT_FQ4_CPU_H
+
+#include "fq4/fq4.h"
+
+#include <stdalign.h>
+#include <stdbool.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GGML_EXT_FQ4_MAX_COLS  8   // columns per call of a kernel
+#define GGML_EXT_FQ4_TILE_ROWS 32  // rows of a tile
+
+// 256 activations: x = d * q. The values are those of upstream's Q8_K (quantize_row_q8_K_ref), without its sums per
+// 16, of which these kernels need none. Aligned so that no load of q crosses a cache line.
+struct ggml_ext_fq4_act {
+    alignas(64) int8_t q[QK_FQ4];
+    float   d;      // largest |x| / 127; NaN if an x is NaN or infinite
+    int32_t start;  // -128 times the sum of q: where a sum starts whose weights are stored as T + 128
+};
+
+// One block of each of GGML_EXT_FQ4_TILE_ROWS rows, decoded to bytes in the path's own layout.
+struct ggml_ext_fq4_tile {
+    alignas(64) uint8_t w[GGML_EXT_FQ4_TILE_ROWS * QK_FQ4];
+    float d[GGML_EXT_FQ4_TILE_ROWS];  // the blocks' scales
+};
+
+struct ggml_ext_fq4_path {
+    const char * name;
+    bool (*available)(void);
+    // k (a multiple of 256) floats to k / 256 blocks. All paths give the same bits.
+    void (*quantize)(int64_t k, const float * x, struct ggml_ext_fq4_act * y);
+    // n_rows rows of n_blocks blocks, row_size bytes apart, times n_cols (1 .. GGML_EXT_FQ4_MAX_COLS) columns:
+    // out[c][r] for column c and row r. Reads the weights as one stream.
+    void (*dots)(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
+                 const struct ggml_ext_fq4_act * const * y, float * const * out);
+    // Decodes one block of n_rows (1 .. GGML_EXT_FQ4_TILE_ROWS) rows, row_size bytes apart; the other rows become
+    // zero weights.
+    void (*decode)(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile);
+    // acc[c * GGML_EXT_FQ4_TILE_ROWS + r] += the tile's row r times the block y[c], for n_cols
+    // (1 .. GGML_EXT_FQ4_MAX_COLS) columns. acc: 64-byte aligned.
+    void (*multiply)(const struct ggml_ext_fq4_tile * tile, int n_cols, const struct ggml_ext_fq4_act * const * y,
+                     float * acc);
+};
+
+// Fastest first; the last entry is the generic path, plain C, which is always available.
+GGML_API const struct ggml_ext_fq4_path * const ggml_ext_fq4_paths[];
+GGML_API const int                              ggml_ext_fq4_n_paths;
+
+// The fastest available path.
+GGML_API const struct ggml_ext_fq4_path * ggml_ext_fq4_fastest(void);
+
+// Its product of one row of n weights and one column of Q8_K, as a ggml_vec_dot_t for the type traits (nrc 1).
+GGML_API void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
+                               int nrc);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // GGML_EXT_FQ4_CPU_H

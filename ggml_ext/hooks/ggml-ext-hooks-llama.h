@@ -1,0 +1,9 @@
+// The same for llama.
+
+#ifndef GGML_EXT_HOOKS_LLAMA_H
+#define GGML_EXT_HOOKS_LLAMA_H
+
+#include "transform/hooks.h"
+#include "transform/metadata.h"
+
+#endif  // GGML_EXT_HOOKS_LLAMA_H

@@ -1,0 +1,21 @@
+#include "settings.h"
+
+#include "attention/setting.h"
+#include "sampler/chain.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+static void check(const char * variable, bool (*known)(const char * value), const char * values) {
+    const char * value = std::getenv(variable);
+    if (value && !known(value)) {
+        throw std::runtime_error(std::string("ggml-ext: environment variable ") + variable + " is '" + value +
+                                 "'; set it to " + values);
+    }
+}
+
+void ggml_ext_check_settings() {
+    check("GGML_EXT_ATTN", ggml_ext_attention_known, GGML_EXT_ATTENTION_MODES);
+    check("GGML_EXT_SAMPLER", ggml_ext_sampler_known, "off or fused");
+}

@@ -1,0 +1,1 @@
+"""The pinned source of llama.cpp, and `ggml-ext build`."""

@@ -1,0 +1,220 @@
+"""ggml-ext convert, calibrate and recipes on the command line: parse, call, print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ggml_ext.cli.shared import (
+    CalibrationOption,
+    DryRunOption,
+    ParseSpecialOption,
+    SeedOption,
+    TrustOption,
+    bound_threads,
+    print_table,
+    takes_settings,
+    warn,
+)
+from ggml_ext.core.registry import ROUNDINGS, TRANSFORMS
+
+if TYPE_CHECKING:
+    from ggml_ext.recipes import Options
+
+
+def _rule(value: str) -> tuple[str, str]:
+    """Splits the REGEX=TYPE of --type-for at its last equals sign; a type name has none."""
+    pattern, separator, type_name = value.rpartition("=")
+    if not separator or not pattern or not type_name:
+        raise typer.BadParameter(f"{value!r} is not REGEX=TYPE, for example 'ffn_down=q6_k'")
+    return pattern, type_name
+
+
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="Hugging Face model folder, its name on the Hub (org/name[@revision]), or float or q8_0 GGUF.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that convert and calibrate share."""
+
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Named recipe, see ggml-ext recipes; options beside it win."),
+    ] = None
+    type_name: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Type (fq4, q4_k, ...), fq4_m, or llama-quantize mix (q4_k_m, ...); fq4 by default.",
+        ),
+    ] = None
+    transform: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(TRANSFORMS)}.")
+    ] = None
+    rounding: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(ROUNDINGS)}; rtn: to nearest.")
+    ] = None
+    activation: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Activations: a8 (llama.cpp's own), a4, a4/32 or a4/256."),
+    ] = None
+    calibration: CalibrationOption = None
+    type_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=TYPE", help="Type of the tensors whose names match; repeatable."),
+    ] = None
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Tensors that are not quantised; repeatable.")
+    ] = None
+    ctx: Annotated[int, typer.Option(min=16, help="Tokens per window of the calibration text.")] = 512
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Windows of the calibration text; by default 128, or more for wide matrices."
+        ),
+    ] = None
+    seed: SeedOption = 0
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where transforms are solved.")] = "cpu"
+    matrices: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Use the transforms in flat_matrices.pth of FlatQuant's own code."),
+    ] = None
+    parse_special: ParseSpecialOption = False
+    trust_remote_code: TrustOption = False
+    threads: Annotated[int, typer.Option("-t", "--threads", min=0, help="Threads; 0 for all.")] = 0
+
+    @property
+    def rules(self) -> list[tuple[str, str]]:
+        """``type_for`` as pairs."""
+        return [_rule(value) for value in self.type_for or []]
+
+    def options(self) -> Options:
+        """What is said of the method."""
+        from ggml_ext.recipes import Options
+
+        return Options(self.type_name, self.transform, self.rounding, self.activation, self.samples)
+
+    def require_device(self) -> None:
+        """Refuses what is no device, or one that is not there."""
+        if self.device not in ("cpu", "cuda"):
+            raise typer.BadParameter(f"{self.device!r} is not cpu or cuda", param_hint="--device")
+        from ggml_ext.methods.calibrate.device import require_device
+
+        require_device(self.device)
+
+
+@takes_settings(Settings)
+def convert(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to write.")],
+    settings: Settings,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix of llama-imatrix.")
+    ] = None,
+    calibrated: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of a finished ggml-ext calibrate.")
+    ] = None,
+) -> None:
+    """Convert a model to a GGUF file: transform x rounding x type, or a recipe that names all three."""
+    its = settings
+    rules = its.rules
+    bound_threads(its.threads)
+    its.require_device()
+    from ggml_ext.convert import convert as run_convert
+    from ggml_ext.recipes import Options
+
+    options = its.options()
+    if calibrated is not None and (
+        its.recipe or its.calibration or imatrix or its.matrices or rules or its.keep or options != Options()
+    ):
+        raise typer.BadParameter("the calibration has decided this already", param_hint="--calibrated")
+    result = run_convert(
+        source,
+        out,
+        recipe=its.recipe,
+        options=options,
+        imatrix=imatrix,
+        calibration=its.calibration,
+        calibrated=calibrated,
+        type_for=rules,
+        keep=its.keep or [],
+        ctx=its.ctx,
+        seed=its.seed,
+        device=its.device,
+        matrices=its.matrices,
+        parse_special=its.parse_special,
+        trust_remote_code=its.trust_remote_code,
+        threads=its.threads,
+    )
+    print(result.summary())
+
+
+@takes_settings(Settings)
+def calibrate(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder, begun or to begin.")],
+    settings: Settings,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Calibrate a model block by block for convert --calibrated; interrupted, the same command goes on."""
+    its = settings
+    rules = its.rules
+    bound_threads(its.threads)
+    from ggml_ext import recipes
+    from ggml_ext.hf import hub
+
+    recipes.require_packages()
+    its.require_device()
+    from ggml_ext.methods.calibrate.plan import Request
+    from ggml_ext.methods.calibrate.run import calibrate as run_calibrate
+    from ggml_ext.observe.samples import text_or_default
+
+    options = its.options()
+    method = recipes.resolve(its.recipe, options, importances=True)
+    method = recipes.with_matrices(method, options, its.matrices)
+    request = Request(
+        hub.fetch(source),
+        text_or_default(its.calibration, warn),
+        method,
+        rules,
+        its.keep or [],
+        its.ctx,
+        its.seed,
+        its.device,
+        its.threads,
+        its.matrices,
+        its.parse_special,
+        its.trust_remote_code,
+    )
+    if dry_run:
+        from ggml_ext.methods.calibrate.estimate import estimate
+
+        found = estimate(request, out)
+        print_table(found.table())
+        print(found.summary())
+        return
+    print(run_calibrate(request, out).summary())
+
+
+def recipes() -> None:
+    """The named recipes and what they stand for."""
+    from ggml_ext import recipes as found
+
+    table = Table("recipe", "type", "transform", "rounding", "activations", "for")
+    for name in found.names():
+        recipe = found.load(name)
+        method = recipe.method
+        cells = (name, method.type_name, method.transform, method.rounding, method.activation)
+        table.add_row(*map(Text, (*cells, recipe.description)))
+    print_table(table)

@@ -1,0 +1,317 @@
+"""The command line: parses, calls, prints. Every command's work is in the module it imports.
+
+Errors are one line on standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n
+(130 Ctrl-C, 143 SIGTERM, 129 SIGHUP).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.table import Table
+from rich.text import Text
+
+from ggml_ext import __version__
+from ggml_ext.cli.convert import calibrate, convert, recipes
+from ggml_ext.cli.observe import observe
+from ggml_ext.cli.shared import bound_threads, print_table
+from ggml_ext.core.errors import GgmlExtError, one_line
+from ggml_ext.core.signals import Terminated, as_interrupts
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn errors into one line and an exit status."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except GgmlExtError as error:
+        _fail(str(error))
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"ggml-ext: {how}", file=sys.stderr)
+        raise typer.Exit(128 + number) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads our output any more; keeps Python from complaining at exit
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the file and the disk it is on")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if hasattr(error, "show"):  # wrong usage, which typer itself reports
+            raise
+        _fail(one_line(error))
+
+
+def _fail(message: str) -> None:
+    print(f"ggml-ext: error: {message}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; typer itself reports wrong usage and exits with status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="ggml-ext",
+    cls=_Commands,
+    help="New GGML ops and quant types for llama.cpp: convert models, measure them, run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.")]
+ModelsArgument = Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Model files.")]
+TextOption = Annotated[
+    Path, typer.Option("-f", "--file", metavar="TEXT", help="Text to evaluate on (UTF-8).")
+]
+CtxOption = Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ggml-ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(convert)
+app.command()(calibrate)
+app.command()(observe)
+app.command()(recipes)
+
+
+@app.command()
+def perplexity(
+    model: ModelArgument,
+    text: TextOption,
+    ctx: CtxOption = 512,
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Perplexity of a model on a text, equal to llama-perplexity's."""
+    bound_threads(threads)
+    from ggml_ext.core.outputs import check_outputs, write_json
+    from ggml_ext.measure.evaluate import PerplexityResult
+    from ggml_ext.measure.evaluate import perplexity as run_perplexity
+    from ggml_ext.measure.report import number
+
+    def deliver(result: PerplexityResult) -> None:
+        if json_out is not None:
+            write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
+        print(
+            f"{model}: perplexity {number(result.ppl, result.ppl_se, '.4f')} "
+            f"({result.windows} windows of {ctx} tokens, {result.count} scored)",
+            flush=True,
+        )
+
+    check_outputs(json_out, inputs=[model, text])
+    run_perplexity(model, text, ctx=ctx, threads=threads, deliver=deliver)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="Reference, usually f16 or bf16.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Models to compare with it.")],
+    text: TextOption,
+    ctx: CtxOption = 512,
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of speed measurements; 0 for none.")] = 5,
+    layers: Annotated[int, typer.Option(min=0, help="Windows for the error per block; 0 for none.")] = 8,
+    json_out: JsonOption = None,
+    report_out: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.md", help="Write a report.")
+    ] = None,
+    plot_out: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Draw KL divergence over bits per weight."),
+    ] = None,
+) -> None:
+    """Size, perplexity, KL divergence, top-1 agreement and speed of models against a base."""
+    bound_threads(threads)
+    from ggml_ext.measure import loss, report
+    from ggml_ext.measure.compare import compare as run_compare
+
+    def deliver(rows: list[report.Row]) -> None:
+        print_table(report.table(rows))
+        for name, row in zip(report.short_names(rows), rows, strict=True):
+            line = loss.summary(row, name)
+            if line is not None:
+                print(line)
+        written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
+        wrote = f"; wrote {', '.join(written)}" if written else ""
+        print(f"compared {len(models)} models with {base}{wrote}", flush=True)
+
+    run_compare(
+        base,
+        models,
+        text,
+        ctx=ctx,
+        threads=threads,
+        rounds=rounds,
+        layers=layers,
+        json_out=json_out,
+        report_out=report_out,
+        plot_out=plot_out,
+        deliver=deliver,
+    )
+
+
+@app.command()
+def bench(
+    models: ModelsArgument,
+    prompt: Annotated[int, typer.Option("-p", "--prompt", min=1, help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option("-n", "--generate", min=1, help="Tokens to generate.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the models take turns.")] = 5,
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Prompt and generation speed of models, measured with llama-bench in turns."""
+    from ggml_ext.core.outputs import check_outputs, write_json
+    from ggml_ext.measure import bench as benchmark
+    from ggml_ext.measure import report
+
+    check_outputs(json_out, inputs=models)
+    speeds = benchmark.bench(models, prompt=prompt, generate=generate, rounds=rounds, threads=threads)
+    rows = benchmark.as_rows(speeds)
+    if json_out is not None:
+        write_json(json_out, rows)
+    print_table(report.speed_table(rows))
+    print(f"measured {len(models)} models in {rounds} rounds" + (f"; wrote {json_out}" if json_out else ""))
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_out: JsonOption = None,
+) -> None:
+    """What a GGUF file consists of: types, sizes, how it was made."""
+    from ggml_ext.core.outputs import check_outputs, write_json
+    from ggml_ext.gguf import inspect as inspection
+
+    check_outputs(json_out, inputs=[model])
+    result = inspection.inspect(model)
+    if json_out is not None:
+        write_json(json_out, result.as_json())
+    inspection.print_result(result, tensors=tensors)
+
+
+@app.command()
+def build(
+    dest: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to install to.")] = Path(
+        "ggml-ext-build"
+    ),
+    source: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="llama.cpp tree or archive instead of the pinned release."),
+    ] = None,
+    cuda: Annotated[bool, typer.Option("--cuda", help="With the CUDA backend.")] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="CUDA architectures, as 80,86,90a. [default: this machine's devices, else 75,80,86,89,90a]",
+        ),
+    ] = None,
+    rpc: Annotated[bool, typer.Option("--rpc", help="With the RPC backend and server.")] = False,
+) -> None:
+    """Build the patched llama.cpp elsewhere, with other backends or from another source."""
+    from ggml_ext.build.toolkit import build as run_build
+
+    if arch is not None and not cuda:
+        raise typer.BadParameter("needs --cuda", param_hint="--arch")
+    made = run_build(dest, source=source, cuda=cuda, arch=arch, rpc=rpc)
+    print(f"{made}: patched llama.cpp; use it with GGML_EXT_LIB_DIR={made}/lib GGML_EXT_BIN_DIR={made}/bin")
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def run(
+    context: typer.Context,
+    tool: Annotated[str, typer.Argument(metavar="TOOL", help="llama-cli, llama-server, llama-quantize, ...")],
+) -> None:
+    """Run a tool of the patched llama.cpp; everything behind its name goes to the tool."""
+    from ggml_ext.build.toolkit import run_tool
+
+    run_tool(tool, context.args)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What is installed and what works here; exit status 1 if something needed is broken."""
+    from ggml_ext.runtime.doctor import checks
+
+    found = checks()
+    if as_json:
+        print(json.dumps([vars(check) for check in found], indent=2))
+    else:
+        table = Table("", "what", "found", "remedy")
+        for check in found:
+            # Text, since plain strings would lose "[convert]" as markup.
+            table.add_row(*map(Text, (check.state, check.name, check.found, check.remedy)))
+        print_table(table)
+    if any(check.state == "broken" for check in found):
+        raise typer.Exit(1)
+
+
+def _escape_output() -> None:
+    """Names and signs that the terminal's encoding does not have are printed as \\x or \\u escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def main() -> None:
+    """Run the command line; exits with its status."""
+    _escape_output()
+    with as_interrupts() as came:
+        try:
+            app()
+        except SystemExit:
+            if came:  # also where it came outside a command, which typer takes for Ctrl-C
+                sys.exit(128 + came[-1])
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Digests, and the folder of what is kept between runs. The standard library only: upstream.py needs this
+before anything is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ggml_ext.core.errors import GgmlExtError
+
+
+def cache_dir() -> Path:
+    """Folder of what is kept between runs: GGML_EXT_CACHE, else ggml-ext in the XDG cache folder.
+
+    Raises GgmlExtError where there is neither, nor a home folder.
+    """
+    if override := os.environ.get("GGML_EXT_CACHE"):
+        return Path(override)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "ggml-ext"
+    try:
+        return Path.home() / ".cache" / "ggml-ext"
+    except RuntimeError as error:
+        raise GgmlExtError("no folder for a cache: there is no home folder; set GGML_EXT_CACHE") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def digest(facts: Any) -> str:
+    """Short digest of a JSON value."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""Perplexity, divergence, speed and errors of files."""

@@ -1,0 +1,292 @@
+"""Perplexity and KL divergence of GGUF models over a text, window by window, in bounded memory.
+
+The text is cut into windows of ``ctx`` tokens as llama-perplexity does (tools/perplexity/perplexity.cpp):
+BOS replaces a window's first token where the model wants one, and only the second half of a window is
+scored, so that every scored token has some context.
+
+Models are compared to the base in groups of windows: the base's logits of one group go to an unnamed scratch
+file as float32, then every model is loaded in turn and scored against them. So the base is evaluated
+once, one model is in memory at a time, and the scratch file never exceeds ``windows.SCRATCH_BYTES``,
+whatever the length of the text. Finished windows are journalled: an interrupted command resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_ext.core import paths
+from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.outputs import identity
+from ggml_ext.core.progress import Advance, track
+from ggml_ext.gguf.shards import named_parts
+from ggml_ext.measure.journal import Journal
+from ggml_ext.measure.scoring import (
+    SCORE,
+    THREADS,
+    BaseRows,
+    Difference,
+    Divergence,
+    Perplexity,
+    difference_of,
+    divergence_of,
+    perplexity_of,
+    score,
+)
+from ggml_ext.measure.standard_error import Interval, TextErrors
+from ggml_ext.measure.windows import Scratch, decode_windows, make_plan
+from ggml_ext.runtime.llama import Model, interruptible
+
+FORMAT = 1
+"""Version of what the journal holds; raise it when scores change their meaning."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one model. ``divergence`` is None for the base.
+
+    differences: this model less each of the models compared, in their order, None in its own place and empty
+    for the base; rival: index of the one with the next lower KL divergence, None for the base and the best.
+    """
+
+    model: Path
+    perplexity: Perplexity
+    divergence: Divergence | None
+    differences: list[Difference | None]
+    rival: int | None
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity of ``model`` over ``windows`` windows of ``ctx`` tokens; ``tokens``: length of the text.
+
+    The figures are those of ``scoring.Perplexity``.
+    """
+
+    model: Path
+    ppl: float
+    ppl_se: float | None
+    ppl_ci95: Interval | None
+    ppl_se_independent: float
+    count: int
+    error_df: int
+    tokens: int
+    windows: int
+    ctx: int
+
+
+def read_text(path: Path) -> tuple[bytes, str]:
+    """The text without one final line feed, as llama.cpp's tools read it, and the file's SHA-256.
+
+    Raises GgmlExtError.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise GgmlExtError(f"{path}: {error.strerror}; name a text file that can be read") from error
+    return data.removesuffix(b"\n"), hashlib.sha256(data).hexdigest()
+
+
+class Evaluation:
+    """Scores a base model and others over a text. Use it in ``with``."""
+
+    def __init__(
+        self, base: Path, models: Sequence[Path], text: Path, *, ctx: int = 512, threads: int | None = None
+    ) -> None:
+        """Read the text, check all files and cut the windows.
+
+        ``threads``: None for one per physical core. Raises GgmlExtError on files that cannot be read or
+        loaded, on models with different vocabularies, and on a text shorter than one window.
+        """
+        self.base, self.models, self.ctx, self.threads = base, list(models), ctx, threads
+        self._text, self.text_sha256 = read_text(text)
+        with Model(base, weights=False) as model:
+            if model.adds_eos:
+                raise GgmlExtError(f"{base}: ends every text with EOS, so its perplexity has no meaning here")
+            self._tokens = model.tokenize(self._text)
+            self.plan = make_plan(ctx, model.n_vocab)
+            self._n_vocab = model.n_vocab
+        self.tokens = len(self._tokens)
+        self.n_windows = self.tokens // ctx
+        if self.n_windows == 0:
+            raise GgmlExtError(
+                f"{text}: has {self.tokens} tokens, one window needs {ctx}; lengthen the text or lower --ctx"
+            )
+        self.windows = self._tokens[: self.n_windows * ctx].reshape(self.n_windows, ctx)
+        for path in self.models:
+            self._check_vocabulary(path)
+        libraries = sorted(path for path in paths.lib_dir().glob("lib*") if path.suffix in (".so", ".dylib"))
+        self._journal = Journal(
+            {
+                "format": FORMAT,
+                "base": self._facts(base),
+                "text": self.text_sha256,
+                "ctx": ctx,
+                "libraries": [identity(library) for library in libraries],
+                "switches": {
+                    k: v for k, v in sorted(os.environ.items()) if k.startswith(("GGML_EXT_", "LLAMA_"))
+                },
+            },
+            self.plan.rows,
+        )
+
+    def _done(self, path: Path) -> int:
+        """Windows of ``path`` that are scored, from the first one on."""
+        return len(self._journal.windows(self._facts(path)))
+
+    def _facts(self, path: Path) -> list[Any]:
+        return [identity(part) for part in named_parts(path) if part.exists()]
+
+    def run(self) -> list[Result]:
+        """Score everything that the journal lacks. Results: the base, then the models in their order."""
+        done = [self._done(path) for path in (self.base, *self.models)]
+        if any(done):
+            print(
+                f"resuming: {sum(done)} of {len(done) * self.n_windows} windows are scored", file=sys.stderr
+            )
+        with track((len(done) * self.n_windows - sum(done)) * self.ctx, "evaluating", "tok") as advance:
+            if self.models:
+                with Scratch(self.plan.rows, self._n_vocab, self.n_windows, "base logits") as scratch:
+                    print(
+                        f"scratch: up to {scratch.bytes / 1e6:.0f} MB of base logits in {scratch.folder}",
+                        file=sys.stderr,
+                    )
+                    for start in range(0, self.n_windows, scratch.windows):
+                        stop = min(start + scratch.windows, self.n_windows)
+                        self._run_group(start, stop, scratch, advance)
+            else:
+                self._run_base(self._done(self.base), self.n_windows, None, 0, advance)
+        return self._results()
+
+    def _run_group(self, start: int, stop: int, scratch: Scratch, advance: Advance) -> None:
+        """Score windows start..stop of the base and of every model that lacks them."""
+        pending = [path for path in self.models if self._done(path) < stop]
+        needed = min([self._done(path) for path in (self.base, *pending)])
+        if needed >= stop:
+            return
+        begin = max(start, needed)
+        self._run_base(begin, stop, scratch if pending else None, start, advance)
+        for path in pending:
+            with Model(path, threads=self.threads) as model:
+                self._score(
+                    model,
+                    max(start, self._done(path)),
+                    stop,
+                    advance,
+                    lambda w, row: scratch.rows(w - start, row),
+                )
+
+    def _run_base(self, begin: int, stop: int, scratch: Scratch | None, start: int, advance: Advance) -> None:
+        """Score windows begin..stop of the base, and keep their logits from slot begin - start."""
+        if begin >= stop:
+            return
+        with Model(self.base, threads=self.threads) as model:
+            keep = None if scratch is None else lambda w, row, logits: scratch.write(w - start, row, logits)
+            self._score(model, begin, stop, advance, None, keep)
+
+    def _score(
+        self,
+        model: Model,
+        begin: int,
+        stop: int,
+        advance: Advance,
+        base_rows: Callable[[int, int], BaseRows] | None,
+        keep: Callable[[int, int, NDArray[np.float32]], None] | None = None,
+    ) -> None:
+        """Score windows begin..stop of ``model`` against the base and journal those that are new."""
+        plan = self.plan
+        model.start(n_ctx=self.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step)
+        facts = self._facts(model.path)
+        scores = np.zeros(plan.rows, SCORE)
+        for window, row, logits in decode_windows(model, self.windows, plan, begin, stop):
+            end = row + len(logits)
+            if keep is not None:
+                keep(window, row, logits)
+            if window < self._done(model.path):
+                continue  # scored before the interruption; only its logits were needed again
+            targets = self.windows[window, plan.first + 1 + row : plan.first + 1 + end]
+            base = None if base_rows is None else base_rows(window, row)
+            # An interrupt while a thread starts would leave it running, on memory that is then freed.
+            with interruptible():
+                scores[row:end] = score(logits, targets, base, threads=min(THREADS, model.threads))
+            if end == plan.rows:
+                if not (np.isfinite(scores["nll"]).all() and np.isfinite(scores["kld"]).all()):
+                    raise GgmlExtError(
+                        f"{model.path}: gives NaN or infinite logits (window {window + 1}); make it anew"
+                    )
+                self._journal.append(facts, scores.copy())
+                advance(self.ctx)
+
+    def _check_vocabulary(self, path: Path) -> None:
+        """Raise GgmlExtError unless ``path`` loads and cuts the text into the base's tokens."""
+        with Model(path, weights=False) as model:
+            if model.n_vocab != self._n_vocab or not np.array_equal(model.tokenize(self._text), self._tokens):
+                raise GgmlExtError(
+                    f"{path}: its vocabulary is not that of {self.base}; compare models of one tokenizer"
+                )
+
+    def _results(self) -> list[Result]:
+        """What the journal's scores come to."""
+        errors = TextErrors(self.n_windows, self.plan.rows, self.ctx)
+        results = [Result(self.base, perplexity_of(self._scores(self.base), errors), None, [], None)]
+        scores = [self._scores(path) for path in self.models]
+        divergences = [divergence_of(own, errors) for own in scores]
+        ranked = sorted(range(len(scores)), key=lambda i: divergences[i].kld)
+        rivals = dict(zip(ranked[1:], ranked, strict=False))
+        for i, path in enumerate(self.models):
+            differences = [
+                None if k == i else difference_of(scores[i], other, errors) for k, other in enumerate(scores)
+            ]
+            perplexity = perplexity_of(scores[i], errors)
+            results.append(Result(path, perplexity, divergences[i], differences, rivals.get(i)))
+        return results
+
+    def _scores(self, path: Path) -> NDArray[np.void]:
+        """All scored positions of ``path``, in the order of the text."""
+        return np.concatenate(self._journal.windows(self._facts(path)))
+
+    def finish(self) -> None:
+        """Forget the journal: the results have been delivered."""
+        self._journal.finish()
+
+    def __enter__(self) -> Evaluation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.__exit__(None, None, None)
+
+
+def perplexity(
+    model: Path,
+    text: Path,
+    *,
+    ctx: int = 512,
+    threads: int | None = None,
+    deliver: Callable[[PerplexityResult], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity of ``model`` on ``text`` in windows of ``ctx`` tokens, equal to llama-perplexity's.
+
+    deliver: gets the result. If it fails, the scores stay on disk and the same call goes on from them. Raises
+    GgmlExtError on files that cannot be used and on a text shorter than one window.
+    """
+    with Evaluation(model, [], text, ctx=ctx, threads=threads) as evaluation:
+        figures = evaluation.run()[0].perplexity
+        result = PerplexityResult(
+            model=model,
+            **vars(figures),
+            tokens=evaluation.tokens,
+            windows=evaluation.n_windows,
+            ctx=ctx,
+        )
+        if deliver is not None:
+            deliver(result)
+        evaluation.finish()
+    return result

@@ -1,0 +1,1 @@
+"""What is done to weights before and while they are rounded."""

@@ -1,0 +1,298 @@
+"""ggml-ext calibrate: solves and rounds a model block by block, in a folder that can be gone on with.
+
+llama.cpp runs the model once over the text and sums what its matrices read (observe/). From these figures
+and the weights of the float GGUF file each block's transforms are solved, folded, and its matrices rounded.
+What comes of it is one file per block. Memory holds one block. Before the first one a random transform has
+to show that folding changes nothing (proof.py).
+
+The folder: plan.json (plan.py), source.gguf (of a Hugging Face folder the float model),
+observation/, block-NNN.safetensors (block_file.py), lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ggml_ext import recipes
+from ggml_ext.core.atomic import atomic_path, work_folder
+from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.outputs import check_folder
+from ggml_ext.core.owned_folder import SOURCE, Held
+from ggml_ext.core.progress import track
+from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.hf import folder as hf
+from ggml_ext.methods import transforms
+from ggml_ext.methods.calibrate import given
+from ggml_ext.methods.calibrate import plan as plans
+from ggml_ext.methods.calibrate.block import Job, encode_block
+from ggml_ext.methods.calibrate.block_file import block_path, save
+from ggml_ext.methods.calibrate.device import bound_threads, require_device
+from ggml_ext.methods.calibrate.folder import OBSERVATION, held
+from ggml_ext.methods.calibrate.plan import Plan, Request
+from ggml_ext.methods.calibrate.proof import prove
+from ggml_ext.methods.model_sites import ModelSites
+from ggml_ext.methods.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
+from ggml_ext.methods.transforms import TransformRequest
+from ggml_ext.methods.transforms.loss import SAMPLE_TOKENS
+from ggml_ext.observe import prepare, run
+from ggml_ext.observe.layout import SAMPLE_ROWS
+from ggml_ext.observe.reader import Observation
+from ggml_ext.observe.run import named_as
+from ggml_ext.observe.samples import read_text
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """``done``: blocks of this run. ``error``: mean relative error of their matrices' outputs, or None."""
+
+    folder: Path
+    plan: Plan
+    windows: int
+    done: int
+    error: float | None
+    seconds: float
+
+    def summary(self) -> str:
+        """One line for the end of the command."""
+        error = "" if self.error is None else f", mean relative output error {self.error:.3g}"
+        return (
+            f"{self.folder}: {self.plan.blocks} blocks, {self.done} of them calibrated now, on "
+            f"{self.windows} windows of {self.plan.ctx} tokens{error}, {self.seconds:.1f} s"
+        )
+
+
+def _warn(line: str) -> None:
+    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
+
+
+def calibrate(
+    request: Request, folder: Path, *, temporary: bool = False, warn: Warn = _warn
+) -> CalibrateResult:
+    """Calibrates into ``folder``, made if need be, or goes on with what it holds.
+
+    temporary: convert makes the folder and removes it with ``discard``. Killed at any moment, the same call
+    goes on and leaves the same files, byte for byte on the same machine with one thread. Raises GgmlExtError
+    for what cannot be done and for a folder with other files or another plan, or that another run is using.
+    """
+    started = time.monotonic()
+    hf.require(request.source)
+    check_folder(folder, [request.source, request.text, request.matrices])
+    recipes.check(request.method, request.type_for, text=True, imatrix=False)
+    require_device(request.device)
+    bound_threads(request.threads)
+    if request.source.is_dir():
+        hf.check(request.source)
+        for line in hf.remarks(request.source):
+            warn(line)
+    content = read_text(request.text)  # once: it may be a pipe
+    sha256 = hashlib.sha256(content).hexdigest()
+    with held(folder, temporary=temporary) as mine:
+        source = _float_model(request, mine)
+        plan = plans.make(request, sha256, source)
+        found = plans.load(folder)
+        if found is None:
+            plan.save(folder)
+        else:
+            plans.require_equal(found, plan, folder)
+        for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
+            warn(line)
+        if plan.without_grid:
+            kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
+            warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
+        errors, windows = _run(request, content, folder, plan, source, warn)
+        done = len(errors)
+    measured = [error for block in errors for error in block]
+    mean = float(np.mean(measured)) if measured else None
+    return CalibrateResult(folder, plan, windows, done, mean, time.monotonic() - started)
+
+
+def observation_of(request: Request, source: Path) -> prepare.Request:
+    """What a calibration observes, on the float GGUF file ``source``.
+
+    With activations of 4 bits the sample is part of what transforms are solved for; else it only tells how
+    far to trust the moments.
+    """
+    rounded = recipes.ACTIVATIONS[request.method.activation] is not None
+    return prepare.Request(
+        source,
+        request.text,
+        samples=request.method.samples or None,
+        ctx=request.ctx,
+        seed=request.seed,
+        threads=request.threads or None,
+        parse_special=request.parse_special,
+        trust_remote_code=request.trust_remote_code,
+        sample_rows=SAMPLE_TOKENS if rounded else SAMPLE_ROWS,
+    )
+
+
+def discard(folder: Path) -> None:
+    """Removes the folder of a finished calibration if convert made it and no other run uses it."""
+    with suppress(GgmlExtError, OSError), held(folder, temporary=True) as mine:
+        if mine.disposable and (folder / OBSERVATION).is_dir():
+            with suppress(GgmlExtError):
+                run.discard(folder / OBSERVATION)
+        mine.discard()
+
+
+def _float_model(request: Request, mine: Held) -> Source:
+    """The model as float GGUF: the source itself, or made once per plan."""
+    if not request.source.is_dir():
+        return open_gguf(request.source)
+    path = mine.folder / SOURCE
+    with named_as(path, request.source):
+        if plans.load(mine.folder) is None or not path.is_file():
+            with atomic_path(path) as temporary:
+                hf.to_gguf(request.source, temporary, trust_remote_code=request.trust_remote_code)
+                mine.note_source(temporary)
+        return open_gguf(path)
+
+
+def _run(
+    request: Request, content: bytes, folder: Path, plan: Plan, source: Source, warn: Warn
+) -> tuple[list[list[float]], int]:
+    """Does the blocks that are missing; returns the errors of their matrices, and the number of windows."""
+    with named_as(source.path, request.source):
+        run.observe(
+            observation_of(request, source.path),
+            folder / OBSERVATION,
+            warn=warn,
+            temporary=True,
+            content=content,
+        )
+    seen = Observation(folder / OBSERVATION)
+    model = ModelSites(source, seen.table, plan.types)
+    for line in model.remarks(plan.transform):
+        warn(line)
+    missing = plan.missing(folder)
+    if plan.transform != "none" and len(missing) == plan.blocks:
+        with work_folder(folder / "proof") as work:
+            prove(model, work, online=plan.transform not in recipes.FOLDED, threads=request.threads)
+    errors: list[list[float]] = []
+    matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks, source.path)
+    try:
+        with track(len(missing), "calibration", "blocks") as advance:
+            for index in missing:
+                found = _block(request, folder, plan, model, seen, index, matrices)
+                errors.append(list(found.values()))
+                advance(1, _progress(index, found))
+    except KeyboardInterrupt:
+        left = len(plan.missing(folder))
+        warn(
+            f"{folder}: {plan.blocks - left} of {plan.blocks} blocks are done; the same command goes on there"
+        )
+        raise
+    return errors, seen.description.windows
+
+
+def _progress(index: int, errors: Mapping[str, float]) -> str:
+    if not errors:
+        return f"block {index}: nothing to round"
+    worst = max(errors, key=lambda name: errors[name])
+    return (
+        f"block {index}: mean error {np.mean(list(errors.values())):.3g}, "
+        f"worst {worst.removeprefix(f'blk.{index}.')} {errors[worst]:.3g}"
+    )
+
+
+def _block(
+    request: Request,
+    folder: Path,
+    plan: Plan,
+    model: ModelSites,
+    seen: Observation,
+    index: int,
+    matrices: given.Matrices | None,
+) -> dict[str, float]:
+    """Calibrates one block, writes its file, and returns the errors of its matrices."""
+    sites = model.block(index)
+    torch.manual_seed(plan.seed)
+    if matrices is not None:
+        solved = given.sites(matrices, index, sites, clips=plan.activation is not None)
+    else:
+        solved = _solve(plan, sites, seen)
+    job = Job(plan.types, plan.rounding, model.read, model.marks(index), request.threads)
+    packed, findings = encode_block(sites, lambda site: site_stats(seen, site), solved, job)
+    if matrices is not None:
+        packed |= given.cache_tensors(matrices, index)
+    save(block_path(folder, index), packed, findings)
+    return findings.errors
+
+
+class _ExpertMoments(Sequence[Tensor]):
+    """The second moments of a site's experts, read when they are asked for: all together are large."""
+
+    def __init__(self, seen: Observation, tensor: str, experts: int) -> None:
+        self._seen, self._tensor, self._experts = seen, tensor, experts
+
+    def __len__(self) -> int:
+        return self._experts
+
+    def __getitem__(self, expert: int) -> Tensor:  # type: ignore[override]  # no slices
+        site = self._seen.site_of(self._tensor)
+        assert site is not None
+        return torch.from_numpy(self._seen.expert_moment(site, expert))
+
+
+def site_stats(seen: Observation, site: Site) -> SiteStats:
+    """What was observed at the site."""
+    tensor = (*site.linears, *site.folded)[0].tensor
+    its = seen.site_of(tensor)
+    assert its is not None, tensor
+    experts = its.experts
+    return SiteStats(
+        hessian=torch.from_numpy(seen.moment(its)),
+        absmax=torch.from_numpy(seen.absmax(its)),
+        sample=torch.from_numpy(seen.sample(its)),
+        n_tokens=round(seen.rows(its)),
+        expert_hessian=_ExpertMoments(seen, tensor, experts) if seen.has_expert_moments(its) else None,
+        expert_diagonal=torch.from_numpy(seen.expert_diagonals(its)) if experts else None,
+        expert_tokens=torch.from_numpy(np.rint(seen.expert_rows(its)).astype(np.int64)) if experts else None,
+    )
+
+
+def _activation(plan: Plan) -> ActivationSpec:
+    return ActivationSpec() if plan.activation is None else ActivationSpec(*plan.activation)
+
+
+def _solve(plan: Plan, sites: Mapping[str, Site], seen: Observation) -> dict[str, SiteTransform]:
+    wanted = TransformRequest(
+        name=plan.transform,
+        types=plan.types,
+        activation=_activation(plan),
+        rounding=plan.rounding,
+        seed=plan.seed,
+    )
+    budgets = transforms.split_budget(sites, plan.transform_bits)
+    solved = {anchor: identity(site.n) for anchor, site in sites.items()}
+    if plan.transform == "none" and not wanted.clips:
+        return solved
+    device = torch.device(plan.device)
+    for anchor, site in sites.items():
+        its, stats = _on_device(site, site_stats(seen, site), device)
+        solved[anchor] = transforms.solve(its, stats, replace(wanted, budget_bits=budgets[anchor]))
+    return solved
+
+
+def _on_device(site: Site, stats: SiteStats, device: torch.device) -> tuple[Site, SiteStats]:
+    if device.type == "cpu":
+        return site, stats
+    linears = tuple(Linear(linear.tensor, linear.weight.to(device)) for linear in site.linears)
+    return replace(site, linears=linears), replace(
+        stats,
+        hessian=stats.hessian.to(device),
+        absmax=stats.absmax.to(device),
+        sample=stats.sample.to(device),
+    )
