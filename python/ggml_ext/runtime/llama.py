@@ -265,6 +265,7 @@ class Model:
         ends: Callable[[], bool] | None = None,
         exact: bool = False,
         n_outputs: int = 0,
+        cache: tuple[int, int] | None = None,
     ) -> None:
         """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode. One that
         was made before is freed.
@@ -272,7 +273,8 @@ class Model:
         ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
         keeps alive as long as the context. ``ends``: asked between the nodes of the graph; where it says so
         ``run`` ends early. ``exact``: float32 cache, no flash attention, and one micro-batch per decode.
-        ``n_outputs``: most outputs of a decode, 0 for all.
+        ``n_outputs``: most outputs of a decode, 0 for all. ``cache``: types of K and V in the cache, of enum
+        ggml_type, with flash attention; None for llama.cpp's own, f16.
         """
         self.check_ctx(n_ctx)
         self._end_context()
@@ -291,6 +293,9 @@ class Model:
             params.type_k = params.type_v = _F32
             params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.kv_unified = False
+        elif cache is not None:
+            params.type_k, params.type_v = cache
+            params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if observer is not None:
             params.cb_eval = self._api.ggml_backend_sched_eval_callback(observer[0])
             params.cb_eval_user_data = observer[1]
