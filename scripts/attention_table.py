@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ggml_ext.core.outputs import write_json
@@ -27,6 +26,7 @@ from ggml_ext.measure.evaluate import read_text
 from ggml_ext.measure.scoring import SCORE, BaseRows, divergence_of, perplexity_of, score
 from ggml_ext.measure.standard_error import TextErrors
 from ggml_ext.measure.windows import decode_windows, make_plan
+from ggml_ext.runtime.cache_types import CacheTypes
 from ggml_ext.runtime.llama import Model
 
 
@@ -72,8 +72,9 @@ def evaluate(
 ) -> NDArray[np.void]:
     """Scores [windows * rows] against ``base``; own logits go to ``keep``, both [windows, rows, n_vocab]."""
     plan = make_plan(windows.shape[1], model.n_vocab)
-    kind = int(GGMLQuantizationType[cache.upper()])
-    model.start(n_ctx=plan.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step, cache=(kind, kind))
+    model.start(
+        n_ctx=plan.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step, cache=CacheTypes(cache, cache)
+    )
     scores = np.zeros((len(windows), plan.rows), SCORE)
     for window, row, logits in decode_windows(model, windows, plan, 0, len(windows)):
         end = row + len(logits)
