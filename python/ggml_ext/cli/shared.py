@@ -20,7 +20,8 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(metavar="TEXT", help="Text to calibrate on (UTF-8). [default: the package's own]"),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+MAX_SEED = 2**32 - 1
+SeedOption = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random.")]
 ParseSpecialOption = Annotated[
     bool,
     typer.Option(

@@ -31,6 +31,7 @@ from ggml_ext.observe.observer import Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
 from ggml_ext.observe.samples import read_text
+from ggml_ext.observe.sites import Table
 from ggml_ext.runtime.llama import Model
 
 _SUMS_BYTES = 512 << 20  # of the sites that are timed
@@ -46,6 +47,7 @@ class Sizes:
     block."""
 
     widest: int
+    sites: int
     squares: int
     weights: int
     block: int
@@ -101,7 +103,7 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
     hf.require(request.source)
     check_folder(folder, [request.source, request.text])
     content = read_text(request.text)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    existing = _existing(folder)
     with _float_model(request, folder, existing) as model, named_as(model, request.source):
         started = time.monotonic()
         prepared = prepare(request, model, content, warn)
@@ -113,7 +115,6 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
     disk["samples"] = prepared.layout.sample_bytes + prepared.layout.absmax_bytes
     if request.source.is_dir():
         disk[SOURCE] = mapped
-    status = os.statvfs(existing)
     batches = -(-len(prepared.tokens) // prepared.n_seq)
     commits = min(batches, 1 + int(timed.all / COMMIT_SECONDS))
     flushing = commits * prepared.layout.sums_bytes * _seconds_per_byte(existing, prepared.layout.sums_bytes)
@@ -126,23 +127,35 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
         before + prepared.memory,
         mapped,
         disk,
-        status.f_bavail * status.f_frsize,
+        free_bytes(folder),
         preparing + timed.all + flushing,
         timed.forward,
-        _sizes(prepared, source),
+        sizes_of(prepared.table, source),
     )
 
 
-def _sizes(prepared: Prepared, source: Source) -> Sizes:
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk where the folder is or would be."""
+    status = os.statvfs(_existing(folder))
+    return status.f_bavail * status.f_frsize
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+
+
+def sizes_of(table: Table, source: Source) -> Sizes:
+    """Of the matrices of ``source`` that read a site."""
     weights = {tensor.name: tensor.n_weights for tensor in source.tensors}
     blocks: Counter[str] = Counter()
-    for site in prepared.table.sites:
+    for site in table.sites:
         for reader in site.readers:
             block = _BLOCK.match(reader.tensor)
             blocks[block[0] if block else ""] += weights.get(reader.tensor, 0)
     return Sizes(
-        widest=prepared.table.widest,
-        squares=sum(site.n**2 for site in prepared.table.sites),
+        widest=table.widest,
+        sites=len(table.sites),
+        squares=sum(site.n**2 for site in table.sites),
         weights=blocks.total(),
         block=max(blocks.values()),
     )

@@ -80,6 +80,16 @@ def collect(
     return matrix, Calibration(sha256, matrix.chunks, ctx)
 
 
+def of_observation(seen: Observation, text: Path | None, work: Path) -> tuple[Imatrix, Calibration]:
+    """The importances of a finished observation, of its windows. text: what it was read from, if known; gives
+    the name. work: a folder for the matrix's file."""
+    its = seen.description
+    name = _dataset(Path("text") if text is None else text, its.text)
+    path = work / f"{name}.imatrix.gguf"
+    _write(seen, path, f"{name}.txt")
+    return load(path), Calibration(its.text, its.windows, its.ctx, its.seed)
+
+
 def _dataset(text: Path, sha256: str) -> str:
     """A name for the text that is the same on every machine and says which text it was."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", text.stem)

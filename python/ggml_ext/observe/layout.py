@@ -125,6 +125,16 @@ def sample_stride(rows: int, per_token: int, kept: int) -> int:
     return 1 << math.ceil(math.log2(least)) if per_token == 1 else least | 1
 
 
+def sample_step(place: Place, n_tokens: int, kept: int) -> int | None:
+    """Every so manieth of the kept rows of the text's ``n_tokens`` tokens are the ``kept`` or fewer that a
+    layout for so many has, or nearly so where a token has several rows; None where there are too few."""
+    wanted = sample_stride(n_tokens * place.rows, place.rows, kept)
+    if wanted < place.stride:
+        return None
+    step = -(-wanted // place.stride)
+    return step if place.rows == 1 else step | 1
+
+
 def index(places: Sequence[Place]) -> dict[str, Place]:
     """Anchor -> place."""
     return {place.anchor: place for place in places}
