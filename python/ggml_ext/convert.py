@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggml_ext import recipes
@@ -30,6 +30,7 @@ from ggml_ext.gguf.source import Tensor, open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.hf import hub
 from ggml_ext.observe import importance
+from ggml_ext.observe.prepare import table_of
 from ggml_ext.observe.reuse import Asked, open_finished, settle
 from ggml_ext.observe.samples import text_or_default
 from ggml_ext.recipes import Options
@@ -193,10 +194,13 @@ def convert(
         matrix: Imatrix | None
         about: importance.Calibration | None
         if seen is not None:
+            request = replace(request, no_matrices=seen.table.no_matrices)
             matrix, about = importance.of_observation(seen, calibration, work)
         elif calibration is None or imatrix is not None:
             matrix, about = None if imatrix is None else load(imatrix), None
         else:
+            table = table_of(opened.path, reading.ctx)
+            request = replace(request, no_matrices=table.no_matrices)
             files = _weights_and_tokenizer(source) if source.is_dir() else opened.files
             matrix, about = importance.collect(
                 opened.path,

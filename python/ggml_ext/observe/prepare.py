@@ -72,6 +72,13 @@ class Prepared:
     description: Description
 
 
+def table_of(model: Path, ctx: int) -> Table:
+    """The sites of the GGUF file ``model``. Its weights are not read. Raises GgmlExtError."""
+    with Observer(1) as observer, Model(model, weights=False) as loaded:
+        observer.start(loaded, ctx=ctx, n_seq=1, n_outputs=1)
+        return observer.table()
+
+
 def prepare(request: Request, model: Path, content: bytes, warn: Warn) -> Prepared:
     """Everything about the observation of the GGUF file ``model`` on the text's bytes.
 

@@ -23,6 +23,7 @@ from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer, Target
 from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
 from ggml_ext.observe.samples import read_text
+from ggml_ext.observe.sites import NEVER
 from ggml_ext.observe.state import FILES, drop_other_generation, load_state
 from ggml_ext.observe.store import Store
 from ggml_ext.runtime.llama import Model
@@ -131,7 +132,7 @@ def _float_model(request: Request, mine: Held) -> Path:
 def _remark(prepared: Prepared, warn: Warn) -> None:
     uses = prepared.table.others
     matrices = [tensor.name for tensor in open_gguf(prepared.model).tensors if tensor.n_rows > 1]
-    never = [name for name in matrices if uses.get(name) == "never"]
+    never = [name for name in matrices if uses.get(name) == NEVER]
     if never:
         warn(f"no text makes llama.cpp read {listed(never)}; there are no figures for them")
 

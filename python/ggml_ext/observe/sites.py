@@ -18,6 +18,11 @@ from ggml_ext.core.errors import GgmlExtError
 ROUTED = "MUL_MAT_ID"
 """Product in which every token has experts of its own."""
 
+NEVER = "never"
+"""Use of a weight that the graph lacks."""
+
+_TAKE_ROUNDED = ("MUL_MAT", "GET_ROWS")  # as a use begins: a product may be of a part, or with other values
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -71,8 +76,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Table:
-    """``sites``: in the order of the graph. ``others``: weight that reads no site -> how it is used, "never"
-    for one that the graph lacks."""
+    """``sites``: in the order of the graph. ``others``: weight that reads no site -> how it is used, names of
+    operations or NEVER."""
 
     sites: tuple[Site, ...]
     others: Mapping[str, str]
@@ -90,6 +95,16 @@ class Table:
         """How the tensor reads it."""
         found = self._readers.get(tensor)
         return None if found is None else found[1]
+
+    @cached_property
+    def no_matrices(self) -> frozenset[str]:
+        """Weights that are read otherwise than by products and row by row: llama.cpp's other operations do
+        not take quantised types."""
+        return frozenset(
+            name
+            for name, use in self.others.items()
+            if use != NEVER and not all(op.startswith(_TAKE_ROUNDED) for op in use.split(", "))
+        )
 
     @property
     def widest(self) -> int:

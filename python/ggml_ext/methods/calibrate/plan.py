@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ggml_ext.methods.calibrate.block_file import block_path
 from ggml_ext.methods.rounding import grid
 from ggml_ext.methods.transforms import official
 from ggml_ext.observe.description import Description
+from ggml_ext.observe.sites import Table
 from ggml_ext.recipes import Method
 from ggml_ext.runtime import native
 from ggml_ext.types import mixes, rules
@@ -115,13 +116,17 @@ def require_model(plan: Plan, model: Path, folder: Path) -> None:
         )
 
 
-def make(request: Request, sha256: str, source: Source, observed: Description | None) -> Plan:
-    """The plan of a request. sha256: of the text. source: the float model. observed: the observation to use.
+def make(
+    request: Request, sha256: str, source: Source, table: Table, observed: Description | None = None
+) -> Plan:
+    """The plan of a request. sha256: of the text. source: the float model. table: its sites. observed: the
+    observation to use, if there is one.
 
     Raises GgmlExtError for patterns that match nothing and types that the rounding does not know.
     """
     method = request.method
     asked = rules.compile_rules(method.type_name, request.type_for, request.keep)
+    asked = replace(asked, no_matrices=table.no_matrices)
     shapes = [tensor.shape for tensor in source.tensors]
     choices = rules.choose(shapes, source.arch, asked, native.block_size)
     types = {choice.name: choice.target for choice in choices}

@@ -103,7 +103,12 @@ def calibrate(
     sha256 = hashlib.sha256(content).hexdigest() if seen is None else seen.description.text
     with held(folder, temporary=temporary) as mine:
         source = _float_model(request, mine)
-        plan = plans.make(request, sha256, source, None if seen is None else seen.description)
+        if seen is None:
+            with named_as(source.path, request.source):
+                table = prepare.table_of(source.path, request.ctx)
+            plan = plans.make(request, sha256, source, table)
+        else:
+            plan = plans.make(request, sha256, source, seen.table, seen.description)
         found = plans.load(folder)
         if found is None:
             plan.save(folder)
