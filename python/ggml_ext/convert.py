@@ -12,17 +12,16 @@ An interrupted conversion leaves no output. What can take hours is kept: the imp
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggml_ext import recipes
 from ggml_ext.core.atomic import target, work_folder
-from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, Warn, listed, warn
 from ggml_ext.core.outputs import check_outputs
 from ggml_ext.core.registry import ROUNDINGS
 from ggml_ext.gguf.imatrix import Imatrix, load
@@ -101,10 +100,6 @@ class ConvertResult:
 _UNCOLLECTED = rules.EMBEDDINGS | {rules.HEAD}
 
 
-def _warn(line: str) -> None:
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
-
-
 def convert(
     source: Path,
     out: Path,
@@ -125,7 +120,7 @@ def convert(
     matrices: Path | None = None,
     parse_special: bool = False,
     trust_remote_code: bool = False,
-    warn: Callable[[str], None] = _warn,
+    warn: Warn = warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory, a model on the Hub (hub.parse) or an f16/bf16/f32 GGUF file to
     the GGUF file ``out``.
@@ -226,7 +221,7 @@ def convert(
 
 
 def _from_folder(
-    source: Path, folder: Path, out: Path, threads: int, started: float, warn: Callable[[str], None]
+    source: Path, folder: Path, out: Path, threads: int, started: float, warn: Warn
 ) -> ConvertResult:
     """Writes ``out`` from a finished calibration of the model ``source``."""
     from ggml_ext.methods.calibrate import result as calibrated

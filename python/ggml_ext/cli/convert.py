@@ -19,8 +19,8 @@ from ggml_ext.cli.shared import (
     bound_threads,
     print_table,
     takes_settings,
-    warn,
 )
+from ggml_ext.core.errors import warn
 from ggml_ext.core.registry import ROUNDINGS, TRANSFORMS
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from ggml_ext.cli.shared import (
     ParseSpecialOption,
     SeedOption,
     TrustOption,
-    warn,
 )
+from ggml_ext.core.errors import warn
 from ggml_ext.observe.layout import SAMPLE_ROWS
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)i?B?", re.IGNORECASE)

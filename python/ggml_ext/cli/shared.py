@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -64,11 +63,6 @@ def takes_settings(settings: type) -> Callable[[Callable[..., None]], Callable[.
         return run
 
     return decorate
-
-
-def warn(line: str) -> None:
-    """A line of a command's remarks on standard error."""
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
 
 
 def bound_threads(threads: int | None) -> None:

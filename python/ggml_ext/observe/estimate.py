@@ -21,6 +21,7 @@ import numpy as np
 
 from ggml_ext.core.atomic import work_folder
 from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.errors import Warn
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE
 from ggml_ext.core.progress import duration_text, size_text
@@ -28,7 +29,7 @@ from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.observe.layout import block_floats
 from ggml_ext.observe.observer import Observer, Target
-from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
+from ggml_ext.observe.prepare import Prepared, Request, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
 from ggml_ext.observe.samples import read_text
 from ggml_ext.observe.sites import Table

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext.core.atomic import atomic_path
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.core.files import cache_dir
 from ggml_ext.core.outputs import identity
 from ggml_ext.core.owned_folder import BusyError
 from ggml_ext.gguf.imatrix import Imatrix, load, write
 from ggml_ext.observe.description import versions
-from ggml_ext.observe.prepare import Request, Warn
+from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import discard, observe
 from ggml_ext.observe.samples import read_text

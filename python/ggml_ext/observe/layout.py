@@ -74,16 +74,6 @@ def block_floats(site: Site, moments: int) -> int:
     return 1 + site.experts + shared + site.experts * site.n + own
 
 
-def rows_per_token(site: Site, used: int) -> int:
-    """Rows of the site per token: as the library says, or where it does not the most that can be. ``used``:
-    experts per token of a mixture."""
-    if site.rows is not None:
-        return site.rows
-    if not site.experts:
-        return 1
-    return max(used, 1) if site.routed else site.experts
-
-
 def lay_out(
     table: Table, n_tokens: int, used: int, *, diagonals: bool, sample_rows: int = SAMPLE_ROWS
 ) -> Layout:
@@ -92,7 +82,7 @@ def lay_out(
     places = []
     sums = absmax = sample = 0
     for site in table.sites:
-        rows = rows_per_token(site, used)
+        rows = site.rows
         if diagonals:
             places.append(Place(site.anchor, rows, DIAGONAL, 1, 0, sums, 0, 0))
             sums += _aligned(FLOAT * block_floats(site, DIAGONAL))

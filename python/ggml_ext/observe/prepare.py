@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.gguf.header import value
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.hf import model_files
@@ -32,8 +31,6 @@ MEMORY = 8 << 30
 
 _SUMMED_ROWS = 2048  # rows that the library transposes at a time, see chunk in ggml_ext/observe/moments.cpp
 _SIZE = re.compile(r": (?: *\S+ compute buffer size| *size) = *([\d.]+) MiB")
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ggml_ext.core.atomic import atomic_path
 from ggml_ext.core.cpus import physical_cores
-from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, Warn, listed
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.core.progress import track
@@ -21,7 +21,7 @@ from ggml_ext.gguf.source import open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer, Target
-from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
+from ggml_ext.observe.prepare import Prepared, Request, prepare
 from ggml_ext.observe.samples import read_text
 from ggml_ext.observe.sites import NEVER
 from ggml_ext.observe.state import FILES, drop_other_generation, load_state

@@ -56,15 +56,15 @@ class FoldPlace:
 @dataclass(frozen=True)
 class Site:
     """``n``: channels. ``experts``: matrices that each read a part of the rows, 0 where all rows are read by
-    every reader. ``rows``: rows per token, None where the library does not say. ``values``: names of the
-    activations in llama.cpp's graph. ``fold``: None where there is none, for ``reason``."""
+    every reader. ``values``: names of the activations in llama.cpp's graph. ``rows``: per token. ``fold``:
+    None where there is none, for ``reason``."""
 
     anchor: str
     n: int
     experts: int
     readers: tuple[Reader, ...]
     values: tuple[str, ...]
-    rows: int | None = None
+    rows: int
     fold: FoldPlace | None = None
     reason: str = ""
 
@@ -135,8 +135,8 @@ def from_json(facts: Any) -> Table:
 
 
 def _site(facts: Any) -> Site:
-    n, experts, rows = facts["n"], facts["experts"], facts.get("rows")
-    if not (_count(n) and n > 0 and _count(experts) and (rows is None or (_count(rows) and rows > 0))):
+    n, experts, rows = facts["n"], facts["experts"], facts["rows"]
+    if not (_count(n) and n > 0 and _count(experts) and _count(rows) and rows > 0):
         raise ValueError(f"site {facts['anchor']} has impossible sizes")
     readers = tuple(Reader(_text(r["tensor"]), _text(r["op"]), bool(r["online"])) for r in facts["readers"])
     fold = facts.get("fold", {})

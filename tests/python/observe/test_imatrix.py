@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import models
 from ggml_ext import convert
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.core.owned_folder import held
 from ggml_ext.gguf import imatrix
 from ggml_ext.gguf.source import Tensor, open_gguf
 from ggml_ext.observe import importance, prepare, run
 from ggml_ext.observe.observer import Observer
-from ggml_ext.observe.prepare import Request, Warn
+from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.sites import Table
 from imatrix_files import write_imatrix
 

@@ -13,9 +13,8 @@ observation/, block-NNN.safetensors (block_file.py), lock.
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ggml_ext import recipes
 from ggml_ext.core.atomic import atomic_path, work_folder
-from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, Warn, listed, warn
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE, Held
 from ggml_ext.core.progress import track
@@ -52,8 +51,6 @@ from ggml_ext.observe.reuse import Asked, open_finished, require_figures
 from ggml_ext.observe.run import named_as
 from ggml_ext.observe.samples import few_tokens, read_text
 
-Warn = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class CalibrateResult:
@@ -75,12 +72,8 @@ class CalibrateResult:
         )
 
 
-def _warn(line: str) -> None:
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
-
-
 def calibrate(
-    request: Request, folder: Path, *, temporary: bool = False, warn: Warn = _warn
+    request: Request, folder: Path, *, temporary: bool = False, warn: Warn = warn
 ) -> CalibrateResult:
     """Calibrates into ``folder``, made if need be, or goes on with what it holds.
 
