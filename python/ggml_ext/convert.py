@@ -177,7 +177,7 @@ def convert(
         result = _from_folder(source, folder, out, threads, started, warn)
         discard(folder)
         return result
-    seen = None if observed is None else open_finished(observed, source, asked)
+    seen = None if observed is None else open_finished(observed, source, asked, warn)
     for line in hf.remarks(source) if source.is_dir() else []:
         warn(line)
     with (

@@ -9,10 +9,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.hf import model_files
 from ggml_ext.observe import description as descriptions
-from ggml_ext.observe.description import Description
+from ggml_ext.observe.description import Description, versions
 from ggml_ext.observe.layout import DIAGONAL, sample_step
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.samples import read_text
@@ -54,8 +54,8 @@ def settle(asked: Asked, folder: Path | None) -> Reading:
     )
 
 
-def open_finished(folder: Path, model: Path, asked: Asked) -> Observation:
-    """The observation of ``model``, a Hugging Face folder or a GGUF file.
+def open_finished(folder: Path, model: Path, asked: Asked, warn: Warn) -> Observation:
+    """The observation of ``model``, a Hugging Face folder or a GGUF file. warn: told of other versions.
 
     Raises GgmlExtError for a folder that holds none or an unfinished one, for that of another model, and for
     one that was made otherwise than asked.
@@ -73,12 +73,14 @@ def open_finished(folder: Path, model: Path, asked: Asked) -> Observation:
             f"{folder}: observed with other settings ({', '.join(differences)}); leave these options out, "
             "or observe again with them"
         )
+    if seen.description.versions != versions():
+        warn(f"{folder}: observed by another build of ggml-ext or llama.cpp, whose figures these are")
     return seen
 
 
 def require_figures(seen: Observation, sample_rows: int, what: str) -> None:
     """Raises GgmlExtError unless there are second moments and, of each site, ``sample_rows`` rows or as many
-    as the text gives. what: the option that needs them."""
+    as the text gives. what: needs them, for the message."""
     places = seen.description.layout().places
     if any(place.moments == DIAGONAL for place in places):
         raise GgmlExtError(

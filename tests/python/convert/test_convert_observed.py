@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -154,6 +155,19 @@ def test_other_models_are_refused(base: Path, model: Path, observed: Path, tmp_p
         message = r"of another model than .*other\.gguf \(file 1 of 1 has changed\); give the one"
         refused(changed, out, message, options, observed=observed)
         refused(models.llama_dir(base), out, "of another model than", options, observed=observed)
+
+
+def test_another_version_is_said(model: Path, observed: Path, tmp_path: Path) -> None:
+    copy, lines = shutil.copytree(observed, tmp_path / "o"), list[str]()
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["versions"]["llama"] = "0"
+    (copy / "plan.json").write_text(json.dumps(plan))
+    options = Options("q4_0", rounding="imatrix")
+    convert(model, tmp_path / "m.gguf", options=options, observed=copy, warn=lines.append)
+    assert lines[0].startswith(f"{copy}: observed by another build of ggml-ext or llama.cpp")
+    lines.clear()
+    convert(model, tmp_path / "m.gguf", options=options, observed=observed, warn=lines.append)
+    assert not [line for line in lines if "another build" in line]
 
 
 def test_what_is_no_finished_observation_is_refused(

@@ -152,7 +152,7 @@ def open_observed(request: Request, warn: Warn) -> Observation | None:
     asked = Asked(
         request.text, method.samples or None, request.ctx, request.seed, parse_special=request.parse_special
     )
-    seen = open_finished(request.observed, request.source, asked)
+    seen = open_finished(request.observed, request.source, asked, warn)
     rows = sample_rows(recipes.ACTIVATIONS[method.activation])
     require_figures(seen, rows, f"a conversion by {method.describe()}")
     remark = few_tokens(seen.n_tokens, request.ctx, seen.table.widest)
