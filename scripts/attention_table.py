@@ -123,7 +123,7 @@ def figures_of(args: argparse.Namespace, ctx: int, case: Case) -> dict[str, Any]
 def cells(found: dict[str, Any]) -> str:
     """Change of perplexity and KL divergence with their errors."""
     change, error = 100 * np.expm1(found["ln_ppl_ratio"]), 100 * found["ln_ppl_ratio_se"]
-    return f"{change:+.4f} % ± {error:.4f} | {found['kld']:.6f} ± {found['kld_se']:.6f}"
+    return f"{change:+.4f} % ± {error:.4f} | {found['kld']:.7f} ± {found['kld_se']:.7f}"
 
 
 def main() -> None:

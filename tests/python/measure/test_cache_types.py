@@ -110,8 +110,8 @@ def test_attention_table(folder: Path, repo_root: Path, tmp_path: Path) -> None:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "| q8_0 | `half` | on | +1.0050 % ± 0.1000 | 0.500000 ± 0.250000 |" in lines
+    assert "| q8_0 | `half` | on | +1.0050 % ± 0.1000 | 0.5000000 ± 0.2500000 |" in lines
     measured = [line for line in lines if line.startswith("| q4_0 | `half` |")]
     assert len(measured) == 2
-    assert all("0.500000" not in line and "0.000000" not in line for line in measured)
+    assert all("0.5000000" not in line and "0.0000000" not in line for line in measured)
     assert len(lines) == 3 + len(table.CASES)
