@@ -183,7 +183,7 @@ def test_bad_keys_are_named(
 
 
 def test_loader_and_python_know_the_same_keys(repo_root: Path) -> None:
-    source = (repo_root / "ggml_ext" / "llama" / "metadata.cpp").read_text()
+    source = (repo_root / "ggml_ext" / "transform" / "metadata.cpp").read_text()
     rows = re.findall(r'\{ "(ggml_ext\.[\w.]+)",\s*GGUF_TYPE_(\w+)(?:,\s*GGUF_TYPE_(\w+))?\s*\}', source)
     known = {name: " of ".join(filter(None, types)) for name, *types in rows}
     assert known == {name: key.type_name for name, key in KEYS.items()}
