@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """The tables of docs/recipes.md and docs/fq4.md: a model in every type and recipe beside its float file.
 
-Prints Markdown, and keeps models and comparison.json in a folder; files that are there already are not made
-again, so an interrupted run goes on. KL divergences and their errors are those of ``ggml-ext compare``.
+Prints Markdown, and keeps models, what their matrices read and comparison.json in a folder; files that are
+there already are not made again, so an interrupted run goes on. All recipes and GPTQ share one observation;
+importances are those that llama-imatrix computes, which read all of the text. KL divergences and their errors
+are those of ``ggml-ext compare``.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from typing import Any, NamedTuple
 KEPT = ("^token_embd", r"^output\.")
 """Embeddings and head, which are not part of any block and would blur what the blocks' types do."""
 
-CALIBRATED = {
+WEIGHTED = {
     "q4_k_m": ("Q4_K_M, importance matrix, by llama-quantize", ["--type", "q4_k_m"]),
     "q4_k": ("Q4_K, importance matrix", ["--type", "q4_k"]),
     "fq4": ("FQ4, importance matrix", ["--type", "fq4"]),
+}
+OBSERVED = {
     "fq4-gptq": ("FQ4, gptq, no transform", ["--type", "fq4", "--rounding", "gptq"]),
     "flat4": ("`flat4`", ["--recipe", "flat4"]),
     "flat4-m": ("`flat4-m`", ["--recipe", "flat4-m"]),
@@ -37,7 +41,9 @@ CALIBRATED = {
     "w4a4": ("`w4a4`", ["--recipe", "w4a4"]),
 }
 PLAIN = {"fq4-nearest": ("FQ4, no importances", ["--type", "fq4"])}
-ROWS = CALIBRATED | PLAIN
+ROWS = WEIGHTED | OBSERVED | PLAIN
+SAMPLE_ROWS = "4096"
+"""Of the observation: what the rows with 4-bit activations need."""
 
 
 class Row(NamedTuple):
@@ -58,6 +64,13 @@ def convert(source: Path, out: Path, options: Sequence[str]) -> None:
         return
     print(f"making {out}", file=sys.stderr, flush=True)
     subprocess.run(["ggml-ext", "convert", source, "-o", out, *options], check=True, stdout=sys.stderr)
+
+
+def observe(model: Path, out: Path, calibration: Path, threads: str) -> None:
+    """Runs ggml-ext observe, which goes on with what ``out`` holds. threads: "0" for all."""
+    command = ["ggml-ext", "observe", model, "-o", out, "--calibration", calibration]
+    command += ["--sample-rows", SAMPLE_ROWS, *(["-t", threads] if threads != "0" else [])]
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def rows(comparison: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Row]:
@@ -118,12 +131,14 @@ def main() -> None:
     threads = ["-t", args.threads]
     convert(args.source, base, ["--type", args.base, *threads])
     kept = [] if args.whole else [option for pattern in KEPT for option in ("--keep", pattern)]
-    files = []
-    for name in args.rows:
-        out = args.output / f"{name}.gguf"
-        calibration = ["--calibration", str(args.calibration)] if name in CALIBRATED else []
-        convert(base, out, [*ROWS[name][1], *calibration, *kept, *threads])
-        files.append(out)
+    files = [args.output / f"{name}.gguf" for name in args.rows]
+    observation = args.output / "observation"
+    if any(name in OBSERVED and not out.exists() for name, out in zip(args.rows, files, strict=True)):
+        observe(base, observation, args.calibration, args.threads)
+    given = {name: ["--calibration", str(args.calibration)] for name in WEIGHTED}
+    given |= {name: ["--observed", str(observation)] for name in OBSERVED}
+    for name, out in zip(args.rows, files, strict=True):
+        convert(base, out, [*ROWS[name][1], *given.get(name, []), *kept, *threads])
     result = args.output / "comparison.json"
     compare = ["ggml-ext", "compare", base, *files, "-f", args.text, "--json", result, *threads]
     subprocess.run([*compare, "--rounds", "0", "--layers", "0"], check=True, stdout=sys.stderr)

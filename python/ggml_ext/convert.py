@@ -12,17 +12,16 @@ An interrupted conversion leaves no output. What can take hours is kept: the imp
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggml_ext import recipes
 from ggml_ext.core.atomic import target, work_folder
-from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, Warn, listed, warn
 from ggml_ext.core.outputs import check_outputs
 from ggml_ext.core.registry import ROUNDINGS
 from ggml_ext.gguf.imatrix import Imatrix, load
@@ -30,6 +29,8 @@ from ggml_ext.gguf.source import Tensor, open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.hf import hub
 from ggml_ext.observe import importance
+from ggml_ext.observe.prepare import table_of
+from ggml_ext.observe.reuse import Asked, open_finished, settle
 from ggml_ext.observe.samples import text_or_default
 from ggml_ext.recipes import Options
 from ggml_ext.runtime import native
@@ -99,10 +100,6 @@ class ConvertResult:
 _UNCOLLECTED = rules.EMBEDDINGS | {rules.HEAD}
 
 
-def _warn(line: str) -> None:
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
-
-
 def convert(
     source: Path,
     out: Path,
@@ -113,16 +110,17 @@ def convert(
     imatrix: Path | None = None,
     calibration: Path | None = None,
     calibrated: Path | None = None,
+    observed: Path | None = None,
     type_for: Sequence[tuple[str, str]] = (),
     keep: Sequence[str] = (),
     threads: int = 0,
-    ctx: int = 512,
-    seed: int = 0,
+    ctx: int | None = None,
+    seed: int | None = None,
     device: str = "cpu",
     matrices: Path | None = None,
     parse_special: bool = False,
     trust_remote_code: bool = False,
-    warn: Callable[[str], None] = _warn,
+    warn: Warn = warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory, a model on the Hub (hub.parse) or an f16/bf16/f32 GGUF file to
     the GGUF file ``out``.
@@ -131,27 +129,30 @@ def convert(
     q4_k, f16, ...), fq4_m, or one of llama-quantize's mixes (q4_k_m, iq4_xs, q4_0, ...), which
     llama-quantize makes itself unless a transform or gptq is asked for. imatrix: importance matrix of
     llama-imatrix. calibration: text to compute one from, or to calibrate on, by default the package's where
-    one is needed. calibrated: folder of a
-    finished calibration of this model, which then decides everything else. type_for: (pattern, type) pairs;
-    keep: patterns of tensors that stay as they are (re.search, names). threads: 0 means all. ctx: tokens
-    per context of the calibration text. seed, device, matrices, parse_special: see
-    calibration_plan.Request. trust_remote_code: see hf.to_gguf. warn: gets one line at a time. Raises
-    GgmlExtError; ``out`` then stays as it was.
+    one is needed. calibrated: folder of a finished calibration of this model, which then decides everything
+    else. observed: folder of a finished observation of this model, used instead of observing it; what is said
+    of the text beside it must be true of it. type_for: (pattern, type) pairs; keep: patterns of tensors that
+    stay as they are (re.search, names). threads: 0 means all. ctx, seed: tokens per window of the calibration
+    text and the seed of everything random, by default those of the observation, or 512 and 0. device,
+    matrices, parse_special: see calibrate.plan.Request. trust_remote_code: see hf.to_gguf. warn: gets one
+    line at a time. Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
-    check_outputs(out, inputs=[source, imatrix, calibration, calibrated, matrices])
+    check_outputs(out, inputs=[source, imatrix, calibration, calibrated, observed, matrices])
     source = hub.fetch(source)
     hf.require(source)
     if calibrated is not None:
         return _from_folder(source, calibrated, out, threads, started, warn)
     options = options or Options(type_name=type_name)
-    method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration))
+    method = recipes.resolve(recipe, options, importances=bool(imatrix or calibration or observed))
     method = recipes.with_matrices(method, options, matrices)
     request = rules.compile_rules(method.type_name, type_for, keep)
-    recipes.check(method, request.type_for, text=calibration is not None, imatrix=bool(imatrix))
-    if imatrix is None and (method.blockwise or ROUNDINGS[method.rounding].measures):
+    recipes.check(method, request.type_for, text=bool(calibration or observed), imatrix=bool(imatrix))
+    if imatrix is None and observed is None and (method.blockwise or ROUNDINGS[method.rounding].measures):
         calibration = text_or_default(calibration, warn)
-    if method.blockwise and calibration is not None:
+    asked = Asked(calibration, options.samples, ctx, seed, parse_special)
+    reading = settle(asked, observed)
+    if method.blockwise:
         from ggml_ext.methods.calibrate.plan import Request
         from ggml_ext.methods.calibrate.run import calibrate, discard
 
@@ -163,18 +164,20 @@ def convert(
             method,
             type_for,
             keep,
-            ctx,
-            seed,
+            reading.ctx,
+            reading.seed,
             device,
             threads,
             matrices,
-            parse_special,
+            reading.parse_special,
             trust_remote_code,
+            observed,
         )
         calibrate(wanted, folder, temporary=True, warn=warn)
         result = _from_folder(source, folder, out, threads, started, warn)
         discard(folder)
         return result
+    seen = None if observed is None else open_finished(observed, source, asked, warn)
     for line in hf.remarks(source) if source.is_dir() else []:
         warn(line)
     with (
@@ -183,16 +186,23 @@ def convert(
     ):
         opened = open_gguf(model)
         shapes = [tensor.shape for tensor in opened.tensors]
-        if calibration is None or imatrix is not None:
+        matrix: Imatrix | None
+        about: importance.Calibration | None
+        if seen is not None:
+            request = replace(request, no_matrices=seen.table.no_matrices)
+            matrix, about = importance.of_observation(seen, calibration, work)
+        elif calibration is None or imatrix is not None:
             matrix, about = None if imatrix is None else load(imatrix), None
         else:
+            table = table_of(opened.path, reading.ctx)
+            request = replace(request, no_matrices=table.no_matrices)
             files = _weights_and_tokenizer(source) if source.is_dir() else opened.files
             matrix, about = importance.collect(
                 opened.path,
                 files,
                 calibration,
                 work,
-                ctx=ctx,
+                ctx=reading.ctx,
                 threads=threads,
                 parse_special=parse_special,
                 warn=warn,
@@ -211,7 +221,7 @@ def convert(
 
 
 def _from_folder(
-    source: Path, folder: Path, out: Path, threads: int, started: float, warn: Callable[[str], None]
+    source: Path, folder: Path, out: Path, threads: int, started: float, warn: Warn
 ) -> ConvertResult:
     """Writes ``out`` from a finished calibration of the model ``source``."""
     from ggml_ext.methods.calibrate import result as calibrated

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+
+from ggml_ext.runtime import tools
 
 WIDTH, FFN, HEADS, KV_HEADS = 64, 128, 2, 1
 WORDS = [
@@ -180,3 +184,19 @@ def make_plamo2(path: Path, vocabulary: int = 384) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def llama_perplexity(model: Path, *arguments: str) -> str:
+    """Output of llama-perplexity.
+
+    It logs from a thread of its own and sometimes exits before that thread has written the summary; such a
+    run says nothing and is made again.
+    """
+    call = [str(tools.find("llama-perplexity")), "-m", str(model), *arguments]
+    for _ in range(10):
+        done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
+        assert done.returncode == 0, done.stderr
+        output = done.stdout + done.stderr
+        if re.search(r"Final estimate: PPL|Same top p: ", output):
+            return output
+    raise AssertionError(f"no summary in ten runs: {output}")

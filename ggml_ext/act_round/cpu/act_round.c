@@ -5,25 +5,13 @@
 
 #include "act_round/act_round.h"
 #include "core/cpu/ext_op.h"
+#include "core/cpu/generic.h"
 #include "core/x86.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 
 #include <math.h>
 #include <string.h>
-
-static bool act_round_always(void) {
-    return true;
-}
-
-static float act_round_abs_max_ref(int64_t n, const float * x) {
-    float max = 0.0f;
-    for (int64_t i = 0; i < n; i++) {
-        const float v = fabsf(x[i]);
-        max           = v > max ? v : max;
-    }
-    return max;
-}
 
 static void act_round_ref(int64_t n, float scale, float q_max, const float * x, float * y) {
     for (int64_t i = 0; i < n; i++) {
@@ -36,8 +24,8 @@ static void act_round_ref(int64_t n, float scale, float q_max, const float * x, 
 
 const struct ggml_ext_act_round_path ggml_ext_act_round_generic = {
     "generic",
-    act_round_always,
-    act_round_abs_max_ref,
+    ggml_ext_always,
+    ggml_ext_abs_max_generic,
     act_round_ref,
 };
 

@@ -1,5 +1,7 @@
 // The generic path of attention, in plain C: the reference of the others.
 
+#include "core/cpu/generic.h"
+
 #include "attention.h"
 #include "ggml-cpu.h"
 
@@ -9,10 +11,6 @@
 
 #define TILE  GGML_EXT_ATTENTION_TILE
 #define GROUP GGML_EXT_ATTENTION_GROUP
-
-static bool attention_always(void) {
-    return true;
-}
 
 static float attention_quantize_generic(int n, int n_pad, const float * x, int8_t * codes) {
     float max = 0.0f;
@@ -210,7 +208,7 @@ static void attention_accumulate_generic(const struct ggml_ext_attention_dims * 
 
 const struct ggml_ext_attention_path ggml_ext_attention_generic = {
     .name       = "generic",
-    .available  = attention_always,
+    .available  = ggml_ext_always,
     .quantize   = attention_quantize_generic,
     .scales     = attention_scales_generic,
     .levels     = attention_levels_generic,

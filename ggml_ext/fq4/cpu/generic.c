@@ -2,16 +2,14 @@
 //
 // Tile: w[r * 256 + i] is weight i of row r, as int8.
 
+#include "core/cpu/generic.h"
+
 #include "ggml-impl.h"
 #include "paths.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
-
-static bool fq4_always(void) {
-    return true;
-}
 
 static void fq4_quantize(int64_t k, const float * x, struct ggml_ext_fq4_act * y) {
     for (; k > 0; k -= QK_FQ4, x += QK_FQ4, y++) {
@@ -93,5 +91,5 @@ static void fq4_multiply(const struct ggml_ext_fq4_tile * tile, int n_cols, cons
     }
 }
 
-const struct ggml_ext_fq4_path ggml_ext_fq4_generic = { "generic", fq4_always, fq4_quantize,
-                                                        fq4_dots,  fq4_decode, fq4_multiply };
+const struct ggml_ext_fq4_path ggml_ext_fq4_generic = { "generic", ggml_ext_always, fq4_quantize,
+                                                        fq4_dots,  fq4_decode,      fq4_multiply };

@@ -5,6 +5,7 @@
 #include "kron.h"
 
 #include "core/cpu/ext_op.h"
+#include "core/cpu/generic.h"
 #include "core/x86.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -16,10 +17,6 @@
 #include <string.h>
 
 // Plain loops, the reference of the fast paths.
-
-static bool kron_always(void) {
-    return true;
-}
 
 static float kron_element(const struct ggml_ext_kron_product * p, int64_t k, int64_t q) {
     const int64_t i = k * p->b_row + q;
@@ -58,15 +55,6 @@ static void kron_hadamard_ref(int64_t n, int64_t order, float * x) {
     }
 }
 
-static float kron_abs_max_ref(int64_t n, const float * x) {
-    float max = 0.0f;
-    for (int64_t i = 0; i < n; i++) {
-        const float v = fabsf(x[i]);
-        max           = v > max ? v : max;
-    }
-    return max;
-}
-
 static void kron_clamp_ref(int64_t n, float limit, float * x) {
     for (int64_t i = 0; i < n; i++) {
         const float low = x[i] < -limit ? -limit : x[i];
@@ -75,7 +63,7 @@ static void kron_clamp_ref(int64_t n, float limit, float * x) {
 }
 
 const struct ggml_ext_kron_path ggml_ext_kron_generic = {
-    "generic", kron_always, kron_product_ref, kron_hadamard_ref, kron_abs_max_ref, kron_clamp_ref,
+    "generic", ggml_ext_always, kron_product_ref, kron_hadamard_ref, ggml_ext_abs_max_generic, kron_clamp_ref,
 };
 
 const struct ggml_ext_kron_path * const ggml_ext_kron_paths[] = {

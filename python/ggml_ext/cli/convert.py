@@ -11,16 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext.cli.shared import (
+    MAX_SEED,
     CalibrationOption,
     DryRunOption,
     ParseSpecialOption,
-    SeedOption,
     TrustOption,
     bound_threads,
     print_table,
     takes_settings,
-    warn,
 )
+from ggml_ext.core.errors import warn
 from ggml_ext.core.registry import ROUNDINGS, TRANSFORMS
 
 if TYPE_CHECKING:
@@ -77,14 +77,28 @@ class Settings:
     keep: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Tensors that are not quantised; repeatable.")
     ] = None
-    ctx: Annotated[int, typer.Option(min=16, help="Tokens per window of the calibration text.")] = 512
+    observed: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Use the finished ggml-ext observe of this model instead of observing it."
+        ),
+    ] = None
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=16, help="Tokens per window of the calibration text. [default: 512, or as --observed]"
+        ),
+    ] = None
     samples: Annotated[
         int | None,
         typer.Option(
             min=1, help="Windows of the calibration text; by default 128, or more for wide matrices."
         ),
     ] = None
-    seed: SeedOption = 0
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="Seed of everything random. [default: 0, or as --observed]"),
+    ] = None
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where transforms are solved.")] = "cpu"
     matrices: Annotated[
         Path | None,
@@ -136,7 +150,14 @@ def convert(
 
     options = its.options()
     if calibrated is not None and (
-        its.recipe or its.calibration or imatrix or its.matrices or rules or its.keep or options != Options()
+        its.recipe
+        or its.calibration
+        or its.observed
+        or imatrix
+        or its.matrices
+        or rules
+        or its.keep
+        or options != Options()
     ):
         raise typer.BadParameter("the calibration has decided this already", param_hint="--calibrated")
     result = run_convert(
@@ -147,6 +168,7 @@ def convert(
         imatrix=imatrix,
         calibration=its.calibration,
         calibrated=calibrated,
+        observed=its.observed,
         type_for=rules,
         keep=its.keep or [],
         ctx=its.ctx,
@@ -178,24 +200,28 @@ def calibrate(
     its.require_device()
     from ggml_ext.methods.calibrate.plan import Request
     from ggml_ext.methods.calibrate.run import calibrate as run_calibrate
+    from ggml_ext.observe.reuse import Asked, settle
     from ggml_ext.observe.samples import text_or_default
 
     options = its.options()
     method = recipes.resolve(its.recipe, options, importances=True)
     method = recipes.with_matrices(method, options, its.matrices)
+    asked = Asked(its.calibration, its.samples, its.ctx, its.seed, its.parse_special)
+    reading = settle(asked, its.observed)
     request = Request(
         hub.fetch(source),
-        text_or_default(its.calibration, warn),
+        its.calibration if its.observed is not None else text_or_default(its.calibration, warn),
         method,
         rules,
         its.keep or [],
-        its.ctx,
-        its.seed,
+        reading.ctx,
+        reading.seed,
         its.device,
         its.threads,
         its.matrices,
-        its.parse_special,
+        reading.parse_special,
         its.trust_remote_code,
+        its.observed,
     )
     if dry_run:
         from ggml_ext.methods.calibrate.estimate import estimate

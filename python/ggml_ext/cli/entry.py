@@ -88,6 +88,12 @@ CtxOption = Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window
 ThreadsOption = Annotated[
     int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
 ]
+CacheKOption = Annotated[
+    str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of K in the KV cache.")
+]
+CacheVOption = Annotated[
+    str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of V in the KV cache.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
 
 
@@ -118,6 +124,8 @@ def perplexity(
     text: TextOption,
     ctx: CtxOption = 512,
     threads: ThreadsOption = None,
+    cache_k: CacheKOption = "f16",
+    cache_v: CacheVOption = "f16",
     json_out: JsonOption = None,
 ) -> None:
     """Perplexity of a model on a text, equal to llama-perplexity's."""
@@ -126,10 +134,13 @@ def perplexity(
     from ggml_ext.measure.evaluate import PerplexityResult
     from ggml_ext.measure.evaluate import perplexity as run_perplexity
     from ggml_ext.measure.report import number
+    from ggml_ext.runtime.cache_types import CacheTypes
+
+    cache = CacheTypes.of(cache_k, cache_v)
 
     def deliver(result: PerplexityResult) -> None:
         if json_out is not None:
-            write_json(json_out, {**vars(result), "model": str(model), "text": str(text)})
+            write_json(json_out, {**vars(result), "model": str(model), "text": str(text), **cache.as_json()})
         print(
             f"{model}: perplexity {number(result.ppl, result.ppl_se, '.4f')} "
             f"({result.windows} windows of {ctx} tokens, {result.count} scored)",
@@ -137,7 +148,7 @@ def perplexity(
         )
 
     check_outputs(json_out, inputs=[model, text])
-    run_perplexity(model, text, ctx=ctx, threads=threads, deliver=deliver)
+    run_perplexity(model, text, ctx=ctx, threads=threads, cache=cache, deliver=deliver)
 
 
 @app.command()
@@ -149,6 +160,8 @@ def compare(
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of speed measurements; 0 for none.")] = 5,
     layers: Annotated[int, typer.Option(min=0, help="Windows for the error per block; 0 for none.")] = 8,
+    cache_k: CacheKOption = "f16",
+    cache_v: CacheVOption = "f16",
     json_out: JsonOption = None,
     report_out: Annotated[
         Path | None, typer.Option("--report", metavar="FILE.md", help="Write a report.")
@@ -162,6 +175,9 @@ def compare(
     bound_threads(threads)
     from ggml_ext.measure import loss, report
     from ggml_ext.measure.compare import compare as run_compare
+    from ggml_ext.runtime.cache_types import CacheTypes
+
+    cache = CacheTypes.of(cache_k, cache_v)
 
     def deliver(rows: list[report.Row]) -> None:
         print_table(report.table(rows))
@@ -181,6 +197,7 @@ def compare(
         threads=threads,
         rounds=rounds,
         layers=layers,
+        cache=cache,
         json_out=json_out,
         report_out=report_out,
         plot_out=plot_out,
@@ -195,15 +212,21 @@ def bench(
     generate: Annotated[int, typer.Option("-n", "--generate", min=1, help="Tokens to generate.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the models take turns.")] = 5,
     threads: ThreadsOption = None,
+    cache_k: CacheKOption = "f16",
+    cache_v: CacheVOption = "f16",
     json_out: JsonOption = None,
 ) -> None:
     """Prompt and generation speed of models, measured with llama-bench in turns."""
     from ggml_ext.core.outputs import check_outputs, write_json
     from ggml_ext.measure import bench as benchmark
     from ggml_ext.measure import report
+    from ggml_ext.runtime.cache_types import CacheTypes
 
+    caches = [CacheTypes.of(cache_k, cache_v)] * len(models)
     check_outputs(json_out, inputs=models)
-    speeds = benchmark.bench(models, prompt=prompt, generate=generate, rounds=rounds, threads=threads)
+    speeds = benchmark.bench(
+        models, prompt=prompt, generate=generate, rounds=rounds, threads=threads, caches=caches
+    )
     rows = benchmark.as_rows(speeds)
     if json_out is not None:
         write_json(json_out, rows)

@@ -14,8 +14,9 @@ from ggml_ext.cli.shared import (
     ParseSpecialOption,
     SeedOption,
     TrustOption,
-    warn,
 )
+from ggml_ext.core.errors import warn
+from ggml_ext.observe.layout import SAMPLE_ROWS
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)i?B?", re.IGNORECASE)
 
@@ -44,6 +45,12 @@ def observe(
     ] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")] = 512,
     seed: SeedOption = 0,
+    sample_rows: Annotated[
+        int,
+        typer.Option(
+            min=SAMPLE_ROWS, help="Rows to keep of what each matrix reads; 4-bit activations need 4096."
+        ),
+    ] = SAMPLE_ROWS,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for batches, beside the mapped model.")
     ] = "8G",
@@ -67,7 +74,18 @@ def observe(
     check_outputs(json_out, inputs=[source, calibration])
     text = text_or_default(calibration, warn)
     source = hub.fetch(source)
-    request = Request(source, text, samples, ctx, seed, allowed, threads, parse_special, trust_remote_code)
+    request = Request(
+        source,
+        text,
+        samples,
+        ctx,
+        seed,
+        allowed,
+        threads,
+        parse_special,
+        trust_remote_code,
+        sample_rows=sample_rows,
+    )
     if dry_run:
         from ggml_ext.observe.estimate import estimate
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +19,8 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(metavar="TEXT", help="Text to calibrate on (UTF-8). [default: the package's own]"),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+MAX_SEED = 2**32 - 1
+SeedOption = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of everything random.")]
 ParseSpecialOption = Annotated[
     bool,
     typer.Option(
@@ -63,11 +63,6 @@ def takes_settings(settings: type) -> Callable[[Callable[..., None]], Callable[.
         return run
 
     return decorate
-
-
-def warn(line: str) -> None:
-    """A line of a command's remarks on standard error."""
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
 
 
 def bound_threads(threads: int | None) -> None:

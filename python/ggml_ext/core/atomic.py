@@ -3,7 +3,8 @@
 Every temporary file or folder has a record beside it, ``.ggml-ext-TOKEN.run``: the process that made it
 (owner.py), its name and its inode. A run removes what it made; what a killed run left is removed by the next
 one that writes into the same folder. Nothing without a record, of another inode or of a living run is ever
-removed.
+removed. A record is empty for a moment: whoever sweeps may remove it then, under its lock, and the run that
+finds its record gone begins anew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import atexit
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -26,6 +28,7 @@ from ggml_ext.core import owner
 from ggml_ext.core.errors import GgmlExtError
 
 _RECORD = (".ggml-ext-", ".run")
+_TOKEN = re.compile(r"[0-9a-f]{16}")
 _MAX_RECORD = 8192
 _NAME_BYTES = 120  # of the final name within a temporary one, which may have 255 in all
 _UNKNOWN_DAYS = 14
@@ -125,29 +128,50 @@ class _Claim:
 
     def __init__(self, place: Path, suffix: str) -> None:
         self.pid = os.getpid()
+        self._place, self._suffix = place, suffix
+        self._file: IO[bytes] | None = None
+        self._draw()
+
+    def _draw(self) -> None:
+        """A token, and the names that follow from it."""
         token = secrets.token_hex(8)
-        stem = place.name
+        stem = self._place.name
         if len(os.fsencode(stem)) > _NAME_BYTES:
             stem = os.fsencode(stem)[:_NAME_BYTES].decode("utf-8", "ignore")
-        self.path = place.with_name(f".{stem}.{token}{suffix}")
-        self._record = place.with_name(token.join(_RECORD))
-        self._file: IO[bytes] | None = None
+        self.path = self._place.with_name(f".{stem}.{token}{self._suffix}")
+        self._record = self._place.with_name(token.join(_RECORD))
 
     def begin(self, make: Callable[[Path], None]) -> None:
         """Writes the record, then makes the file or folder, then notes its inode. Raises OSError."""
         _claims.append(self)
+        while not self._begun(make):
+            self._release()
+            self._draw()
+
+    def _begun(self, make: Callable[[Path], None]) -> bool:
+        """False if somebody who sweeps has met the record while it was empty."""
         handle = os.open(self._record, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         with os.fdopen(os.dup(handle), "wb", 0) as file:
             self._file = os.fdopen(handle, "rb", 0)
-            with suppress(BlockingIOError):  # somebody who sweeps looks at it just now
+            try:
                 owner.lock(file)
+            except BlockingIOError:
+                return False
             before = self._facts(file, None)
             file.write(before)
+            if not os.path.lexists(self._record):  # nobody else makes a file of this name
+                return False
             make(self.path)
             file.seek(0)
             file.write(self._facts(file, self.path.lstat().st_ino).ljust(len(before)))
             with suppress(OSError):
                 os.fsync(file.fileno())
+        return True
+
+    def _release(self) -> None:
+        self._record.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
 
     def _facts(self, file: IO[bytes], inode: int | None) -> bytes:
         facts = {
@@ -163,9 +187,7 @@ class _Claim:
         """Removes what is left of it. What cannot be removed now is tried again when the process ends."""
         with suppress(OSError):
             _remove(self.path)
-            self._record.unlink(missing_ok=True)
-            if self._file is not None:
-                self._file.close()
+            self._release()
             _claims.remove(self)
 
 
@@ -213,10 +235,13 @@ def _sweep(record: Path) -> None:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_RECORD:
             return
+        if status.st_size == 0:
+            _remove_unwritten(record, file)
+            return
         facts: Any = json.loads(file.read())
         if not isinstance(facts, dict) or facts.get("ggml-ext") != "temporary":
             return
-        name, token = str(facts.get("name")), record.name.removeprefix(_RECORD[0]).removesuffix(_RECORD[1])
+        name, token = str(facts.get("name")), _token(record)
         if facts.get("record") != status.st_ino or not name.endswith((f".{token}.part", f".{token}.work")):
             return
         if not name.startswith(".") or "/" in name:
@@ -230,6 +255,19 @@ def _sweep(record: Path) -> None:
             _remove(path)
         elif found is not None and facts.get("inode") is None:
             _remove_empty(path, found)
+        record.unlink()
+
+
+def _token(record: Path) -> str:
+    return record.name.removeprefix(_RECORD[0]).removesuffix(_RECORD[1])
+
+
+def _remove_unwritten(record: Path, file: IO[bytes]) -> None:
+    """For a run that was killed before it wrote its record; nothing tells one that lives without a lock."""
+    if not _TOKEN.fullmatch(_token(record)) or not owner.lock(file):
+        return
+    status = os.fstat(file.fileno())
+    if status.st_size == 0 and record.lstat().st_ino == status.st_ino:
         record.unlink()
 
 

@@ -1,12 +1,21 @@
-"""The one exception that users see, how its messages list names, and what is said of all others."""
+"""The one exception that users see, how its messages list names, what is said of all others, and remarks."""
 
 from __future__ import annotations
 
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "unable to allocate")
+
+Warn = Callable[[str], None]
+"""Gets one line at a time of what did not go as asked, or may surprise."""
+
+
+def warn(line: str) -> None:
+    """A line of a command's remarks on standard error."""
+    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
 
 
 class GgmlExtError(Exception):

@@ -21,6 +21,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.process import die_with_parent
 from ggml_ext.core.progress import track
 from ggml_ext.runtime import tools
+from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 
 PROMPT_TOKENS = 512
 GENERATED_TOKENS = 128
@@ -59,10 +60,13 @@ def ratio(samples: Sequence[float], reference: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(samples, reference, strict=True))
 
 
-def command(model: Path, *, prompt: int, generate: int, threads: int | None) -> list[str]:
+def command(
+    model: Path, *, prompt: int, generate: int, threads: int | None, cache: CacheTypes = PLAIN
+) -> list[str]:
     """The llama-bench call of one round."""
     args = ["-m", str(model), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
-    return [str(tools.find("llama-bench").absolute()), *args, "-t", str(threads or physical_cores())]
+    args += ["-t", str(threads or physical_cores()), *cache.arguments]
+    return [str(tools.find("llama-bench").absolute()), *args]
 
 
 def parse(output: str) -> tuple[float, float]:
@@ -72,9 +76,11 @@ def parse(output: str) -> tuple[float, float]:
     return speeds["pp"], speeds["tg"]
 
 
-def _measure(model: Path, prompt: int, generate: int, threads: int | None) -> tuple[float, float]:
+def _measure(
+    model: Path, prompt: int, generate: int, threads: int | None, cache: CacheTypes
+) -> tuple[float, float]:
     """One llama-bench run. Raises GgmlExtError with its last line of output if it fails."""
-    call = command(model.absolute(), prompt=prompt, generate=generate, threads=threads)
+    call = command(model.absolute(), prompt=prompt, generate=generate, threads=threads, cache=cache)
     done = subprocess.run(
         call,
         cwd=paths.bin_dir(),  # llama-bench loads backends that lie in the current folder
@@ -102,11 +108,14 @@ def bench(
     generate: int = GENERATED_TOKENS,
     rounds: int = ROUNDS,
     threads: int | None = None,
+    caches: Sequence[CacheTypes] | None = None,
 ) -> list[Speed]:
     """Measure ``models`` in ``rounds`` rounds: a prompt of ``prompt`` tokens, then ``generate`` tokens alone.
 
-    ``threads``: None for one per physical core. Raises GgmlExtError.
+    ``threads``: None for one per physical core; ``caches``: types of each model's KV cache, None for f16.
+    Raises GgmlExtError.
     """
+    caches = caches or [PLAIN] * len(models)
     for model in models:
         if not model.is_file():
             raise GgmlExtError(f"{model}: no such file; name GGUF files")
@@ -115,7 +124,7 @@ def bench(
         for number in range(rounds):
             order = range(len(models)) if number % 2 == 0 else reversed(range(len(models)))
             for i in order:
-                samples[i].append(_measure(models[i], prompt, generate, threads))
+                samples[i].append(_measure(models[i], prompt, generate, threads, caches[i]))
                 advance(1)
     return [
         Speed(model, tuple(pp for pp, _ in runs), tuple(tg for _, tg in runs))

@@ -21,6 +21,7 @@ from ggml_ext.measure import bench, report
 from ggml_ext.measure.evaluate import Evaluation, Result
 from ggml_ext.measure.layers import ModelErrors, choose_windows, layer_errors
 from ggml_ext.measure.scoring import Difference, Divergence
+from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 
 Row = dict[str, Any]
 
@@ -101,13 +102,15 @@ def make_row(
     text: Path,
     speed: Row | None,
     errors: ModelErrors | None,
+    cache: CacheTypes,
 ) -> Row:
     """The JSON row of one model; every key is present, null where nothing was measured."""
     divergence = result.divergence.as_dict() if result.divergence is not None else {}
-    rival = None if result.rival is None else evaluation.models[result.rival]
+    rival = None if result.rival is None else evaluation.models[result.rival].path
     difference = None if result.rival is None else result.differences[result.rival]
     return {
         "model": str(result.model),
+        **cache.as_json(),
         "bytes": facts.bytes,
         "bits_per_weight": facts.bits_per_weight,
         "bits_per_layer_weight": facts.bits_per_layer_weight,
@@ -123,8 +126,8 @@ def make_row(
         "differences": None
         if result.divergence is None
         else [
-            None if other is None else {"model": str(path), **other.as_dict()}
-            for path, other in zip(evaluation.models, result.differences, strict=True)
+            None if other is None else {"model": str(subject.path), **other.as_dict()}
+            for subject, other in zip(evaluation.models, result.differences, strict=True)
         ],
         "error_method": ERROR_METHOD,
         "error_df": result.perplexity.error_df,
@@ -151,6 +154,7 @@ def compare(
     threads: int | None = None,
     rounds: int = bench.ROUNDS,
     layers: int = LAYER_WINDOWS,
+    cache: CacheTypes = PLAIN,
     json_out: Path | None = None,
     report_out: Path | None = None,
     plot_out: Path | None = None,
@@ -158,15 +162,16 @@ def compare(
 ) -> list[Row]:
     """Measure ``base`` and ``models`` on ``text`` and write the files that are asked for.
 
-    ``rounds``: rounds of speed measurements; ``layers``: windows for the error per block; 0 for none.
-    ``deliver``: gets the rows. If it or a file fails, the scores stay on disk and the same call goes on from
-    them. Returns the rows, the base first. Raises GgmlExtError before any long work if an input cannot be
-    read or an output cannot be written.
+    ``rounds``: rounds of speed measurements; ``layers``: windows for the error per block, which is that of
+    the weights alone; 0 for none. ``cache``: types of the models' KV cache; the base's is f16. ``deliver``:
+    gets the rows. If it or a file fails, the scores stay on disk and the same call goes on from them. Returns
+    the rows, the base first. Raises GgmlExtError before any long work if an input cannot be read or an output
+    cannot be written.
     """
     check_outputs(json_out, report_out, plot_out, inputs=[base, *models, text])
     if plot_out is not None:
         report.require_matplotlib()
-    with Evaluation(base, models, text, ctx=ctx, threads=threads) as evaluation:
+    with Evaluation(base, models, text, ctx=ctx, threads=threads, cache=cache) as evaluation:
         paths = [base, *models]
         facts = [file_facts(path) for path in paths]
         results = evaluation.run()
@@ -174,12 +179,15 @@ def compare(
         if layers:
             chosen = choose_windows(evaluation.windows, layers)
             errors = layer_errors(base, models, chosen, threads=threads)
+        caches = [PLAIN, *[cache] * len(models)]
         speeds: Sequence[Row | None] = [None] * len(paths)
         if rounds:
-            speeds = bench.as_rows(bench.bench(paths, rounds=rounds, threads=threads))
+            speeds = bench.as_rows(bench.bench(paths, rounds=rounds, threads=threads, caches=caches))
         rows = [
-            make_row(evaluation, result, fact, text, speed, error)
-            for result, fact, speed, error in zip(results, facts, speeds, [None, *errors], strict=True)
+            make_row(evaluation, result, fact, text, speed, error, types)
+            for result, fact, speed, error, types in zip(
+                results, facts, speeds, [None, *errors], caches, strict=True
+            )
         ]
         if json_out is not None:
             write_json(json_out, rows)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,10 +43,18 @@ from ggml_ext.measure.scoring import (
 )
 from ggml_ext.measure.standard_error import Interval, TextErrors
 from ggml_ext.measure.windows import Scratch, decode_windows, make_plan
+from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 from ggml_ext.runtime.llama import Model, interruptible
 
-FORMAT = 1
+FORMAT = 2
 """Version of what the journal holds; raise it when scores change their meaning."""
+
+
+class Subject(NamedTuple):
+    """A model that is scored, and the types of its KV cache."""
+
+    path: Path
+    cache: CacheTypes
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,24 @@ class Evaluation:
     """Scores a base model and others over a text. Use it in ``with``."""
 
     def __init__(
-        self, base: Path, models: Sequence[Path], text: Path, *, ctx: int = 512, threads: int | None = None
+        self,
+        base: Path,
+        models: Sequence[Path],
+        text: Path,
+        *,
+        ctx: int = 512,
+        threads: int | None = None,
+        cache: CacheTypes = PLAIN,
     ) -> None:
         """Read the text, check all files and cut the windows.
 
-        ``threads``: None for one per physical core. Raises GgmlExtError on files that cannot be read or
+        ``threads``: None for one per physical core; ``cache``: types of the KV cache, of the models beside a
+        base, which keeps f16, or of a base alone. Raises GgmlExtError on files that cannot be read or
         loaded, on models with different vocabularies, and on a text shorter than one window.
         """
-        self.base, self.models, self.ctx, self.threads = base, list(models), ctx, threads
+        self.base = Subject(base, PLAIN if models else cache)
+        self.models = [Subject(path, cache) for path in models]
+        self.ctx, self.threads = ctx, threads
         self._text, self.text_sha256 = read_text(text)
         with Model(base, weights=False) as model:
             if model.adds_eos:
@@ -121,13 +139,13 @@ class Evaluation:
                 f"{text}: has {self.tokens} tokens, one window needs {ctx}; lengthen the text or lower --ctx"
             )
         self.windows = self._tokens[: self.n_windows * ctx].reshape(self.n_windows, ctx)
-        for path in self.models:
+        for path in models:
             self._check_vocabulary(path)
         libraries = sorted(path for path in paths.lib_dir().glob("lib*") if path.suffix in (".so", ".dylib"))
         self._journal = Journal(
             {
                 "format": FORMAT,
-                "base": self._facts(base),
+                "base": self._facts(self.base),
                 "text": self.text_sha256,
                 "ctx": ctx,
                 "libraries": [identity(library) for library in libraries],
@@ -138,16 +156,16 @@ class Evaluation:
             self.plan.rows,
         )
 
-    def _done(self, path: Path) -> int:
-        """Windows of ``path`` that are scored, from the first one on."""
-        return len(self._journal.windows(self._facts(path)))
+    def _done(self, subject: Subject) -> int:
+        """Windows of ``subject`` that are scored, from the first one on."""
+        return len(self._journal.windows(self._facts(subject)))
 
-    def _facts(self, path: Path) -> list[Any]:
-        return [identity(part) for part in named_parts(path) if part.exists()]
+    def _facts(self, subject: Subject) -> list[Any]:
+        return [[identity(part) for part in named_parts(subject.path) if part.exists()], *subject.cache]
 
     def run(self) -> list[Result]:
         """Score everything that the journal lacks. Results: the base, then the models in their order."""
-        done = [self._done(path) for path in (self.base, *self.models)]
+        done = [self._done(subject) for subject in (self.base, *self.models)]
         if any(done):
             print(
                 f"resuming: {sum(done)} of {len(done) * self.n_windows} windows are scored", file=sys.stderr
@@ -168,17 +186,18 @@ class Evaluation:
 
     def _run_group(self, start: int, stop: int, scratch: Scratch, advance: Advance) -> None:
         """Score windows start..stop of the base and of every model that lacks them."""
-        pending = [path for path in self.models if self._done(path) < stop]
-        needed = min([self._done(path) for path in (self.base, *pending)])
+        pending = [subject for subject in self.models if self._done(subject) < stop]
+        needed = min([self._done(subject) for subject in (self.base, *pending)])
         if needed >= stop:
             return
         begin = max(start, needed)
         self._run_base(begin, stop, scratch if pending else None, start, advance)
-        for path in pending:
-            with Model(path, threads=self.threads) as model:
+        for subject in pending:
+            with Model(subject.path, threads=self.threads) as model:
                 self._score(
+                    subject,
                     model,
-                    max(start, self._done(path)),
+                    max(start, self._done(subject)),
                     stop,
                     advance,
                     lambda w, row: scratch.rows(w - start, row),
@@ -188,12 +207,13 @@ class Evaluation:
         """Score windows begin..stop of the base, and keep their logits from slot begin - start."""
         if begin >= stop:
             return
-        with Model(self.base, threads=self.threads) as model:
+        with Model(self.base.path, threads=self.threads) as model:
             keep = None if scratch is None else lambda w, row, logits: scratch.write(w - start, row, logits)
-            self._score(model, begin, stop, advance, None, keep)
+            self._score(self.base, model, begin, stop, advance, None, keep)
 
     def _score(
         self,
+        subject: Subject,
         model: Model,
         begin: int,
         stop: int,
@@ -201,16 +221,16 @@ class Evaluation:
         base_rows: Callable[[int, int], BaseRows] | None,
         keep: Callable[[int, int, NDArray[np.float32]], None] | None = None,
     ) -> None:
-        """Score windows begin..stop of ``model`` against the base and journal those that are new."""
+        """Score windows begin..stop of ``subject``, which ``model`` is, and journal those that are new."""
         plan = self.plan
-        model.start(n_ctx=self.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step)
-        facts = self._facts(model.path)
+        model.start(n_ctx=self.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step, cache=subject.cache)
+        facts = self._facts(subject)
         scores = np.zeros(plan.rows, SCORE)
         for window, row, logits in decode_windows(model, self.windows, plan, begin, stop):
             end = row + len(logits)
             if keep is not None:
                 keep(window, row, logits)
-            if window < self._done(model.path):
+            if window < self._done(subject):
                 continue  # scored before the interruption; only its logits were needed again
             targets = self.windows[window, plan.first + 1 + row : plan.first + 1 + end]
             base = None if base_rows is None else base_rows(window, row)
@@ -230,28 +250,28 @@ class Evaluation:
         with Model(path, weights=False) as model:
             if model.n_vocab != self._n_vocab or not np.array_equal(model.tokenize(self._text), self._tokens):
                 raise GgmlExtError(
-                    f"{path}: its vocabulary is not that of {self.base}; compare models of one tokenizer"
+                    f"{path}: its vocabulary is not that of {self.base.path}; compare models of one tokenizer"
                 )
 
     def _results(self) -> list[Result]:
         """What the journal's scores come to."""
         errors = TextErrors(self.n_windows, self.plan.rows, self.ctx)
-        results = [Result(self.base, perplexity_of(self._scores(self.base), errors), None, [], None)]
-        scores = [self._scores(path) for path in self.models]
+        results = [Result(self.base.path, perplexity_of(self._scores(self.base), errors), None, [], None)]
+        scores = [self._scores(subject) for subject in self.models]
         divergences = [divergence_of(own, errors) for own in scores]
         ranked = sorted(range(len(scores)), key=lambda i: divergences[i].kld)
         rivals = dict(zip(ranked[1:], ranked, strict=False))
-        for i, path in enumerate(self.models):
+        for i, subject in enumerate(self.models):
             differences = [
                 None if k == i else difference_of(scores[i], other, errors) for k, other in enumerate(scores)
             ]
             perplexity = perplexity_of(scores[i], errors)
-            results.append(Result(path, perplexity, divergences[i], differences, rivals.get(i)))
+            results.append(Result(subject.path, perplexity, divergences[i], differences, rivals.get(i)))
         return results
 
-    def _scores(self, path: Path) -> NDArray[np.void]:
-        """All scored positions of ``path``, in the order of the text."""
-        return np.concatenate(self._journal.windows(self._facts(path)))
+    def _scores(self, subject: Subject) -> NDArray[np.void]:
+        """All scored positions of ``subject``, in the order of the text."""
+        return np.concatenate(self._journal.windows(self._facts(subject)))
 
     def finish(self) -> None:
         """Forget the journal: the results have been delivered."""
@@ -270,6 +290,7 @@ def perplexity(
     *,
     ctx: int = 512,
     threads: int | None = None,
+    cache: CacheTypes = PLAIN,
     deliver: Callable[[PerplexityResult], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text`` in windows of ``ctx`` tokens, equal to llama-perplexity's.
@@ -277,7 +298,7 @@ def perplexity(
     deliver: gets the result. If it fails, the scores stay on disk and the same call goes on from them. Raises
     GgmlExtError on files that cannot be used and on a text shorter than one window.
     """
-    with Evaluation(model, [], text, ctx=ctx, threads=threads) as evaluation:
+    with Evaluation(model, [], text, ctx=ctx, threads=threads, cache=cache) as evaluation:
         figures = evaluation.run()[0].perplexity
         result = PerplexityResult(
             model=model,

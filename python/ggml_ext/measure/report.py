@@ -19,6 +19,7 @@ from ggml_ext.core.atomic import atomic_path, write_text
 from ggml_ext.core.cpus import physical_cores
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.measure import bench, loss
+from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 from ggml_ext.runtime.llama import bindings
 
 if TYPE_CHECKING:
@@ -110,13 +111,23 @@ def table(rows: Sequence[Row]) -> Table:
     """The comparison as a terminal table."""
     first = rows[0]
     # File names may hold square brackets, which rich takes for markup in plain strings.
-    measured_on = f"{first['tokens_scored']} tokens of {first['text']}, windows of {first['ctx']}"
+    measured_on = (
+        f"{first['tokens_scored']} tokens of {first['text']}, windows of {first['ctx']}{caches(rows)}"
+    )
     result = Table(caption=Text("\n".join([measured_on, *resolution(rows)])))
     for i, column in enumerate(COLUMNS):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in cells(rows):
         result.add_row(*map(Text, row))
     return result
+
+
+def caches(rows: Sequence[Row]) -> str:
+    """The models' KV cache as the end of a sentence on what was measured; empty where all have f16."""
+    types = CacheTypes(rows[-1]["cache_k"], rows[-1]["cache_v"])
+    if types.plain:
+        return ""
+    return f", KV cache {types}" + (f" (the base's {PLAIN})" if len(rows) > 1 else "")
 
 
 def resolution(rows: Sequence[Row]) -> list[str]:
@@ -188,7 +199,8 @@ def markdown(rows: Sequence[Row], *, threads: int | None, rounds: int) -> str:
         "# Comparison of GGUF models",
         "",
         f"Base model: `{first['model']}`. Text: `{first['text']}` (SHA-256 `{first['text_sha256']}`), "
-        f"{first['windows']} windows of {first['ctx']} tokens, {first['tokens_scored']} tokens scored.",
+        f"{first['windows']} windows of {first['ctx']} tokens, {first['tokens_scored']} tokens scored"
+        f"{caches(rows)}.",
         "",
         *_markdown_table(COLUMNS, cells(rows)),
         "",

@@ -80,7 +80,7 @@ class ModelSites:
         unseen = [name for name in rounded if self.table.site_of(name) is None]
         lines = []
         if unseen:
-            uses = sorted({self.table.others.get(name, "never") for name in unseen})
+            uses = sorted({self.table.others.get(name, observed.NEVER) for name in unseen})
             lines.append(
                 f"nothing is known of what reads {listed(unseen)} ({', '.join(uses)}): rounded to nearest"
             )
@@ -152,7 +152,9 @@ class ModelSites:
         if not concerned <= self._tensors.keys() or {_block_of(name) for name in concerned} != {block}:
             return None
         unread = [
-            name for name, use in self.table.others.items() if use == "never" and _block_of(name) == block
+            name
+            for name, use in self.table.others.items()
+            if use == observed.NEVER and _block_of(name) == block
         ]
         if any(len(dims := self._tensors.get(name, ())) > 1 and dims[0] == site.n for name in unread):
             return None

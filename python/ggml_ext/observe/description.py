@@ -5,6 +5,7 @@ A folder goes on with the description it has or not at all: sums of two texts or
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,12 @@ class Description:
     def layout(self) -> Layout:
         """Where the files have the figures of each site."""
         return Layout(tuple(Place(**place) for place in self.places), **self.bytes)
+
+    @property
+    def digest(self) -> str:
+        """Two observations with the same have the same figures."""
+        facts = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def save(self, folder: Path) -> None:
         """Writes plan.json atomically."""

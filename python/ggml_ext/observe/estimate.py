@@ -1,7 +1,8 @@
 """ggml-ext observe --dry-run: what an observation will take. Nothing stays of what it does.
 
-Memory is what llama.cpp itself says of its buffers. Time comes from the model: a batch of the text, or as
-much of it as takes a minute, with all sites observed, and with the last alone, which is the forward pass.
+Memory is what llama.cpp itself says of its buffers. Time comes from the model: batches of the text, or as
+much of one as takes a minute, with all sites observed, and one with the last alone, which is the forward
+pass. What comes before the batches is timed too, and the disk.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggml_ext.core.atomic import work_folder
 from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.errors import Warn
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE
 from ggml_ext.core.progress import duration_text, size_text
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.hf import folder as hf
-from ggml_ext.observe.layout import block_floats
+from ggml_ext.observe.layout import Place, block_floats
 from ggml_ext.observe.observer import Observer, Target
-from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
+from ggml_ext.observe.prepare import Prepared, Request, prepare
 from ggml_ext.observe.run import COMMIT_SECONDS, named_as
 from ggml_ext.observe.samples import read_text
+from ggml_ext.observe.sites import Table
 from ggml_ext.runtime.llama import Model
 
 _SUMS_BYTES = 512 << 20  # of the sites that are timed
 _SECONDS = 60.0  # of a timed batch, about
+_STEADY_SECONDS = 15.0  # of timed batches, where the observation itself takes four times as long
 _PROBE_BYTES = 64 << 20  # of the disk's rate
 _BLOCK = re.compile(r"blk\.\d+\.")
 
@@ -46,6 +51,7 @@ class Sizes:
     block."""
 
     widest: int
+    sites: int
     squares: int
     weights: int
     block: int
@@ -101,9 +107,9 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
     hf.require(request.source)
     check_folder(folder, [request.source, request.text])
     content = read_text(request.text)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    existing = _existing(folder)
+    started = time.monotonic()
     with _float_model(request, folder, existing) as model, named_as(model, request.source):
-        started = time.monotonic()
         prepared = prepare(request, model, content, warn)
         preparing, before = time.monotonic() - started, _anonymous()
         timed = _time(prepared, request.threads or physical_cores())
@@ -113,10 +119,10 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
     disk["samples"] = prepared.layout.sample_bytes + prepared.layout.absmax_bytes
     if request.source.is_dir():
         disk[SOURCE] = mapped
-    status = os.statvfs(existing)
     batches = -(-len(prepared.tokens) // prepared.n_seq)
     commits = min(batches, 1 + int(timed.all / COMMIT_SECONDS))
-    flushing = commits * prepared.layout.sums_bytes * _seconds_per_byte(existing, prepared.layout.sums_bytes)
+    written = commits * prepared.layout.sums_bytes + disk["samples"]
+    writing = written * _seconds_per_byte(existing, written)
     return Estimate(
         folder,
         len(prepared.table.sites),
@@ -126,23 +132,35 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
         before + prepared.memory,
         mapped,
         disk,
-        status.f_bavail * status.f_frsize,
-        preparing + timed.all + flushing,
+        free_bytes(folder),
+        preparing + timed.loading + timed.all + writing,
         timed.forward,
-        _sizes(prepared, source),
+        sizes_of(prepared.table, source),
     )
 
 
-def _sizes(prepared: Prepared, source: Source) -> Sizes:
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk where the folder is or would be."""
+    status = os.statvfs(_existing(folder))
+    return status.f_bavail * status.f_frsize
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+
+
+def sizes_of(table: Table, source: Source) -> Sizes:
+    """Of the matrices of ``source`` that read a site."""
     weights = {tensor.name: tensor.n_weights for tensor in source.tensors}
     blocks: Counter[str] = Counter()
-    for site in prepared.table.sites:
+    for site in table.sites:
         for reader in site.readers:
             block = _BLOCK.match(reader.tensor)
             blocks[block[0] if block else ""] += weights.get(reader.tensor, 0)
     return Sizes(
-        widest=prepared.table.widest,
-        squares=sum(site.n**2 for site in prepared.table.sites),
+        widest=table.widest,
+        sites=len(table.sites),
+        squares=sum(site.n**2 for site in table.sites),
         weights=blocks.total(),
         block=max(blocks.values()),
     )
@@ -164,16 +182,19 @@ def _float_model(request: Request, folder: Path, existing: Path) -> Iterator[Pat
 
 @dataclass(frozen=True)
 class _Seconds:
-    """Of all windows: with all sites, and without sums."""
+    """``loading``: the model. ``all``, ``forward``: of all windows, with all sites and without sums."""
 
+    loading: float
     all: float
     forward: float
 
 
 def _time(prepared: Prepared, threads: int) -> _Seconds:
-    """Decodes a window to get the model into memory, then _SECONDS of windows, without and with sums."""
+    """Decodes a window to get the model into memory, then as many as take _SECONDS, without and with sums."""
+    began = time.monotonic()
     with Observer(threads) as observer, Model(prepared.model, threads=threads) as model:
         observer.start(model, ctx=prepared.tokens.shape[1], n_seq=prepared.n_seq)
+        loading = time.monotonic() - began
         every = _targets(prepared)
         last = [*[Target(None, None)] * (len(every) - 1), every[-1]]
 
@@ -187,25 +208,46 @@ def _time(prepared: Prepared, threads: int) -> _Seconds:
         if one < _SECONDS:  # much of which was reading the model
             one = seconds(every, 1)
         n = int(max(1, min(prepared.n_seq, _SECONDS / one)))
-        forward, observed = seconds(last, n), seconds(every, n)
-    scale = len(prepared.tokens) / n
-    return _Seconds(scale * observed, scale * min(forward, observed))
+        scale = len(prepared.tokens) / n
+        forward, observed = seconds(last, n), [seconds(every, n)]
+        while sum(observed) < min(_STEADY_SECONDS, scale * observed[0] / 4):
+            observed.append(seconds(every, n))
+    mean = sum(observed) / len(observed)
+    return _Seconds(loading, scale * mean, scale * min(forward, mean))
 
 
 def _targets(prepared: Prepared) -> list[Target]:
-    """A target per site. Sites of one form share memory as far as _SUMS_BYTES makes them: what becomes of the
-    sums does not matter, and adding to them takes the same time."""
+    """A target per site. Sites of one form share sums as far as _SUMS_BYTES makes them, and all sites share
+    the rest: what becomes of the figures does not matter, and making them takes the same time."""
     pairs = list(zip(prepared.table.sites, prepared.layout.places, strict=True))
     forms = [(site.n, site.experts, place.moments) for site, place in pairs]
     kept = min(1.0, _SUMS_BYTES / prepared.layout.sums_bytes)
-    shared: dict[tuple[int, int, int], list[Target]] = {form: [] for form in forms}
+    shared: dict[tuple[int, int, int], list[NDArray[np.float32]]] = {form: [] for form in forms}
+    most = max((_sampled(prepared, place) * site.n for site, place in pairs), default=0)
+    sample, absmax = np.zeros(most, np.float32), np.zeros(prepared.table.widest, np.float32)
     targets: list[Target] = []
     for form, (site, place) in zip(forms, pairs, strict=True):
         if len(shared[form]) < max(1, int(kept * forms.count(form))):
-            sums = np.zeros(block_floats(site, place.moments), np.float32)
-            shared[form].append(Target(sums, sums, moments=place.moments))
-        targets.append(shared[form][len(targets) % len(shared[form])])
+            shared[form].append(np.zeros(block_floats(site, place.moments), np.float32))
+        sums = shared[form][len(targets) % len(shared[form])]
+        rows = _sampled(prepared, place)
+        targets.append(
+            Target(
+                sums,
+                sums,
+                absmax=absmax[: site.n] if rows else None,
+                sample=sample[: rows * site.n] if rows else None,
+                stride=place.stride,
+                moments=place.moments,
+            )
+        )
     return targets
+
+
+def _sampled(prepared: Prepared, place: Place) -> int:
+    """Rows of a batch that are kept."""
+    tokens = prepared.description.batch
+    return min(place.sample_rows, -(-tokens * place.rows // place.stride))
 
 
 def _anonymous() -> int:

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_ext.core.atomic import atomic_path
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.core.files import cache_dir
 from ggml_ext.core.outputs import identity
 from ggml_ext.core.owned_folder import BusyError
 from ggml_ext.gguf.imatrix import Imatrix, load, write
 from ggml_ext.observe.description import versions
-from ggml_ext.observe.prepare import Request, Warn
+from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.run import discard, observe
 from ggml_ext.observe.samples import read_text
@@ -78,6 +78,16 @@ def collect(
     if matrix is None:
         matrix = load(_compute(request, content, place, work, name, warn))
     return matrix, Calibration(sha256, matrix.chunks, ctx)
+
+
+def of_observation(seen: Observation, text: Path | None, work: Path) -> tuple[Imatrix, Calibration]:
+    """The importances of a finished observation, of its windows. text: what it was read from, if known; gives
+    the name. work: a folder for the matrix's file."""
+    its = seen.description
+    name = _dataset(Path("text") if text is None else text, its.text)
+    path = work / f"{name}.imatrix.gguf"
+    _write(seen, path, f"{name}.txt")
+    return load(path), Calibration(its.text, its.windows, its.ctx, its.seed)
 
 
 def _dataset(text: Path, sha256: str) -> str:

@@ -74,16 +74,6 @@ def block_floats(site: Site, moments: int) -> int:
     return 1 + site.experts + shared + site.experts * site.n + own
 
 
-def rows_per_token(site: Site, used: int) -> int:
-    """Rows of the site per token: as the library says, or where it does not the most that can be. ``used``:
-    experts per token of a mixture."""
-    if site.rows is not None:
-        return site.rows
-    if not site.experts:
-        return 1
-    return max(used, 1) if site.routed else site.experts
-
-
 def lay_out(
     table: Table, n_tokens: int, used: int, *, diagonals: bool, sample_rows: int = SAMPLE_ROWS
 ) -> Layout:
@@ -92,7 +82,7 @@ def lay_out(
     places = []
     sums = absmax = sample = 0
     for site in table.sites:
-        rows = rows_per_token(site, used)
+        rows = site.rows
         if diagonals:
             places.append(Place(site.anchor, rows, DIAGONAL, 1, 0, sums, 0, 0))
             sums += _aligned(FLOAT * block_floats(site, DIAGONAL))
@@ -123,6 +113,16 @@ def sample_stride(rows: int, per_token: int, kept: int) -> int:
     """
     least = max(1, -(-rows // kept))
     return 1 << math.ceil(math.log2(least)) if per_token == 1 else least | 1
+
+
+def sample_step(place: Place, n_tokens: int, kept: int) -> int | None:
+    """Every so manieth of the kept rows of the text's ``n_tokens`` tokens are the ``kept`` or fewer that a
+    layout for so many has, or nearly so where a token has several rows; None where there are too few."""
+    wanted = sample_stride(n_tokens * place.rows, place.rows, kept)
+    if wanted < place.stride:
+        return None
+    step = -(-wanted // place.stride)
+    return step if place.rows == 1 else step | 1
 
 
 def index(places: Sequence[Place]) -> dict[str, Place]:

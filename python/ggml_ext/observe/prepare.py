@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.gguf.header import value
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.hf import model_files
@@ -32,8 +31,6 @@ MEMORY = 8 << 30
 
 _SUMMED_ROWS = 2048  # rows that the library transposes at a time, see chunk in ggml_ext/observe/moments.cpp
 _SIZE = re.compile(r": (?: *\S+ compute buffer size| *size) = *([\d.]+) MiB")
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,13 @@ class Prepared:
     table: Table
     layout: Layout
     description: Description
+
+
+def table_of(model: Path, ctx: int) -> Table:
+    """The sites of the GGUF file ``model``. Its weights are not read. Raises GgmlExtError."""
+    with Observer(1) as observer, Model(model, weights=False) as loaded:
+        observer.start(loaded, ctx=ctx, n_seq=1, n_outputs=1)
+        return observer.table()
 
 
 def prepare(request: Request, model: Path, content: bytes, warn: Warn) -> Prepared:

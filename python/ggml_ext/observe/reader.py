@@ -22,6 +22,7 @@ from ggml_ext.observe.layout import (
     index,
     moment_floats,
     panels,
+    sample_step,
 )
 from ggml_ext.observe.sites import ROUTED, Site, Table
 from ggml_ext.observe.state import ABSMAX, SAMPLES, load_state
@@ -122,12 +123,14 @@ class Observation:
         start = self._places[site.anchor].absmax // FLOAT
         return np.array(self._absmax[start : start + site.n])
 
-    def sample(self, site: Site) -> Floats:
-        """Some rows, scaled as in the sums, float32 [rows, n], spread evenly over the text."""
+    def sample(self, site: Site, most: int | None = None) -> Floats:
+        """Some rows, scaled as in the sums, float32 [rows, n], spread evenly over the text. ``most``: as many
+        of them as an observation with so many sample rows keeps."""
         place = self._places[site.anchor]
         kept = self._sample_rows(site, place)
+        step = None if most is None else sample_step(place, self.n_tokens, most)
         start = place.sample // FLOAT
-        return np.array(self._samples[start : start + kept * site.n].reshape(kept, site.n))
+        return np.array(self._samples[start : start + kept * site.n].reshape(kept, site.n)[:: step or 1])
 
     def _sample_rows(self, site: Site, place: Place) -> int:
         """Fewer than there is room for where the site has fewer rows per token than it could have."""

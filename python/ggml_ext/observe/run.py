@@ -13,7 +13,7 @@ from typing import Any
 
 from ggml_ext.core.atomic import atomic_path
 from ggml_ext.core.cpus import physical_cores
-from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, Warn, listed
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE, Held, Kind, held
 from ggml_ext.core.progress import track
@@ -21,8 +21,9 @@ from ggml_ext.gguf.source import open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.observe import description as descriptions
 from ggml_ext.observe.observer import NotFiniteError, Observer, Target
-from ggml_ext.observe.prepare import Prepared, Request, Warn, prepare
+from ggml_ext.observe.prepare import Prepared, Request, prepare
 from ggml_ext.observe.samples import read_text
+from ggml_ext.observe.sites import NEVER
 from ggml_ext.observe.state import FILES, drop_other_generation, load_state
 from ggml_ext.observe.store import Store
 from ggml_ext.runtime.llama import Model
@@ -131,7 +132,7 @@ def _float_model(request: Request, mine: Held) -> Path:
 def _remark(prepared: Prepared, warn: Warn) -> None:
     uses = prepared.table.others
     matrices = [tensor.name for tensor in open_gguf(prepared.model).tensors if tensor.n_rows > 1]
-    never = [name for name in matrices if uses.get(name) == "never"]
+    never = [name for name in matrices if uses.get(name) == NEVER]
     if never:
         warn(f"no text makes llama.cpp read {listed(never)}; there are no figures for them")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.core import paths
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.runtime.llama import Model
 
 FEWEST_WINDOWS = 128
@@ -41,7 +41,7 @@ DEFAULT_TEXT = paths.PACKAGE / "texts" / "ggml-ext-default.txt"
 """What calibration reads where nobody says what: English prose and some C, in the public domain."""
 
 
-def text_or_default(text: Path | None, warn: Callable[[str], None]) -> Path:
+def text_or_default(text: Path | None, warn: Warn) -> Path:
     """The text itself, or the package's, said in a line."""
     if text is None:
         warn(
@@ -69,7 +69,7 @@ def windows(
     ctx: int,
     samples: int,
     seed: int,
-    warn: Callable[[str], None],
+    warn: Warn,
     content: bytes | None = None,
     parse_special: bool = False,
 ) -> NDArray[np.int64]:

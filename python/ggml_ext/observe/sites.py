@@ -18,6 +18,11 @@ from ggml_ext.core.errors import GgmlExtError
 ROUTED = "MUL_MAT_ID"
 """Product in which every token has experts of its own."""
 
+NEVER = "never"
+"""Use of a weight that the graph lacks."""
+
+_TAKE_ROUNDED = ("MUL_MAT", "GET_ROWS")  # as a use begins: a product may be of a part, or with other values
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -51,15 +56,15 @@ class FoldPlace:
 @dataclass(frozen=True)
 class Site:
     """``n``: channels. ``experts``: matrices that each read a part of the rows, 0 where all rows are read by
-    every reader. ``rows``: rows per token, None where the library does not say. ``values``: names of the
-    activations in llama.cpp's graph. ``fold``: None where there is none, for ``reason``."""
+    every reader. ``values``: names of the activations in llama.cpp's graph. ``rows``: per token. ``fold``:
+    None where there is none, for ``reason``."""
 
     anchor: str
     n: int
     experts: int
     readers: tuple[Reader, ...]
     values: tuple[str, ...]
-    rows: int | None = None
+    rows: int
     fold: FoldPlace | None = None
     reason: str = ""
 
@@ -71,8 +76,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Table:
-    """``sites``: in the order of the graph. ``others``: weight that reads no site -> how it is used, "never"
-    for one that the graph lacks."""
+    """``sites``: in the order of the graph. ``others``: weight that reads no site -> how it is used, names of
+    operations or NEVER."""
 
     sites: tuple[Site, ...]
     others: Mapping[str, str]
@@ -90,6 +95,16 @@ class Table:
         """How the tensor reads it."""
         found = self._readers.get(tensor)
         return None if found is None else found[1]
+
+    @cached_property
+    def no_matrices(self) -> frozenset[str]:
+        """Weights that are read otherwise than by products and row by row: llama.cpp's other operations do
+        not take quantised types."""
+        return frozenset(
+            name
+            for name, use in self.others.items()
+            if use != NEVER and not all(op.startswith(_TAKE_ROUNDED) for op in use.split(", "))
+        )
 
     @property
     def widest(self) -> int:
@@ -120,8 +135,8 @@ def from_json(facts: Any) -> Table:
 
 
 def _site(facts: Any) -> Site:
-    n, experts, rows = facts["n"], facts["experts"], facts.get("rows")
-    if not (_count(n) and n > 0 and _count(experts) and (rows is None or (_count(rows) and rows > 0))):
+    n, experts, rows = facts["n"], facts["experts"], facts["rows"]
+    if not (_count(n) and n > 0 and _count(experts) and _count(rows) and rows > 0):
         raise ValueError(f"site {facts['anchor']} has impossible sizes")
     readers = tuple(Reader(_text(r["tensor"]), _text(r["op"]), bool(r["online"])) for r in facts["readers"])
     fold = facts.get("fold", {})

@@ -156,10 +156,13 @@ def check(
 ) -> None:
     """Refuses what cannot work, with the reason.
 
-    text, imatrix: a calibration text, an importance matrix is given. Raises GgmlExtError.
+    text, imatrix: a calibration text or an observation of one, an importance matrix is given. Raises
+    GgmlExtError.
     """
     if imatrix and text:
-        raise GgmlExtError("--imatrix and --calibration are two sources of importances; give one of the two")
+        raise GgmlExtError(
+            "--imatrix beside --calibration or --observed: two sources of importances; give one of the two"
+        )
     _check_types(method, [name for _, name in type_for])
     if method.blockwise:
         _check_blockwise(method, imatrix=imatrix)
@@ -171,7 +174,7 @@ def check(
     elif not ROUNDINGS[method.rounding].measures and (text or imatrix):
         raise GgmlExtError(
             f"--rounding {method.rounding}: without a transform it uses no calibration; leave out "
-            "--calibration and --imatrix, or use --rounding imatrix"
+            "--calibration, --observed and --imatrix, or use --rounding imatrix"
         )
 
 

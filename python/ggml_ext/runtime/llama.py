@@ -27,6 +27,7 @@ from ggml_ext.core.cpus import physical_cores
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.signals import ENDING
 from ggml_ext.runtime import stack
+from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 
 _ffi = cffi.FFI()
 
@@ -265,6 +266,7 @@ class Model:
         ends: Callable[[], bool] | None = None,
         exact: bool = False,
         n_outputs: int = 0,
+        cache: CacheTypes = PLAIN,
     ) -> None:
         """Make the context: ``n_seq`` sequences of ``n_ctx`` tokens, ``n_batch`` tokens per decode. One that
         was made before is freed.
@@ -272,7 +274,8 @@ class Model:
         ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
         keeps alive as long as the context. ``ends``: asked between the nodes of the graph; where it says so
         ``run`` ends early. ``exact``: float32 cache, no flash attention, and one micro-batch per decode.
-        ``n_outputs``: most outputs of a decode, 0 for all.
+        ``n_outputs``: most outputs of a decode, 0 for all. ``cache``: other types of the KV
+        cache than llama.cpp's own.
         """
         self.check_ctx(n_ctx)
         self._end_context()
@@ -291,6 +294,9 @@ class Model:
             params.type_k = params.type_v = _F32
             params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.kv_unified = False
+        elif not cache.plain:
+            params.type_k, params.type_v = cache.ids
+            params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if observer is not None:
             params.cb_eval = self._api.ggml_backend_sched_eval_callback(observer[0])
             params.cb_eval_user_data = observer[1]

@@ -84,6 +84,8 @@ _NEVER = (
     "mm.a.code_embd",
 )
 # What no product reads although llama-quantize takes it for a matrix: llama.cpp's MUL aborts on rounded ones.
+# Names and shapes do not tell such a tensor from a matrix, the graph does (Table.no_matrices). These are for
+# conversions that look at no graph, of models that llama.cpp may not even know.
 _NO_MATRICES = ("ple_conv1d", "ple_norm_")
 _NEVER_NAMES = frozenset(("position_embd.weight", "token_types.weight"))
 _NEVER_GLM5_NEXT = (
@@ -112,11 +114,13 @@ BlockSize = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Rules:
-    """The request. ``type_for``: first match (re.search) wins. ``keep`` is looked at before it."""
+    """The request. ``type_for``: first match (re.search) wins. ``keep`` is looked at before it.
+    ``no_matrices``: tensors that no product of llama.cpp's graph reads, None where nobody has looked."""
 
     base: str
     type_for: tuple[tuple[re.Pattern[str], str], ...] = ()
     keep: tuple[re.Pattern[str], ...] = ()
+    no_matrices: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,15 +152,22 @@ def _compile(option: str, pattern: str) -> re.Pattern[str]:
 
 
 def allows_quantization(tensor: Shape, arch: str) -> bool:
-    """True if llama-quantize would quantise the tensor at all, and llama.cpp could use it then."""
+    """True if llama-quantize would quantise the tensor at all."""
     if _n_dims(tensor.dims) < 2 or not tensor.name.endswith("weight") or tensor.name in _NEVER_NAMES:
         return False
-    parts = (*_NEVER, *_NO_MATRICES, *(_NEVER_GLM5_NEXT if arch == "glm5-next" else ()))
+    parts = (*_NEVER, *(_NEVER_GLM5_NEXT if arch == "glm5-next" else ()))
     return not any(part in tensor.name for part in parts)
 
 
-def _is_no_matrix(tensor: Shape) -> bool:
-    return any(part in tensor.name for part in _NO_MATRICES)
+def is_matrix(tensor: Shape, no_matrices: frozenset[str] | None) -> bool:
+    """Whether llama.cpp can use the tensor in a quantised type. no_matrices: see Rules."""
+    if no_matrices is not None:
+        return tensor.name not in no_matrices
+    return not any(part in tensor.name for part in _NO_MATRICES)
+
+
+def _quantises(tensor: Shape, arch: str, rules: Rules) -> bool:
+    return allows_quantization(tensor, arch) and is_matrix(tensor, rules.no_matrices)
 
 
 def _n_dims(dims: Sequence[int]) -> int:
@@ -209,7 +220,7 @@ def choose(tensors: Sequence[Shape], arch: str, rules: Rules, block_size: BlockS
     tied = all(tensor.name != HEAD for tensor in tensors)
     mixed: dict[str, str] = {}
     if rules.base in mixes.BODY:
-        free = [t for t in tensors if allows_quantization(t, arch) and _asked(t, arch, rules) is None]
+        free = [t for t in tensors if _quantises(t, arch, rules) and _asked(t, arch, rules) is None]
         mixed = mixes.q4_k_m(tensors, free, arch)
 
     def default(tensor: Shape) -> str:
@@ -227,7 +238,8 @@ def overrides(tensors: Sequence[Shape], arch: str, rules: Rules) -> dict[str, st
     """
     _require_matches(tensors, rules)
     asked = {tensor.name: _asked(tensor, arch, rules) for tensor in tensors}
-    asked |= {tensor.name: tensor.type_name for tensor in tensors if _is_no_matrix(tensor)}
+    taken = [tensor for tensor in tensors if allows_quantization(tensor, arch)]
+    asked |= {t.name: t.type_name for t in taken if not is_matrix(t, rules.no_matrices)}
     return {name: type_name for name, type_name in asked.items() if type_name is not None}
 
 
@@ -237,7 +249,7 @@ def without_effect(tensors: Sequence[Shape], arch: str, rules: Rules) -> list[st
     return [
         tensor.name
         for tensor in tensors
-        if any(pattern.search(tensor.name) for pattern in patterns) and not allows_quantization(tensor, arch)
+        if any(pattern.search(tensor.name) for pattern in patterns) and not _quantises(tensor, arch, rules)
     ]
 
 
@@ -245,7 +257,7 @@ def _asked(tensor: Shape, arch: str, rules: Rules) -> str | None:
     """The type that ``keep`` or ``type_for`` gives the tensor, None if they do not concern it."""
     if any(pattern.search(tensor.name) for pattern in rules.keep):
         return tensor.type_name
-    if not allows_quantization(tensor, arch):
+    if not _quantises(tensor, arch, rules):
         return None
     return next((name for pattern, name in rules.type_for if pattern.search(tensor.name)), None)
 
@@ -254,7 +266,7 @@ def _choose_one(
     tensor: Shape, arch: str, rules: Rules, default: Callable[[Shape], str], block_size: BlockSize
 ) -> Choice:
     wanted = _asked(tensor, arch, rules)
-    if wanted is None and not allows_quantization(tensor, arch):
+    if wanted is None and not _quantises(tensor, arch, rules):
         return Choice(tensor.name, _float_copy(tensor, rules))
     wanted = wanted or default(tensor)
     target = fallback(wanted, tensor.dims[0], block_size)

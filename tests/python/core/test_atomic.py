@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -30,6 +31,20 @@ with atomic.atomic_path(folder / "m.gguf") as file, atomic.work_folder(folder / 
     (work / "source.gguf").write_bytes(b"as large as the model")
     print("begun", flush=True)
     time.sleep(60)
+"""
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ggml_ext.core import atomic
+real = os.open
+def killing(path, *arguments, **options):
+    handle = real(path, *arguments, **options)
+    if str(path).endswith(".run"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return handle
+os.open = killing
+atomic.write_text(Path(sys.argv[1]) / "a", "text")
 """
 
 
@@ -80,6 +95,61 @@ def test_a_living_runs_files_stay(tmp_path: Path) -> None:
         child.communicate()
 
 
+@pytest.fixture
+def unwritten(tmp_path: Path) -> Path:
+    """The empty record of a run that was killed as soon as it had made it."""
+    child = subprocess.run([sys.executable, "-c", _KILLED, tmp_path], check=False)
+    assert child.returncode == -signal.SIGKILL
+    (record,) = tmp_path.iterdir()
+    assert record.stat().st_size == 0
+    return record
+
+
+def test_an_empty_record_goes_unless_its_lock_is_held(unwritten: Path) -> None:
+    """A run holds it while it writes its record, so the record is its own until then."""
+    with unwritten.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        atomic.write_text(unwritten.with_name("a"), "text")
+        assert names(unwritten.parent) == sorted([unwritten.name, "a"])
+    atomic.write_text(unwritten.with_name("a"), "text")
+    assert names(unwritten.parent) == ["a"]
+
+
+def test_without_locks_an_empty_record_stays(unwritten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "lock", lambda _file: False)
+    atomic.write_text(unwritten.with_name("a"), "text")
+    assert names(unwritten.parent) == sorted([unwritten.name, "a"])
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_run_whose_empty_record_was_swept_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The sweep comes before the record is locked, holds the lock, or meets a run without locks."""
+    real, met = owner.lock, []
+
+    def lock(file: owner.HasFileno) -> bool:
+        if met:
+            return real(file)
+        met.extend(tmp_path.iterdir())
+        if when == "before":
+            atomic.sweep(tmp_path)
+            return real(file)
+        if when == "during":
+            raise BlockingIOError
+        met[0].unlink()
+        return False
+
+    monkeypatch.setattr(owner, "lock", lock)
+    with atomic.atomic_path(tmp_path / "a") as temporary:
+        record, facts = record_of(tmp_path)
+        assert record not in met
+        assert facts["name"] == temporary.name
+        assert names(tmp_path) == sorted([record.name, temporary.name])
+        temporary.write_text("text")
+    assert names(tmp_path) == ["a"]
+
+
 def test_files_that_only_look_alike_stay(leftovers: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Copies of a leftover, names of our form, records that name other files: nothing that no run made."""
     copy = tmp_path_factory.mktemp("copies") / "c"
@@ -88,6 +158,7 @@ def test_files_that_only_look_alike_stay(leftovers: Path, tmp_path_factory: pyte
     (copy / ".backup.part").write_text("mine")
     (copy / ".ggml-ext-0123456789abcdef.run").write_text("mine")
     (copy / ".ggml-ext-1123456789abcdef.run").write_text("[]")
+    (copy / ".ggml-ext-mine.run").touch()
     (copy / "precious").write_text("mine")
     _, facts = record_of(leftovers)
     (copy / "precious.1.part").write_text("mine")

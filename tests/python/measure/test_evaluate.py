@@ -13,12 +13,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from eval_models import make_model, text_of
+from eval_models import llama_perplexity, make_model, text_of
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.measure import evaluate, windows
 from ggml_ext.measure.evaluate import Evaluation, perplexity
 from ggml_ext.measure.standard_error import NORMAL, TextErrors
-from ggml_ext.runtime import tools
 from ggml_ext.runtime.llama import Model
 
 CTX = 64
@@ -41,22 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(made / "q4_0.gguf", kind=Type.Q4_0)
     (made / "text.txt").write_text(text_of(2600))
     return made
-
-
-def llama_perplexity(model: Path, *arguments: str) -> str:
-    """Output of llama-perplexity.
-
-    It logs from a thread of its own and sometimes exits before that thread has written the summary; such a
-    run says nothing and is made again.
-    """
-    call = [str(tools.find("llama-perplexity")), "-m", str(model), *arguments]
-    for _ in range(10):
-        done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
-        assert done.returncode == 0, done.stderr
-        output = done.stdout + done.stderr
-        if re.search(r"Final estimate: PPL|Same top p: ", output):
-            return output
-    raise AssertionError(f"no summary in ten runs: {output}")
 
 
 def figure(output: str, label: str) -> tuple[float, float]:

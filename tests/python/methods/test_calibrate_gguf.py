@@ -23,6 +23,7 @@ from ggml_ext.gguf.source import open_gguf
 from ggml_ext.methods.calibrate import run as calibrate
 from ggml_ext.methods.calibrate.proof import logits
 from ggml_ext.recipes import Options
+from ggml_ext.types import rules
 
 GPTQ = Options("q4_0", "none", "gptq", samples=4)
 
@@ -94,6 +95,31 @@ def test_a_state_space_model(architectures: dict[str, ArchModel], tmp_path: Path
     readers = value(keys["ggml_ext.site.readers"]) if transform != "none" else []
     assert set(readers) == (set() if transform == "none" else rounded)
     assert value(keys["ggml_ext.version"]) == (1 if transform == "none" else 2)
+    assert np.isfinite(logits(out, threads=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("type_name", "rounding"), [("q4_0", "gptq"), ("q4_0", "imatrix"), ("q4_k_m", "imatrix")]
+)
+def test_what_no_product_reads_stays_as_it_is(
+    architectures: dict[str, ArchModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    type_name: str,
+    rounding: str,
+) -> None:
+    """The graph says so: no name is needed where the model is observed. llama.cpp would abort otherwise."""
+    monkeypatch.setattr(rules, "_NO_MATRICES", ())
+    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "cache"))
+    source, out = architectures["qwen4exp-moe"].path, tmp_path / "m.gguf"
+    (tmp_path / "text").write_text("".join(chr(97 + i * i % 26) for i in range(5 * 32 * 6)))
+    options = Options(type_name, "none", rounding, samples=4 if rounding == "gptq" else None)
+    lines = convert_quietly(source, out, tmp_path / "text", options=options)
+    before, after = ({t.name: t.type_name for t in open_gguf(path).tensors} for path in (source, out))
+    gains = [name for name in before if ".ple_conv1d" in name or ".ple_norm_" in name]
+    assert gains
+    assert all(after[name] == before[name] for name in gains)
+    assert not [line for line in lines if "ple_" in line]
     assert np.isfinite(logits(out, threads=1)).all()
 
 

@@ -23,8 +23,10 @@ from fold_probe import fold_all
 from ggml_ext.convert import convert
 from ggml_ext.gguf import imatrix
 from ggml_ext.gguf.source import open_gguf
+from ggml_ext.observe.sites import from_json
 from ggml_ext.runtime import tools
 from ggml_ext.runtime.llama import Model
+from ggml_ext.types import rules
 from observed import Float, ObservedModel, SiteSums
 
 CTX, WINDOWS = 64, 2
@@ -162,6 +164,15 @@ def test_every_matrix_of_a_block_has_a_site_or_a_reason(model: ArchModel, observ
             use = observed.others[tensor.name]
             unused = re.search(NEVER_RUN.get(model.name, "$^"), tensor.name)
             assert use == "never" if unused else use in NO_PRODUCTS, tensor.name
+
+
+def test_what_is_no_matrix_is_known_without_the_graph(model: ArchModel, observed: Observed) -> None:
+    """Conversions that look at no graph go by names: none that llama.cpp runs may be missing among them."""
+    unread = from_json(observed.table).no_matrices
+    tensors = [tensor.shape for tensor in open_gguf(model.path).tensors]
+    taken = [tensor for tensor in tensors if rules.allows_quantization(tensor, model.arch)]
+    by_names = {tensor.name for tensor in taken if not rules.is_matrix(tensor, None)}
+    assert {tensor.name for tensor in taken if not rules.is_matrix(tensor, unread)} == by_names
 
 
 def test_every_site_counts_all_tokens(observed: Observed) -> None:

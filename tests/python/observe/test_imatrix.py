@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 import models
 from ggml_ext import convert
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.core.owned_folder import held
 from ggml_ext.gguf import imatrix
 from ggml_ext.gguf.source import Tensor, open_gguf
 from ggml_ext.observe import importance, prepare, run
 from ggml_ext.observe.observer import Observer
-from ggml_ext.observe.prepare import Request, Warn
+from ggml_ext.observe.prepare import Request
+from ggml_ext.observe.sites import Table
 from imatrix_files import write_imatrix
 
 CTX = 64
@@ -297,6 +298,7 @@ def test_outputs_in_the_models_folder_do_not_make_it_another_model(
         models.write_gguf(out, {"a.weight": np.ones((2, 256), np.float32)})
 
     monkeypatch.setattr(convert.hf, "to_gguf", converted)
+    monkeypatch.setattr(convert, "table_of", lambda *_: Table((), {}))
     for name in ("one.gguf", "two.gguf"):
         convert.convert(folder, folder / name, calibration=text, warn=lambda _line: None)
     assert len(computed) == 1

@@ -310,7 +310,7 @@ def test_panels_hold_a_moment_once(n: int) -> None:
     assert sum(rows for _, rows in panels(n)) == n
     for experts in (0, 3):
         for moments in (DIAGONAL, MOMENT, OWN_MOMENTS):
-            site = Site("a", n, experts, (), ())
+            site = Site("a", n, experts, (), (), 1)
             with Observer(1) as observer:
                 assert block_floats(site, moments) == observer.size(n, experts, moments)
 

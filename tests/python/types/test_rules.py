@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ggml_ext.core.errors import GgmlExtError
@@ -136,6 +138,19 @@ def test_overrides_fall_back_too() -> None:
     rules = compile_rules("q8_0", [("attn_q", "fq4")], [])
     (choice,) = choose([bf16("blk.0.attn_q.weight", 288, 4)], "llama", rules, block_size)
     assert choice == Choice("blk.0.attn_q.weight", "q5_0", fallback_from="fq4")
+
+
+def test_what_no_product_reads_keeps_its_type() -> None:
+    """The graph tells where it has been looked at, names where not."""
+    gain, named = bf16("blk.0.gain.weight", 256, 4), bf16("blk.0.ple_conv1d.weight", 256, 4)
+    shapes = [gain, named, HEAD]
+    plain = compile_rules("q4_0", [("blk", "q8_0")], [])
+    seen = replace(plain, no_matrices=frozenset({gain.name, "blk.0.gain.bias"}))
+    for rules, kept, rounded in ((plain, named, gain), (seen, gain, named)):
+        found = {choice.name: choice.target for choice in choose(shapes, "llama", rules, block_size)}
+        assert found == {kept.name: "bf16", rounded.name: "q8_0", HEAD.name: "q6_k"}
+        assert overrides(shapes, "llama", rules) == {kept.name: "bf16", rounded.name: "q8_0"}
+        assert without_effect(shapes, "llama", rules) == [kept.name]
 
 
 def test_overrides_for_llama_quantize_are_the_asked_ones_only() -> None:

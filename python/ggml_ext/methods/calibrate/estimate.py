@@ -13,13 +13,15 @@ import torch
 from rich.table import Table
 
 from ggml_ext import recipes
+from ggml_ext.core.owned_folder import SOURCE
 from ggml_ext.core.progress import duration_text, size_text
+from ggml_ext.gguf.source import open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.methods import transforms
 from ggml_ext.methods.calibrate.device import require_device
 from ggml_ext.methods.calibrate.folder import OBSERVATION
 from ggml_ext.methods.calibrate.plan import Request
-from ggml_ext.methods.calibrate.run import observation_of
+from ggml_ext.methods.calibrate.run import observation_of, open_observed
 from ggml_ext.methods.rounding import round_matrix
 from ggml_ext.methods.rounding.hessian import Hessian
 from ggml_ext.methods.sites import ActivationSpec, Linear, Site, SiteStats
@@ -79,21 +81,26 @@ def estimate(request: Request, folder: Path) -> Estimate:
     hf.require(request.source)
     recipes.check(method, request.type_for, text=True, imatrix=False)
     require_device(request.device)
-    seen = observing.estimate(observation_of(request, request.source), folder / OBSERVATION, warn=_silent)
-    sizes = seen.sizes
-    seconds = {"observing": seen.seconds}
+    finished = open_observed(request, _silent)
+    if finished is None:
+        seen = observing.estimate(observation_of(request, request.source), folder / OBSERVATION, warn=_silent)
+        sizes, memory, disk, seconds = seen.sizes, seen.memory, seen.disk, {"observing": seen.seconds}
+    else:
+        made = finished.folder / SOURCE if request.source.is_dir() else request.source
+        sizes, memory, seconds = observing.sizes_of(finished.table, open_gguf(made)), 0, {}
+        disk = {SOURCE: made.stat().st_size} if request.source.is_dir() else {}
     if method.transform != "none":
         # The solver multiplies matrices of order n with factors of order sqrt(n).
-        width = sizes.squares**0.5 / max(seen.sites, 1) ** 0.5
+        width = sizes.squares**0.5 / max(sizes.sites, 1) ** 0.5
         seconds["transforms"] = _solving(method) * sizes.squares / _N**2 * (width / _N) ** 0.5
     seconds["rounding"] = sizes.weights * _rounding(method, request.threads) / _N**2
     solving = _WORKSPACE + _COPIES * FLOAT * sizes.block + _SQUARES * 8 * sizes.widest**2
     return Estimate(
         folder=folder,
         device=request.device,
-        memory=max(seen.memory, solving),
-        disk={**seen.disk, "block files": int(sizes.weights * _BITS / 8)},
-        free=seen.free,
+        memory=max(memory, solving),
+        disk={**disk, "block files": int(sizes.weights * _BITS / 8)},
+        free=observing.free_bytes(folder),
         seconds=seconds,
     )
 

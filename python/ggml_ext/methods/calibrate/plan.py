@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from ggml_ext.hf import model_files
 from ggml_ext.methods.calibrate.block_file import block_path
 from ggml_ext.methods.rounding import grid
 from ggml_ext.methods.transforms import official
+from ggml_ext.observe.description import Description
+from ggml_ext.observe.sites import Table
 from ggml_ext.recipes import Method
 from ggml_ext.runtime import native
 from ggml_ext.types import mixes, rules
@@ -35,10 +37,11 @@ class Request:
     tokens per window. ``device``: "cpu" or "cuda", where transforms are solved. ``threads``: 0 for all; the
     result does not depend on it where sums do not. ``matrices``: transforms that the official FlatQuant
     code saved, a file flat_matrices.pth or its folder, to use instead of solved ones. ``parse_special``:
-    see samples.windows. ``trust_remote_code``: see hf.to_gguf."""
+    see samples.windows. ``trust_remote_code``: see hf.to_gguf. ``observed``: folder of a finished observation
+    to use, of the same text, windows and seed; ``text`` may be None then."""
 
     source: Path
-    text: Path
+    text: Path | None
     method: Method
     type_for: Sequence[tuple[str, str]] = ()
     keep: Sequence[str] = ()
@@ -49,6 +52,7 @@ class Request:
     matrices: Path | None = None
     parse_special: bool = False
     trust_remote_code: bool = False
+    observed: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Plan:
     type, all tensors of the model. ``fallbacks``: tensor -> type that did not fit its rows.
     ``without_effect``: tensors that --type-for names in vain. ``matrices``: SHA-256 of the transforms that
     were given, None where they are solved. ``activation``: bits and group, None for llama.cpp's own.
-    ``versions``: of the programs involved."""
+    ``versions``: of the programs involved. ``observed``: see Description.digest, None for an observation of
+    the calibration's own."""
 
     source: dict[str, str]
     text: str
@@ -78,6 +83,7 @@ class Plan:
     blocks: int
     device: str
     versions: dict[str, str] = field(default_factory=dict)
+    observed: str | None = None
 
     def save(self, folder: Path) -> None:
         """Writes the plan atomically."""
@@ -110,13 +116,17 @@ def require_model(plan: Plan, model: Path, folder: Path) -> None:
         )
 
 
-def make(request: Request, sha256: str, source: Source) -> Plan:
-    """The plan of a request. sha256: of the text. source: the float model.
+def make(
+    request: Request, sha256: str, source: Source, table: Table, observed: Description | None = None
+) -> Plan:
+    """The plan of a request. sha256: of the text. source: the float model. table: its sites. observed: the
+    observation to use, if there is one.
 
     Raises GgmlExtError for patterns that match nothing and types that the rounding does not know.
     """
     method = request.method
     asked = rules.compile_rules(method.type_name, request.type_for, request.keep)
+    asked = replace(asked, no_matrices=table.no_matrices)
     shapes = [tensor.shape for tensor in source.tensors]
     choices = rules.choose(shapes, source.arch, asked, native.block_size)
     types = {choice.name: choice.target for choice in choices}
@@ -125,7 +135,7 @@ def make(request: Request, sha256: str, source: Source) -> Plan:
     return Plan(
         source=model_files.of(request.source),
         text=sha256,
-        samples=method.samples,
+        samples=method.samples if observed is None else observed.windows,
         ctx=request.ctx,
         seed=request.seed,
         parse_special=request.parse_special,
@@ -141,6 +151,7 @@ def make(request: Request, sha256: str, source: Source) -> Plan:
         blocks=source.n_blocks,
         device=request.device,
         versions=_versions(),
+        observed=None if observed is None else observed.digest,
     )
 
 

@@ -60,8 +60,14 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         activation=plan.activation,
         errors=errors,
     )
+    source = open_gguf(folder / SOURCE if model.is_dir() else model)
+    return Calibrated(plan, _windows(plan, folder), source, prepared)
+
+
+def _windows(plan: Plan, folder: Path) -> int:
+    if plan.observed is not None:
+        return plan.samples
     observed = descriptions.load(folder / OBSERVATION)
     if observed is None:
         raise GgmlExtError(f"{folder / OBSERVATION}: holds no observation; calibrate again")
-    source = open_gguf(folder / SOURCE if model.is_dir() else model)
-    return Calibrated(plan, observed.windows, source, prepared)
+    return observed.windows

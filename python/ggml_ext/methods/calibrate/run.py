@@ -1,6 +1,7 @@
 """ggml-ext calibrate: solves and rounds a model block by block, in a folder that can be gone on with.
 
-llama.cpp runs the model once over the text and sums what its matrices read (observe/). From these figures
+llama.cpp runs the model once over the text and sums what its matrices read (observe/), or has done so before.
+From these figures
 and the weights of the float GGUF file each block's transforms are solved, folded, and its matrices rounded.
 What comes of it is one file per block. Memory holds one block. Before the first one a random transform has
 to show that folding changes nothing (proof.py).
@@ -12,9 +13,8 @@ observation/, block-NNN.safetensors (block_file.py), lock.
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ggml_ext import recipes
 from ggml_ext.core.atomic import atomic_path, work_folder
-from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.errors import GgmlExtError, Warn, listed, warn
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE, Held
 from ggml_ext.core.progress import track
@@ -47,10 +47,9 @@ from ggml_ext.methods.transforms.loss import SAMPLE_TOKENS
 from ggml_ext.observe import prepare, run
 from ggml_ext.observe.layout import SAMPLE_ROWS
 from ggml_ext.observe.reader import Observation
+from ggml_ext.observe.reuse import Asked, open_finished, require_figures
 from ggml_ext.observe.run import named_as
-from ggml_ext.observe.samples import read_text
-
-Warn = Callable[[str], None]
+from ggml_ext.observe.samples import few_tokens, read_text
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,8 @@ class CalibrateResult:
         )
 
 
-def _warn(line: str) -> None:
-    print(f"ggml-ext: {line}", file=sys.stderr, flush=True)
-
-
 def calibrate(
-    request: Request, folder: Path, *, temporary: bool = False, warn: Warn = _warn
+    request: Request, folder: Path, *, temporary: bool = False, warn: Warn = warn
 ) -> CalibrateResult:
     """Calibrates into ``folder``, made if need be, or goes on with what it holds.
 
@@ -88,7 +83,7 @@ def calibrate(
     """
     started = time.monotonic()
     hf.require(request.source)
-    check_folder(folder, [request.source, request.text, request.matrices])
+    check_folder(folder, [request.source, request.text, request.matrices, request.observed])
     recipes.check(request.method, request.type_for, text=True, imatrix=False)
     require_device(request.device)
     bound_threads(request.threads)
@@ -96,11 +91,17 @@ def calibrate(
         hf.check(request.source)
         for line in hf.remarks(request.source):
             warn(line)
-    content = read_text(request.text)  # once: it may be a pipe
-    sha256 = hashlib.sha256(content).hexdigest()
+    seen = open_observed(request, warn)
+    content = b"" if request.text is None or seen is not None else read_text(request.text)
+    sha256 = hashlib.sha256(content).hexdigest() if seen is None else seen.description.text
     with held(folder, temporary=temporary) as mine:
         source = _float_model(request, mine)
-        plan = plans.make(request, sha256, source)
+        if seen is None:
+            with named_as(source.path, request.source):
+                table = prepare.table_of(source.path, request.ctx)
+            plan = plans.make(request, sha256, source, table)
+        else:
+            plan = plans.make(request, sha256, source, seen.table, seen.description)
         found = plans.load(folder)
         if found is None:
             plan.save(folder)
@@ -111,20 +112,25 @@ def calibrate(
         if plan.without_grid:
             kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
             warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
-        errors, windows = _run(request, content, folder, plan, source, warn)
+        if seen is None:
+            seen = _observe(request, content, folder, source, warn)
+        errors = _run(request, folder, plan, source, seen, warn)
         done = len(errors)
     measured = [error for block in errors for error in block]
     mean = float(np.mean(measured)) if measured else None
+    windows = seen.description.windows
     return CalibrateResult(folder, plan, windows, done, mean, time.monotonic() - started)
 
 
-def observation_of(request: Request, source: Path) -> prepare.Request:
-    """What a calibration observes, on the float GGUF file ``source``.
+def sample_rows(activation: Sequence[int] | None) -> int:
+    """Rows of each site's sample. With activations of 4 bits it is part of what transforms are solved for;
+    else it only tells how far to trust the moments."""
+    return SAMPLE_ROWS if activation is None else SAMPLE_TOKENS
 
-    With activations of 4 bits the sample is part of what transforms are solved for; else it only tells how
-    far to trust the moments.
-    """
-    rounded = recipes.ACTIVATIONS[request.method.activation] is not None
+
+def observation_of(request: Request, source: Path) -> prepare.Request:
+    """What a calibration observes, on the float GGUF file ``source``."""
+    assert request.text is not None
     return prepare.Request(
         source,
         request.text,
@@ -134,8 +140,25 @@ def observation_of(request: Request, source: Path) -> prepare.Request:
         threads=request.threads or None,
         parse_special=request.parse_special,
         trust_remote_code=request.trust_remote_code,
-        sample_rows=SAMPLE_TOKENS if rounded else SAMPLE_ROWS,
+        sample_rows=sample_rows(recipes.ACTIVATIONS[request.method.activation]),
     )
+
+
+def open_observed(request: Request, warn: Warn) -> Observation | None:
+    """The observation that the request names, if any, with all that its method needs. Raises GgmlExtError."""
+    if request.observed is None:
+        return None
+    method = request.method
+    asked = Asked(
+        request.text, method.samples or None, request.ctx, request.seed, parse_special=request.parse_special
+    )
+    seen = open_finished(request.observed, request.source, asked, warn)
+    rows = sample_rows(recipes.ACTIVATIONS[method.activation])
+    require_figures(seen, rows, f"a conversion by {method.describe()}")
+    remark = few_tokens(seen.n_tokens, request.ctx, seen.table.widest)
+    if remark is not None:
+        warn(remark)
+    return seen
 
 
 def discard(folder: Path) -> None:
@@ -160,10 +183,8 @@ def _float_model(request: Request, mine: Held) -> Source:
         return open_gguf(path)
 
 
-def _run(
-    request: Request, content: bytes, folder: Path, plan: Plan, source: Source, warn: Warn
-) -> tuple[list[list[float]], int]:
-    """Does the blocks that are missing; returns the errors of their matrices, and the number of windows."""
+def _observe(request: Request, content: bytes, folder: Path, source: Source, warn: Warn) -> Observation:
+    """An observation within the calibration's folder."""
     with named_as(source.path, request.source):
         run.observe(
             observation_of(request, source.path),
@@ -172,7 +193,13 @@ def _run(
             temporary=True,
             content=content,
         )
-    seen = Observation(folder / OBSERVATION)
+    return Observation(folder / OBSERVATION)
+
+
+def _run(
+    request: Request, folder: Path, plan: Plan, source: Source, seen: Observation, warn: Warn
+) -> list[list[float]]:
+    """Does the blocks that are missing; returns the errors of their matrices."""
     model = ModelSites(source, seen.table, plan.types)
     for line in model.remarks(plan.transform):
         warn(line)
@@ -194,7 +221,7 @@ def _run(
             f"{folder}: {plan.blocks - left} of {plan.blocks} blocks are done; the same command goes on there"
         )
         raise
-    return errors, seen.description.windows
+    return errors
 
 
 def _progress(index: int, errors: Mapping[str, float]) -> str:
@@ -217,14 +244,14 @@ def _block(
     matrices: given.Matrices | None,
 ) -> dict[str, float]:
     """Calibrates one block, writes its file, and returns the errors of its matrices."""
-    sites = model.block(index)
+    sites, rows = model.block(index), sample_rows(plan.activation)
     torch.manual_seed(plan.seed)
     if matrices is not None:
         solved = given.sites(matrices, index, sites, clips=plan.activation is not None)
     else:
         solved = _solve(plan, sites, seen)
     job = Job(plan.types, plan.rounding, model.read, model.marks(index), request.threads)
-    packed, findings = encode_block(sites, lambda site: site_stats(seen, site), solved, job)
+    packed, findings = encode_block(sites, lambda site: site_stats(seen, site, rows), solved, job)
     if matrices is not None:
         packed |= given.cache_tensors(matrices, index)
     save(block_path(folder, index), packed, findings)
@@ -246,8 +273,8 @@ class _ExpertMoments(Sequence[Tensor]):
         return torch.from_numpy(self._seen.expert_moment(site, expert))
 
 
-def site_stats(seen: Observation, site: Site) -> SiteStats:
-    """What was observed at the site."""
+def site_stats(seen: Observation, site: Site, rows: int) -> SiteStats:
+    """What was observed at the site, with at most so many rows of its sample."""
     tensor = (*site.linears, *site.folded)[0].tensor
     its = seen.site_of(tensor)
     assert its is not None, tensor
@@ -255,7 +282,7 @@ def site_stats(seen: Observation, site: Site) -> SiteStats:
     return SiteStats(
         hessian=torch.from_numpy(seen.moment(its)),
         absmax=torch.from_numpy(seen.absmax(its)),
-        sample=torch.from_numpy(seen.sample(its)),
+        sample=torch.from_numpy(seen.sample(its, rows)),
         n_tokens=round(seen.rows(its)),
         expert_hessian=_ExpertMoments(seen, tensor, experts) if seen.has_expert_moments(its) else None,
         expert_diagonal=torch.from_numpy(seen.expert_diagonals(its)) if experts else None,
@@ -281,7 +308,7 @@ def _solve(plan: Plan, sites: Mapping[str, Site], seen: Observation) -> dict[str
         return solved
     device = torch.device(plan.device)
     for anchor, site in sites.items():
-        its, stats = _on_device(site, site_stats(seen, site), device)
+        its, stats = _on_device(site, site_stats(seen, site, sample_rows(plan.activation)), device)
         solved[anchor] = transforms.solve(its, stats, replace(wanted, budget_bits=budgets[anchor]))
     return solved
 
