@@ -51,7 +51,7 @@ constexpr known_key known_keys[] = {
     { "ggml_ext.error.kind", GGUF_TYPE_STRING },
 };
 
-constexpr const char * transform_names[] = { "none", "smoothquant", "awq", "hadamard", "flatquant" };
+constexpr const char * transform_names[] = { "none", "smoothquant", "awq", "folded", "hadamard", "flatquant" };
 
 [[noreturn]] void refuse(const std::string & key, const std::string & why) {
     throw std::runtime_error("ggml-ext: key '" + key + "' " + why);

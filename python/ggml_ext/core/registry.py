@@ -18,19 +18,22 @@ SOURCE_TYPES = (*FLOAT_TYPES, "q8_0")
 
 @dataclass(frozen=True)
 class Transform:
-    """``online``: whether something is left to do at run time besides a clip. ``scales``: whether it scales
-    single channels, which hurts types whose small groups have scales of their own."""
+    """``online``: whether something is left to do at run time besides a clip. ``heads``: whether it mixes the
+    channels of a value head, where that can be folded. ``scales``: whether it scales single channels, which
+    hurts types whose small groups have scales of their own."""
 
     online: bool
+    heads: bool
     scales: bool
 
 
 TRANSFORMS = {
-    "none": Transform(online=False, scales=False),
-    "smoothquant": Transform(online=False, scales=True),
-    "awq": Transform(online=False, scales=True),
-    "hadamard": Transform(online=True, scales=False),
-    "flatquant": Transform(online=True, scales=True),
+    "none": Transform(online=False, heads=False, scales=False),
+    "smoothquant": Transform(online=False, heads=False, scales=True),
+    "awq": Transform(online=False, heads=False, scales=True),
+    "folded": Transform(online=False, heads=True, scales=True),
+    "hadamard": Transform(online=True, heads=True, scales=False),
+    "flatquant": Transform(online=True, heads=True, scales=True),
 }
 
 

@@ -26,9 +26,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FOLDED = tuple(name for name, transform in TRANSFORMS.items() if not transform.online)
-"""Transforms that leave nothing to do at run time."""
-
 ACTIVATIONS: dict[str, tuple[int, int] | None] = {
     "a8": None,
     "a4": (4, 0),

@@ -17,6 +17,7 @@ import transform_files as files
 from arch_models import ArchModel
 from ggml_ext.convert import convert
 from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.registry import TRANSFORMS
 from ggml_ext.gguf.source import open_gguf
 from ggml_ext.methods.calibrate.proof import powers, prove, written
 from ggml_ext.methods.model_sites import ModelSites
@@ -97,8 +98,8 @@ def test_what_the_graph_allows_changes_nothing(
     name: str, architectures: dict[str, ArchModel], tmp_path: Path
 ) -> None:
     model = sites_of(architectures[name].path)
-    prove(model, tmp_path, online=True, threads=1)
-    prove(model, tmp_path, online=False, threads=1)
+    prove(model, tmp_path, "flatquant", threads=1)
+    prove(model, tmp_path, "folded", threads=1)
 
 
 def test_half_precision_weights_near_its_smallest(
@@ -111,7 +112,7 @@ def test_half_precision_weights_near_its_smallest(
         if tensor.name.endswith("ffn_up.weight"):
             n = tensor.n_bytes // 2
             np.memmap(path, np.float16, "r+", tensor.offset, (n,))[:] *= np.float16(2**-12)
-    prove(sites_of(path), tmp_path, online=True, threads=1)
+    prove(sites_of(path), tmp_path, "flatquant", threads=1)
 
 
 def two_heads(path: Path, out: Path) -> Path:
@@ -141,7 +142,7 @@ def test_heads_that_matrices_of_a_stack_make(architectures: dict[str, ArchModel]
     assert site.fold is not None
     assert (site.fold.tensor, site.fold.n) == ("blk.1.attn_v_b.weight", site.n)
     assert len(model.read(site.fold.tensor)) == 2
-    prove(model, tmp_path, online=True, threads=1)
+    prove(model, tmp_path, "flatquant", threads=1)
 
 
 def lose_a_reader(site: Site) -> Site:
@@ -173,25 +174,32 @@ def fold_values(site: Site) -> Site:
 
 
 @pytest.mark.parametrize(
-    ("name", "reader", "change"),
+    ("name", "reader", "change", "transform"),
     [
-        ("llama-dense", "attn_q", lose_a_reader),
-        ("qwen3moe-moe", "ffn_up_exps", lose_a_reader),
-        ("afmoe-moe", "attn_output", mix_heads),
+        ("llama-dense", "attn_q", lose_a_reader, "flatquant"),
+        ("qwen3moe-moe", "ffn_up_exps", lose_a_reader, "flatquant"),
+        ("afmoe-moe", "attn_output", mix_heads, "flatquant"),
+        ("afmoe-moe", "attn_output", mix_heads, "folded"),
         (
             "minimax-01-moe",
             "attn_q|attn_qkv",
             fold_into("attn_norm"),
+            "flatquant",
         ),  # the normed input is also the residual
-        ("olmo-dense", "attn_output", fold_values),
+        ("olmo-dense", "attn_output", fold_values, "flatquant"),
     ],
-    ids=["reader", "expert", "heads", "residual", "clamp"],
+    ids=["reader", "expert", "heads", "folded heads", "residual", "clamp"],
 )
 def test_a_wrong_structure_fails(
-    name: str, reader: str, change: Change, architectures: dict[str, ArchModel], tmp_path: Path
+    name: str,
+    reader: str,
+    change: Change,
+    transform: str,
+    architectures: dict[str, ArchModel],
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(GgmlExtError, match="should change nothing changes the logits by"):
-        prove(Mutant.of(architectures[name].path, reader, change), tmp_path, online=True, threads=1)
+        prove(Mutant.of(architectures[name].path, reader, change), tmp_path, transform, threads=1)
 
 
 @pytest.mark.parametrize("name", ["qwen2moe-moe", "deepseek2-moe", "falcon-h1-dense", "command-r-dense"])
@@ -200,7 +208,7 @@ def test_adapters_of_every_matrix_fit(name: str, architectures: dict[str, ArchMo
     site and what makes it is found in the file's table."""
     model = architectures[name]
     sites = sites_of(model.path)
-    folded = written(sites, tmp_path, partial(powers, online=True), True, 1)
+    folded = written(sites, tmp_path, partial(powers, parts=TRANSFORMS["flatquant"]), "flatquant", 1)
     readers = {r.tensor for site in sites.table.sites for r in site.readers if r.tensor.startswith("blk.")}
     shapes = {
         tensor.name: tensor.dims[::-1]

@@ -242,6 +242,17 @@ def test_smoothquant_shares_the_range() -> None:
     assert torch.allclose(transform.diag / want, (transform.diag / want)[0].expand(32))
 
 
+def test_folded_learns_the_heads_and_leaves_nothing_online() -> None:
+    """A matrix over v's channels that stays its start, or a site that got an online factor, would show."""
+    site, stats = random_sites.attention(4, 2, 16, seed=3)
+    transform = transforms.solve(site, stats, request(site, "folded", steps=40))
+    assert transform.head is not None
+    assert not transform.online
+    assert transform.notes["loss"] < 0.98 * transform.notes["loss_start"]
+    bare, stats = random_sites.make("unfoldable", seed=3)
+    assert transforms.solve(bare, stats, request(bare, "folded")).is_identity
+
+
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 60, 76, 108, 148])
 def test_paley_matrices_are_hadamard(order: int) -> None:
     matrix = matrices.paley(order)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.progress import track
+from ggml_ext.core.registry import TRANSFORMS, Transform
 from ggml_ext.methods.calibrate.block import Job, encode_block
 from ggml_ext.methods.calibrate.block_file import FileSite, Stored, block_path, load, save
 from ggml_ext.methods.model_sites import ModelSites
@@ -50,8 +52,9 @@ the other side there."""
 Draw = Callable[[Site, np.random.Generator], SiteTransform]
 
 
-def prove(model: ModelSites, work: Path, *, online: bool, threads: int = 0) -> None:
-    """Makes the files in the folder ``work`` and compares. online: whether the transform has an online part.
+def prove(model: ModelSites, work: Path, transform: str, *, threads: int = 0) -> None:
+    """Makes the files in the folder ``work`` and compares. transform: one of registry.TRANSFORMS, whose parts
+    are drawn.
 
     Raises GgmlExtError if the logits differ.
     """
@@ -59,11 +62,11 @@ def prove(model: ModelSites, work: Path, *, online: bool, threads: int = 0) -> N
     if types <= set(EXACT):
         base = logits(model.source.path, threads)
     else:
-        base = _with(model, work, lambda site, _: identity(site.n), online, threads)
-    found = _with(model, work, lambda site, random: powers(site, random, online=online), online, threads)
+        base = _with(model, work, lambda site, _: identity(site.n), transform, threads)
+    found = _with(model, work, partial(powers, parts=TRANSFORMS[transform]), transform, threads)
     _require(model, float(_differences(found, base).max()), 0.0)
-    if online:
-        found = _with(model, work, permuted, online, threads)
+    if TRANSFORMS[transform].heads:
+        found = _with(model, work, permuted, transform, threads)
         reordered = REORDERED["f32" if types == {"f32"} else "bf16"]
         _require(model, float(np.median(_differences(found, base))), reordered)
 
@@ -91,8 +94,8 @@ def logits(path: Path, threads: int = 0) -> NDArray[np.float32]:
         return model.decode(tokens, positions, np.zeros_like(positions), np.ones(TOKENS, bool)).copy()
 
 
-def powers(site: Site, random: np.random.Generator, *, online: bool) -> SiteTransform:
-    """Diagonals of signed powers of two in all parts that the site has a place for."""
+def powers(site: Site, random: np.random.Generator, *, parts: Transform) -> SiteTransform:
+    """Diagonals of signed powers of two in all ``parts`` that the site has a place for."""
 
     def drawn(n: int, largest: int) -> Tensor:
         return torch.from_numpy(
@@ -103,9 +106,9 @@ def powers(site: Site, random: np.random.Generator, *, online: bool) -> SiteTran
     head = left = right = None
     if site.fold is not None:
         diag = expand(site, drawn(site.n_head_kv * site.head_dim if site.head_dim else site.n, 2))
-        if online and folds_heads(site):
+        if parts.heads and folds_heads(site):
             head = torch.diag(drawn(site.head_dim, 1))
-    if site.online and online:
+    if parts.online and site.online:
         n1 = next(d for d in range(math.isqrt(site.n), 0, -1) if site.n % d == 0)
         left, right = torch.diag(drawn(n1, 1)), torch.diag(drawn(site.n // n1, 1))
     return SiteTransform(diag, head=head, left=left, right=right)
@@ -119,12 +122,12 @@ def permuted(site: Site, random: np.random.Generator) -> SiteTransform:
     return replace(identity(site.n), head=torch.eye(site.head_dim, dtype=torch.float64)[order])
 
 
-def _with(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> NDArray[np.float32]:
+def _with(model: ModelSites, work: Path, draw: Draw, transform: str, threads: int) -> NDArray[np.float32]:
     """The logits of such a file."""
-    return logits(written(model, work, draw, online, threads), threads)
+    return logits(written(model, work, draw, transform, threads), threads)
 
 
-def written(model: ModelSites, work: Path, draw: Draw, online: bool, threads: int) -> Path:
+def written(model: ModelSites, work: Path, draw: Draw, transform: str, threads: int) -> Path:
     """Makes a file, in ``work``, with the transforms that ``draw`` gives, and returns its path."""
     source, random = model.source, np.random.default_rng(0)
     types = {tensor.name: tensor.type_name for tensor in source.tensors}
@@ -144,7 +147,7 @@ def written(model: ModelSites, work: Path, draw: Draw, online: bool, threads: in
     prepared = Prepared(
         tensors=tensors,
         mix="",
-        transform="flatquant" if online else "awq",
+        transform=transform,
         rounding="rtn",
         sites=placed,
         activation=None,

@@ -206,7 +206,7 @@ def _run(
     missing = plan.missing(folder)
     if plan.transform != "none" and len(missing) == plan.blocks:
         with work_folder(folder / "proof") as work:
-            prove(model, work, online=plan.transform not in recipes.FOLDED, threads=request.threads)
+            prove(model, work, plan.transform, threads=request.threads)
     errors: list[list[float]] = []
     matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks, source.path)
     try:
