@@ -235,6 +235,6 @@ def remarks(method: Method, used_types: Sequence[str]) -> list[str]:
             "their own; compare with --transform none or hadamard"
         )
     if method.online and "fq4" not in used_types:
-        what = "the transform" if TRANSFORMS[method.transform].online else "4-bit activations"
-        lines.append(f"{what} happens at run time: stock llama.cpp will not run this file as it is meant")
+        what = "the transform is" if TRANSFORMS[method.transform].online else "4-bit activations are"
+        lines.append(f"{what} left for run time: stock llama.cpp will not run this file as it is meant")
     return lines

@@ -89,6 +89,6 @@ def test_what_cannot_work_is_refused_with_the_reason(method: Method, given: Any,
 def test_what_may_surprise_is_said() -> None:
     assert remarks(Method(transform="flatquant"), ["fq4", "q6_k"]) == []
     assert "hurt nvfp4" in remarks(Method("nvfp4", "awq"), ["nvfp4"])[0]
-    assert remarks(Method("mxfp4", "hadamard"), ["mxfp4"])[0].startswith("the transform happens at run time")
+    assert remarks(Method("mxfp4", "hadamard"), ["mxfp4"])[0].startswith("the transform is left for run time")
     assert "stock llama.cpp" in remarks(Method("q4_k_m", "flatquant"), ["q4_k", "q6_k"])[0]
     assert remarks(Method("q4_k_m", "awq"), ["q4_k", "q6_k"]) == []
