@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -43,9 +44,10 @@ def _one_line_errors() -> Iterator[None]:
         print(f"ggml-ext: {how}", file=sys.stderr)
         raise typer.Exit(128 + number) from None
     except BrokenPipeError:
-        sys.stderr.close()  # nobody reads our output any more; keeps Python from complaining at exit
+        _drop_output()
         raise typer.Exit(1) from None
     except OSError as error:
+        _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; check the file and the disk it is on")
     except (typer.Exit, typer.Abort):
@@ -54,6 +56,19 @@ def _one_line_errors() -> Iterator[None]:
         if hasattr(error, "show"):  # wrong usage, which typer itself reports
             raise
         _fail(one_line(error))
+
+
+def _drop_output() -> None:
+    """Where stdout takes no more, what waits for it goes nowhere: Python would try again at its exit, in lines
+    of its own and with status 120."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _fail(message: str) -> None:

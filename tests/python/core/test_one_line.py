@@ -210,17 +210,22 @@ def test_names_and_signs_beyond_the_terminals_encoding(
     assert json.loads(rows.read_text())[0]["model"].endswith(".gguf")
 
 
-def test_closed_and_full_outputs(model: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_and_full_outputs(model: Path, unbuffered: str) -> None:
+    """Also what Python has in its buffer at its exit ends in status 1 and no line of Python's own."""
+    command = [sys.executable, "-m", "ggml_ext.cli.entry", "inspect", str(model)]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "ggml_ext.cli.entry", "inspect", str(model)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     assert done.returncode == 1
     assert "No space left" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == ""
 
 
 def test_no_home_folder(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
