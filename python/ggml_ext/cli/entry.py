@@ -59,8 +59,8 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Where stdout takes no more, what waits for it goes nowhere: Python would try again at its exit, in lines
-    of its own and with status 120."""
+    """Where stdout takes no more, what waits for it goes nowhere: at its exit Python would try once more, in
+    lines of its own and with status 120."""
     if sys.stdout is None:
         return
     try:
