@@ -30,12 +30,6 @@ REQUIRED = (
 CTX = 64
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-f16.gguf, tiny-Q8_0.gguf, tiny-Q4_0.gguf, text.txt."""

@@ -23,14 +23,6 @@ from ggml_ext.runtime.llama import Model
 CTX = 64
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Journals and scratch files stay in the test's folder."""
-    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path / "cache"
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base.gguf (f16), noisy.gguf (f16), q4_0.gguf, and text.txt of about 4000 tokens."""
