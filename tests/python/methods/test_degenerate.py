@@ -130,7 +130,7 @@ def test_a_massive_first_token_does_not_hide_the_others() -> None:
     assert stats.hessian.trace() < (1 + 2 * LARGEST_TOKEN / 512) * without.hessian.trace()
     s = choose_shrinkage(stats.hessian.double(), stats.n_tokens, stats.sample)
     left = noise_left(shrink(stats.hessian, s), unseen)
-    assert left < 1.02 * noise_left(shrink(without.hessian, s), unseen)
+    assert left < 1.05 * noise_left(shrink(without.hessian, s), unseen)
     first = windows[0, :1]
     assert noise_left(shrink(stats.hessian, s), first) < 0.2, "the first token still counts"
 

@@ -139,8 +139,9 @@ def noise_left(h: Tensor, x: Tensor) -> float:
     """What GPTQ with the moments h [n, n] leaves of equal noise in all columns, on the inputs x [m, n],
     relative to rounding without it; infinite if h has no factor.
 
-    With H = M D M^T, M unit upper triangular, the error of column j reaches the outputs as the j-th
-    component of M^-1 x^T (docs/flatquant.md, "what GPTQ leaves").
+    Every row counts alike: by energy a few massive activations would decide for all tokens. With H = M D M^T,
+    M unit upper triangular, the error of column j reaches the outputs as the j-th component of M^-1 x^T
+    (docs/flatquant.md, "what GPTQ leaves").
     """
     lower, info = torch.linalg.cholesky_ex(_damped(h.clone()).flip(0, 1))
     if int(info):
@@ -149,7 +150,8 @@ def noise_left(h: Tensor, x: Tensor) -> float:
     left = torch.linalg.solve_triangular(
         lower / lower.diagonal(), x.to(lower.dtype).T, upper=True, unitriangular=True
     )
-    return float(left.square().sum() / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny))
+    energy = x.square().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
+    return float((left.square().sum(0) / energy).mean())
 
 
 def expert_moments(own: Tensor, tokens: int, shared: Tensor) -> Tensor:
