@@ -1,7 +1,7 @@
 # Adds our sources to upstream's targets, without a line in upstream's CMake files. Included after
 # add_subdirectory(llama.cpp). Which target a file goes into follows from its folder:
 #
-#   ggml_ext/{transform,observe,sampler}/*.cpp  llama
+#   ggml_ext/{kv,transform,observe,sampler}/*.cpp  llama
 #   ggml_ext/*/cpu/*.{c,cpp}  every CPU backend: ggml-cpu, or ggml-cpu-<tag> with GGML_CPU_ALL_VARIANTS
 #   ggml_ext/*/*.{c,cpp}      ggml-base
 #   cuda/**/*.cu              ggml-cuda, where that is built
@@ -54,7 +54,7 @@ file(GLOB_RECURSE GGML_EXT_BASE_SOURCES CONFIGURE_DEPENDS
     "${GGML_EXT_ROOT}/ggml_ext/*.c" "${GGML_EXT_ROOT}/ggml_ext/*.cpp")
 set(GGML_EXT_CPU_SOURCES ${GGML_EXT_BASE_SOURCES})
 set(GGML_EXT_LLAMA_SOURCES ${GGML_EXT_BASE_SOURCES})
-list(FILTER GGML_EXT_LLAMA_SOURCES INCLUDE REGEX "/ggml_ext/(transform|observe|sampler)/[^/]+\\.cpp$")
+list(FILTER GGML_EXT_LLAMA_SOURCES INCLUDE REGEX "/ggml_ext/(kv|transform|observe|sampler)/[^/]+\\.cpp$")
 list(FILTER GGML_EXT_CPU_SOURCES INCLUDE REGEX "/cpu/[^/]+\\.(c|cpp)$")
 list(REMOVE_ITEM GGML_EXT_BASE_SOURCES ${GGML_EXT_CPU_SOURCES} ${GGML_EXT_LLAMA_SOURCES})
 file(GLOB_RECURSE GGML_EXT_CUDA_SOURCES CONFIGURE_DEPENDS "${GGML_EXT_ROOT}/cuda/*.cu")

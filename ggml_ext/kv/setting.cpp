@@ -1,0 +1,61 @@
+#include "setting.h"
+
+#include <charconv>
+#include <cstring>
+#include <string_view>
+
+static bool kv_number(std::string_view text, uint32_t & number) {
+    const char * end   = text.data() + text.size();
+    const auto   found = std::from_chars(text.data(), end, number);
+    return found.ec == std::errc() && found.ptr == end;
+}
+
+static bool kv_budget(std::string_view text, ggml_ext_kv_setting & setting) {
+    uint32_t number = 0;
+    if (!text.empty() && text.back() == '%') {
+        if (!kv_number(text.substr(0, text.size() - 1), number) || number < 1 || number > 100) {
+            return false;
+        }
+        setting.share = number / 100.0;
+        return true;
+    }
+    return kv_number(text, setting.tokens) && setting.tokens > 0;
+}
+
+static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
+    const size_t equals = item.find('=');
+    if (equals == std::string_view::npos) {
+        return false;
+    }
+    const std::string_view key = item.substr(0, equals), value = item.substr(equals + 1);
+    if (key == "budget") {
+        return kv_budget(value, setting);
+    }
+    if (key == "sink") {
+        return kv_number(value, setting.sink);
+    }
+    if (key == "recent") {
+        return kv_number(value, setting.recent) && setting.recent > 0;
+    }
+    return key == "policy" && value == "window";
+}
+
+bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting) {
+    setting = {};
+    if (!value || std::strcmp(value, "off") == 0) {
+        return true;
+    }
+    std::string_view rest = value;
+    while (true) {
+        const size_t comma = rest.find(',');
+        if (!kv_item(rest.substr(0, comma), setting)) {
+            return false;
+        }
+        if (comma == std::string_view::npos) {
+            break;
+        }
+        rest.remove_prefix(comma + 1);
+    }
+    setting.on = setting.share > 0 || setting.tokens > 0;
+    return setting.on;
+}

@@ -1,0 +1,18 @@
+// What GGML_EXT_KV says.
+
+#pragma once
+
+#include <cstdint>
+
+#define GGML_EXT_KV_VALUES "off, or budget=25% or budget=TOKENS with ,policy=window ,sink=N ,recent=N"
+
+struct ggml_ext_kv_setting {
+    bool     on     = false;
+    double   share  = 0;   // of the context's cells; 0: tokens counts
+    uint32_t tokens = 0;   // per sequence
+    uint32_t sink   = 16;  // first tokens of a sequence that stay
+    uint32_t recent = 64;  // latest tokens that stay whatever comes
+};
+
+// Reads the value of GGML_EXT_KV; null is off. False where it is none of GGML_EXT_KV_VALUES.
+bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting);
