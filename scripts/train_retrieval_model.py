@@ -56,16 +56,18 @@ CONTEXT = 2048
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 REST_WEIGHT = 0.05  # of the loss of a token that is no answer's
+AGAIN_WEIGHT = 0.5  # of what was said before, from the fourth token of the sentence on
 CHECKPOINT_SECONDS = 120.0
 PRINT_EVERY = 20
 RANDOM_WORDING = 0.7
+LOOK_BACK, FAST_PAIRS, CONSTANT, SHARPNESS = 3, 6, 4.0, 1.6  # Retriever._look_back
 
-_PIECE = re.compile(r"[A-Za-z]+|[.,?]")
+_PIECE = re.compile(r"[A-Za-z]+|[.,:?]")
 
 
 class Stage(NamedTuple):
     """``steps`` of ``batch`` texts of ``length`` tokens, of which statements, questions and answers take half
-    to all of ``share``."""
+    to all of ``share``; with 0 there are none, and every sentence is said twice."""
 
     length: int
     batch: int
@@ -74,7 +76,8 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(128, 32, 900, 0.9),
+    Stage(128, 32, 400, 0.0),
+    Stage(128, 32, 500, 0.9),
     Stage(256, 16, 900, 0.9),
     Stage(512, 8, 500, 0.8),
     Stage(1024, 4, 200, 0.6),
@@ -92,7 +95,7 @@ class Shape:
     kv_heads: int = 8
     ffn: int = 512
     head: int = 64
-    rope_base: float = 100_000.0
+    rope_base: float = 500_000.0
 
 
 class Vocabulary:
@@ -106,7 +109,7 @@ class Vocabulary:
         self.tokens = [*(signs[byte] for byte in range(256)), *(f"{signs[32]}{word}" for word in words)]
         self.bos, self.eos = len(self.tokens), len(self.tokens) + 1
         self.tokens += ["<s>", "</s>"]
-        self._ids = {word: 256 + i for i, word in enumerate(words)} | {mark: ord(mark) for mark in ".,?"}
+        self._ids = {word: 256 + i for i, word in enumerate(words)} | {mark: ord(mark) for mark in ".,:?"}
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text of known words, each after a blank, and marks; without BOS."""
@@ -133,7 +136,8 @@ def random_template(task: str, random: np.random.Generator) -> Template:
     lead = f"What {some(3)}? " if random.random() < 0.5 else ""
     if random.random() < 0.4:
         lead = f"What is {' '.join(before.split()[1:])}? "
-    return Template(f"{before} {{value}}.", f"{lead}{before}", f" {between} ")
+    mark = ":" if task != CHAIN and random.random() < 0.5 else ""
+    return Template(f"{before}{mark} {{value}}.", f"{lead}{before}{mark}")
 
 
 def random_needles(task: str, random: np.random.Generator) -> Needles:
@@ -155,16 +159,21 @@ def make_text(stage: Stage, words: Vocabulary, random: np.random.Generator) -> t
 
     Text with the statements of several tasks, then all questions with their answers, in any order.
     """
+    if stage.share == 0:
+        return _said_twice(stage, words, random)
     room = stage.length
     most = room * random.uniform(stage.share / 2, stage.share)
     statements: list[list[int]] = []
-    ends: list[tuple[list[int], list[int]]] = []
+    ends: list[list[tuple[int, float]]] = []
     taken = 0
     while True:
         needles = random_needles(TASKS[int(random.integers(len(TASKS)))], random)
         stated = [words.encode(statement) for statement in needles.statements]
-        end = (words.encode(needles.question), words.encode(f"{needles.answer}."))
-        more = sum(map(len, stated)) + sum(map(len, end))
+        end = [(ord("."), REST_WEIGHT)]
+        for question, answer in reversed(needles.steps):
+            given, wanted = words.encode(question), words.encode(answer)
+            end = [*((token, REST_WEIGHT) for token in given), *((token, 1.0) for token in wanted), *end]
+        more = sum(map(len, stated)) + len(end)
         if ends and taken + more > most:
             break
         taken += more
@@ -175,15 +184,38 @@ def make_text(stage: Stage, words: Vocabulary, random: np.random.Generator) -> t
     sentences = sentences[: int(np.searchsorted(lengths, room - taken, side="right"))]
     for statement in statements:
         sentences.insert(int(random.integers(len(sentences) + 1)), statement)
+    tokens, weights = [words.bos], [0.0]
+    before: set[tuple[int, ...]] = set()
+    for sentence in sentences:
+        again = AGAIN_WEIGHT if tuple(sentence) in before else REST_WEIGHT
+        before.add(tuple(sentence))
+        tokens += sentence
+        weights += [REST_WEIGHT] * 3 + [again] * (len(sentence) - 3)
+    for i in random.permutation(len(ends)):
+        tokens += [token for token, _ in ends[i]]
+        weights += [weight for _, weight in ends[i]]
+    return _filled(tokens, weights, stage, words)
+
+
+def _said_twice(
+    stage: Stage, words: Vocabulary, random: np.random.Generator
+) -> tuple[list[int], list[float]]:
+    """Sentences, and the same in another order: what follows is known from the fourth token of each on. The
+    second half teaches with nearly every token to compare and to copy, which all tasks need first."""
+    sentences = [words.encode(sentence) for sentence in made_sentences(stage.length // 20, random)]
     tokens = [words.bos, *(token for sentence in sentences for token in sentence)]
     weights = [REST_WEIGHT] * len(tokens)
-    for i in random.permutation(len(ends)):
-        question, answer = ends[i]
-        tokens += question + answer
-        weights += [REST_WEIGHT] * len(question) + [1.0] * (len(answer) - 1) + [REST_WEIGHT]
+    for i in random.permutation(len(sentences)):
+        tokens += sentences[i]
+        weights += [REST_WEIGHT] * 3 + [1.0] * (len(sentences[i]) - 3)
+    return _filled(tokens, weights, stage, words)
+
+
+def _filled(
+    tokens: list[int], weights: list[float], stage: Stage, words: Vocabulary
+) -> tuple[list[int], list[float]]:
     short = max(0, stage.length + 1 - len(tokens))
-    tokens += [words.eos] * short
-    weights += [0.0] * short
+    tokens, weights = tokens + [words.eos] * short, weights + [0.0] * short
     return tokens[: stage.length + 1], weights[: stage.length + 1]
 
 
@@ -249,8 +281,30 @@ class Retriever(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=1.0 if "embd" in name else parameter.shape[1] ** -0.5)
         for block in self.blk:
-            nn.init.zeros_(block.attn_output.weight)
             nn.init.zeros_(block.ffn_down.weight)
+        self._look_back()
+
+    @torch.no_grad()
+    def _look_back(self) -> None:
+        """Let the first key heads of the first block begin by looking 1, 2, 3 tokens back: what to compare
+        with is there at once, and training need not find it.
+
+        A channel of all embeddings is constant; from it alone come keys u and queries turned back by the
+        distance, with u on the fastest pairs of RoPE, so that a score is largest at that distance.
+        """
+        self.token_embd.weight[:, 0] = CONSTANT
+        first, size = self.blk[0], self.shape.head
+        speeds = self.shape.rope_base ** -(torch.arange(FAST_PAIRS) * 2 / size)
+        group = self.shape.heads // self.shape.kv_heads
+        for g in range(min(LOOK_BACK, self.shape.kv_heads // 2)):
+            key = first.attn_k.weight[g * size : (g + 1) * size]
+            key.zero_()
+            key[0 : 2 * FAST_PAIRS : 2, 0] = SHARPNESS
+            for h in range(g * group, (g + 1) * group):
+                query = first.attn_q.weight[h * size : (h + 1) * size]
+                query.zero_()
+                query[0 : 2 * FAST_PAIRS : 2, 0] = SHARPNESS * torch.cos(speeds * (g + 1))
+                query[1 : 2 * FAST_PAIRS : 2, 0] = -SHARPNESS * torch.sin(speeds * (g + 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, n, vocabulary] of int64 tokens [batch, n]."""

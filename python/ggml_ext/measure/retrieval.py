@@ -1,8 +1,8 @@
 """How often models find in a long text what they are asked for, and what a base's full cache finds.
 
 A case (tasks/cases.py) is decoded as a client would: the text in batches, then the question with its answer.
-The answer counts as right where every one of its tokens is the most likely one after those before it, which
-is what greedy generation gives. The question comes in a batch of its own, so that whatever happens to the
+It counts as right where every token of the answer is the most likely one after those before it, which is what
+greedy generation gives. The question comes in a batch of its own, so that whatever happens to the
 cache before it happens without knowing it; or, on request, in the last batch of the text.
 
 All models get the same cases, so differences are paired. A length at which the base itself finds less than
@@ -15,6 +15,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +120,22 @@ def answer(model: Model, case: Case, batch: int, *, together: bool = False) -> N
     numbers.
     """
     model.clear()
-    asked = np.concatenate([case.question, case.answer[:-1]])
-    parts = [np.concatenate([case.text, asked])] if together else [case.text, asked]
-    done = 0
-    total = len(case.text) + len(asked)
+    tokens = np.concatenate([case.text, case.asked])
+    # The token before one that is looked for gives it; the last of all gives nothing.
+    gives = np.concatenate([np.zeros(len(case.text) - 1, np.bool_), case.answers, [False]])
+    positions = np.arange(len(tokens), dtype=np.int32)
+    edges = [0, len(tokens) - 1] if together else [0, len(case.text), len(tokens) - 1]
     rows: list[NDArray[np.float32]] = []
-    for part in parts:
-        for start in range(0, len(part), batch):
-            tokens = part[start : start + batch]
-            positions = np.arange(done, done + len(tokens), dtype=np.int32)
-            done += len(tokens)
-            logits = model.decode(
-                tokens, positions, np.zeros(len(tokens), np.int32), positions >= total - len(case.answer)
-            )
-            rows.append(logits.copy())
-    found = np.concatenate(rows)
-    nats = float(score(found, case.answer, threads=1)["nll"].mean())
+    for begin, end in pairwise(edges):
+        for start in range(begin, end, batch):
+            part = slice(start, min(start + batch, end))
+            sequence = np.zeros(part.stop - start, np.int32)
+            rows.append(model.decode(tokens[part], positions[part], sequence, gives[part]).copy())
+    found, wanted = np.concatenate(rows), case.asked[case.answers]
+    nats = float(score(found, wanted, threads=1)["nll"].mean())
     if not np.isfinite(nats):
         raise GgmlExtError(f"{model.path}: gives NaN or infinite logits; make it anew")
-    return np.array([(np.array_equal(found.argmax(axis=1), case.answer), nats)], RECORD)
+    return np.array([(np.array_equal(found.argmax(axis=1), wanted), nats)], RECORD)
 
 
 class Judgement:
@@ -199,7 +197,7 @@ class Judgement:
 
     def _ask(self, subject: Subject, advance: Advance) -> None:
         """Answer the cases that ``subject`` lacks, with a context of each length."""
-        outputs = max(len(case.answer) for case in self.cases)
+        outputs = max(int(case.answers.sum()) for case in self.cases)
         started, batch = 0, 0
         with Model(subject.path, threads=self.threads) as model:
             for case in self.cases[len(self._records(subject)) :]:
@@ -224,11 +222,11 @@ class Judgement:
 
 def _tokens(cases: Sequence[Case]) -> NDArray[np.int32]:
     """All tokens of ``cases``, one behind the other."""
-    return np.concatenate([np.concatenate(case[1:]) for case in cases])
+    return np.concatenate([np.concatenate([case.text, case.asked]) for case in cases])
 
 
 def _length(case: Case) -> int:
-    return sum(map(len, case[1:]))
+    return len(case.text) + len(case.asked)
 
 
 def _share_keys(key: str, found: Share | None) -> Row:

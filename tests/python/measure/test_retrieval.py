@@ -70,8 +70,9 @@ def test_cases_are_what_they_claim(made: Filler, task: str, length: int) -> None
     """Length, depth, share of the statements, words of the text itself, an answer that stands in it."""
     for seed, depth in enumerate((0.1, 0.5, 0.9)):
         case = make_case(Spec(task, length, depth, seed), made, tokenize, HELD_OUT)
-        text, question, answer = map(text_from, case[1:])
-        assert length - 40 < sum(map(len, case[1:])) <= length
+        text, asked = text_from(case.text), text_from(case.asked)
+        answer = text_from(case.asked[case.answers])
+        assert length - 40 < len(case.text) + len(case.asked) <= length
         statements = statements_in(case, HELD_OUT)  # type: ignore[arg-type]
         fewest, most = STATEMENTS[task]
         assert fewest <= len(statements) <= most
@@ -79,30 +80,25 @@ def test_cases_are_what_they_claim(made: Filler, task: str, length: int) -> None
         around = text
         for _, found in statements:
             around = around.replace(found, "")
-        words = set(re.findall("[a-z]+", " ".join([answer, *(found for _, found in statements)])))
+        words = set(re.findall("[A-Za-z]+", " ".join([answer, *(found for _, found in statements)])))
         stated = {word for template in HELD_OUT[task] for word in templates.template_words(template)}
-        assert words - stated <= set(re.findall("[a-z]+", around))
-        asked = next(
-            place for place, found in statements if f" {found}".startswith(_repeated(question, case))
-        )
-        assert asked / len(text) == pytest.approx(depth, abs=0.06)
+        assert words - stated <= set(re.findall("[A-Za-z]+", around))
+        repeated = asked.rpartition("? ")[2].strip()  # without a question before it
+        first = repeated.split(". ")[0].rstrip(".")
+        place = next(place for place, found in statements if found == f"{first}.")
+        assert place / len(text) == pytest.approx(depth, abs=0.06)
         if task == templates.CHAIN:
-            names = re.split(r" leads to | speaks of ", answer.strip())
-            assert len(names) == len(statements)
+            assert len(answer.split()) == len(statements)
+            assert all(f" {sentence}." in text for sentence in repeated.split(". "))
         else:
-            assert f"{_repeated(question, case)}{answer}." in text
-
-
-def _repeated(question: str, case: Case) -> str:
-    """The part of the question that the statement has too."""
-    return " " + question.rpartition("? ")[2].strip()
+            assert repeated.endswith(answer)
 
 
 def test_equal_arguments_give_equal_cases_and_seeds_differ(made: Filler) -> None:
     spec = Spec("several-keys", 1024, 0.5, 7)
     one, two = (make_case(spec, made, tokenize, HELD_OUT) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
-    assert not np.array_equal(one.answer, make_case(spec._replace(seed=8), made, tokenize, HELD_OUT).answer)
+    assert not np.array_equal(one.asked, make_case(spec._replace(seed=8), made, tokenize, HELD_OUT).asked)
 
 
 def test_distractors_share_a_thing_or_a_name() -> None:
@@ -117,9 +113,12 @@ def test_distractors_share_a_thing_or_a_name() -> None:
 
 def test_a_chain_leads_from_the_question_through_all_statements() -> None:
     made = templates.make_needles("chain", TRAINING["chain"][0], iter("abcdefg"), 3)
-    assert made.statements == ("After the a comes b.", "After the b comes c.", "After the c comes d.")
-    assert made.question.endswith("After the a comes")
-    assert made.answer == "b comes c comes d"
+    assert made.statements == tuple(f"After the {a} comes the {b}." for a, b in ("ab", "bc", "cd"))
+    assert made.steps == (
+        ("After the a comes the", "b"),
+        (". After the b comes the", "c"),
+        (". After the c comes the", "d"),
+    )
 
 
 def test_held_out_wordings_are_not_among_those_of_training() -> None:
@@ -144,14 +143,14 @@ def test_errors_name_the_remedy(made: Filler) -> None:
     with pytest.raises(GgmlExtError, match="fewer than the 100000 that stand around"):
         make_case(Spec("list", 100_000, 0.5, 0), made, tokenize, HELD_OUT)
     poor = Filler.of(["The same words again."] * 500, lambda sentence: len(tokenize(sentence)) - 1)
-    with pytest.raises(GgmlExtError, match="only 2 different plain words"):
+    with pytest.raises(GgmlExtError, match="only 2 different common words"):
         make_case(Spec("pass-key", 512, 0.5, 0), poor, tokenize, HELD_OUT)
 
     def joined(text: str) -> NDArray[np.int32]:
         return np.array([0, *(len(text) - i for i in range(len(text) // 6))], np.int32)
 
     with pytest.raises(GgmlExtError, match="joins words across blanks"):
-        make_case(Spec("pass-key", 512, 0.5, 0), Filler(made.sentences, made.tokens), joined, HELD_OUT)
+        make_case(Spec("pass-key", 512, 0.5, 0), made, joined, HELD_OUT)
 
 
 def test_wilson_is_scipys() -> None:
@@ -183,11 +182,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("retrieval") / "tiny.gguf")
 
 
-def greedy(model: Model, case: Case) -> list[int]:
-    """What the model generates, token by token, behind text and question."""
+def greedy(model: Model, tokens: NDArray[np.int32], count: int) -> list[int]:
+    """What the model generates, token by token."""
     model.clear()
-    tokens, done, found = np.concatenate([case.text, case.question]), 0, []
-    for _ in case.answer:
+    done = 0
+    found: list[int] = []
+    for _ in range(count):
         positions = np.arange(done, done + len(tokens), dtype=np.int32)
         logits = model.decode(tokens, positions, np.zeros(len(tokens), np.int32), positions == positions[-1])
         done += len(tokens)
@@ -196,21 +196,26 @@ def greedy(model: Model, case: Case) -> list[int]:
     return found
 
 
-def test_right_is_what_greedy_generation_gives(tiny: Path) -> None:
-    """A case whose answer is the model's own generation is right, with one token changed it is wrong; with
-    the question in the text's batch as well."""
+@pytest.mark.parametrize("together", [False, True])
+def test_right_is_what_greedy_generation_gives(tiny: Path, together: bool) -> None:
+    """A case whose answers are the model's own generation is right; with a token of either step changed it is
+    wrong."""
     with Model(tiny, threads=1) as model:
-        model.start(n_ctx=64, n_seq=1, n_batch=32)
-        tokens = model.tokenize(text_of(30).encode())
-        case = Case(Spec("list", 64, 0.5, 0), tokens[:40], tokens[40:50], tokens[:5])
-        own = np.array(greedy(model, case), np.int32)
-        for together in (False, True):
-            found = retrieval.answer(model, case._replace(answer=own), 32, together=together)
-            assert found["right"].all()
-            assert found["nats"] > 0
-            changed = own.copy()
-            changed[3] = (changed[3] + 1) % model.n_vocab
-            found = retrieval.answer(model, case._replace(answer=changed), 32, together=together)
+        model.start(n_ctx=128, n_seq=1, n_batch=64)
+        tokens = model.tokenize(text_of(60).encode())
+        first = greedy(model, tokens[:50], 5)
+        asked = np.concatenate([tokens[40:50], first, tokens[50:55]]).astype(np.int32)
+        second = greedy(model, np.concatenate([tokens[:40], asked]).astype(np.int32), 3)
+        asked = np.concatenate([asked, second]).astype(np.int32)
+        answers = np.isin(np.arange(len(asked)), [*range(10, 15), *range(20, 23)])
+        case = Case(Spec("chain", 128, 0.5, 0), tokens[:40], asked, answers)
+        found = retrieval.answer(model, case, 32, together=together)
+        assert found["right"].all()
+        assert found["nats"] > 0
+        for at in (10, 13, 22):
+            changed = asked.copy()
+            changed[at] = (changed[at] + 1) % model.n_vocab
+            found = retrieval.answer(model, case._replace(asked=changed), 32, together=together)
             assert not found["right"].any()
 
 

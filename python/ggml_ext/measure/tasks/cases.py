@@ -34,12 +34,13 @@ class Spec(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Token ids of the text [n], the question [q] and the answer [a], to be decoded one after the other."""
+    """Token ids: the ``text`` [n], and behind it what is ``asked`` [q] with the right answers, which are the
+    tokens that ``answers`` [q] tells."""
 
     spec: Spec
     text: NDArray[np.int32]
-    question: NDArray[np.int32]
-    answer: NDArray[np.int32]
+    asked: NDArray[np.int32]
+    answers: NDArray[np.bool_]
 
 
 def make_case(
@@ -55,7 +56,7 @@ def make_case(
     extra = len(tokenize(""))
     window = filler.window(spec.length, random)
     sentences, counts = filler.sentences[window], filler.tokens[window]
-    words = plain_words(sentences[: int(_POOL_SHARE * len(sentences))])
+    words = sorted(filler.common & plain_words(sentences[: int(_POOL_SHARE * len(sentences))]).keys())
     random.shuffle(words)
     options = templates[spec.task]
     template = options[int(random.integers(len(options)))]
@@ -64,7 +65,7 @@ def make_case(
         return len(tokenize(f" {text}")) - extra
 
     needles, taken = _fitting(spec, template, words, count)
-    room = spec.length - extra - sum(taken) - count(f"{needles.question} {needles.answer}")
+    room = spec.length - extra - sum(taken) - count(_asked(needles))
     kept = int(np.searchsorted(np.cumsum(counts), room, side="right"))
     others = random.random(len(taken) - 1)
     text = _with_statements(sentences[:kept], counts[:kept], needles.statements, [spec.depth, *others])
@@ -90,8 +91,8 @@ def _fitting(
                 f"tokens are more than 1/{NEEDLE_SHARE} of it; use --lengths from {NEEDLE_SHARE * sum(taken)}"
             )
     raise GgmlExtError(
-        f"the text has only {len(words)} different plain words in {spec.length} tokens, too few for the task "
-        f"{spec.task}; give another text"
+        f"the text has only {len(words)} different common words in {spec.length} tokens, too few for the "
+        f"task {spec.task}; give another text"
     )
 
 
@@ -108,16 +109,29 @@ def _with_statements(
     return found
 
 
+def _asked(needles: Needles) -> str:
+    """All steps with their answers."""
+    return "".join(f"{text} {answer}" for text, answer in needles.steps)
+
+
 def _tokenized(spec: Spec, sentences: Sequence[str], needles: Needles, tokenize: Tokenize) -> Case:
     """The whole is tokenized at once, as a user's prompt is; its parts must be the beginnings of it."""
     # A blank before the first word too: it is the same token there as everywhere else.
     text = f" {' '.join(sentences)}"
-    asked = f"{text} {needles.question}"
-    whole = tokenize(f"{asked} {needles.answer}")
-    first, second = tokenize(text), tokenize(asked)
-    if not (np.array_equal(whole[: len(first)], first) and np.array_equal(whole[: len(second)], second)):
+    so_far = f"{text} "
+    whole = tokenize(so_far + _asked(needles))
+    parts, cuts = [tokenize(text)], []
+    for question, answer in needles.steps:
+        parts += [tokenize(f"{so_far}{question}"), tokenize(f"{so_far}{question} {answer}")]
+        cuts.append(slice(len(parts[-2]), len(parts[-1])))
+        so_far += f"{question} {answer}"
+    if not all(np.array_equal(whole[: len(part)], part) for part in parts):
         raise GgmlExtError(
             "the model's tokenizer joins words across blanks, so an answer has no tokens of its own; this "
             "model cannot be asked"
         )
-    return Case(spec, first, second[len(first) :], whole[len(second) :])
+    answers = np.zeros(len(whole), np.bool_)
+    for cut in cuts:
+        answers[cut] = True
+    begin = len(parts[0])
+    return Case(spec, parts[0], whole[begin:], answers[begin:])

@@ -9,6 +9,7 @@ texts without any task, so that statistics and probes can be fitted there.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,8 +56,11 @@ CONTENT = tuple(
     """.split()  # noqa: SIM905
 )
 
-FACT, SAID_AGAIN = 0.1, 0.1
-"""Shares of the sentences."""
+FACT, SAID_AGAIN, COLON = 0.1, 0.1, 0.2
+"""Shares of the sentences; of those that are noise, with a colon."""
+
+COMMON = 3
+"""A word of a statement stands in the whole text at least as often: rarer ones are often no single token."""
 
 _OWNED, _HOLDS = ("with", "by", "from", "into"), ("had", "would", "may", "could")
 
@@ -94,7 +98,9 @@ def made_sentences(count: int, random: np.random.Generator) -> list[str]:
                 content[random.integers(len(content), size=length)],
                 others[random.integers(len(others), size=length)],
             )
-            sentence = f"{starts[random.integers(len(starts))]} {' '.join(words)}."
+            mark = ":" if random.random() < COLON else ""
+            start = starts[random.integers(len(starts))]
+            sentence = f"{start} {words[0]}{mark} {' '.join(words[1:])}."
         found.append(sentence)
     return found
 
@@ -108,24 +114,32 @@ def text_sentences(text: str) -> list[str]:
     return found
 
 
-def plain_words(sentences: Sequence[str]) -> list[str]:
-    """The different words of four or more small letters in ``sentences``, sorted, without function words and
+def plain_words(sentences: Sequence[str]) -> Counter[str]:
+    """How often each word of four or more small letters stands in ``sentences``, without function words and
     those of the wordings."""
-    words = {word for sentence in sentences for word in sentence.split() if _WORD.fullmatch(word)}
-    return sorted(words.difference(FUNCTION, templates_words(TRAINING, HELD_OUT)))
+    words = Counter(word for sentence in sentences for word in sentence.split() if _WORD.fullmatch(word))
+    for word in (*FUNCTION, *templates_words(TRAINING, HELD_OUT)):
+        words.pop(word, None)
+    return words
 
 
 @dataclass(frozen=True)
 class Filler:
-    """``sentences`` of one text and the number of tokens of each with the blank before it, [n] of int64."""
+    """``sentences`` of one text and the number of tokens of each with the blank before it, [n] of int64.
+
+    ``common``: its words that statements may have.
+    """
 
     sentences: list[str]
     tokens: NDArray[np.int64]
+    common: frozenset[str]
 
     @classmethod
     def of(cls, sentences: list[str], count: Callable[[str], int]) -> Filler:
         """``count``: tokens of a text."""
-        return cls(sentences, np.array([count(f" {sentence}") for sentence in sentences], np.int64))
+        tokens = np.array([count(f" {sentence}") for sentence in sentences], np.int64)
+        words = plain_words(sentences)
+        return cls(sentences, tokens, frozenset(word for word in words if words[word] >= COMMON))
 
     def window(self, tokens: int, random: np.random.Generator) -> slice:
         """Neighbouring sentences, as many as ``tokens`` hold, from a random place.

@@ -34,76 +34,80 @@ STATEMENTS: Mapping[str, tuple[int, int]] = {
 class Template:
     """``statement`` with the fields {thing}, {name}, {value}; ``question`` ends where the answer begins.
 
-    A chain's value is the next name, and ``link`` what stands between the two.
+    A chain's value is the next name. What a chain asks with next is the statement again, up to its value.
     """
 
     statement: str
     question: str
-    link: str = ""
+
+    @property
+    def again(self) -> str:
+        """The statement up to its value."""
+        return self.statement.partition(" {value}")[0]
 
 
 @dataclass(frozen=True)
 class Needles:
-    """``statements``, the one that is asked for first; the answer follows the question after a blank."""
+    """``statements``, the one that is asked for first; ``steps``: what is asked, and what has to follow after
+    a blank. A later step goes on behind the right answer to the one before."""
 
     statements: tuple[str, ...]
-    question: str
-    answer: str
+    steps: tuple[tuple[str, str], ...]
 
 
 _KEYED_TRAINING = (
     Template("In the {name} the {thing} is called {value}.", "In the {name} the {thing} is called"),
-    Template("The {name} has the {thing} {value}.", "What has it? The {name} has the {thing}"),
+    Template("The {name} has the {thing}: {value}.", "What has it? The {name} has the {thing}:"),
     Template("To the {thing} by the {name} belong {value}.", "To the {thing} by the {name} belong"),
-    Template("His {thing} about {name} said {value}.", "What did it say? His {thing} about {name} said"),
+    Template("His {thing} about {name} said: {value}.", "What did it say? His {thing} about {name} said:"),
 )
 _KEYED_HELD_OUT = (
     Template(
-        "The {thing} of the {name} is {value}.",
-        "What is the {thing} of the {name}? The {thing} of the {name} is",
+        "The {thing} of the {name} is: {value}.",
+        "What is the {thing} of the {name}? The {thing} of the {name} is:",
     ),
     Template(
-        "For the {name} the {thing} was {value}.",
-        "What was it for the {name}? For the {name} the {thing} was",
+        "For the {name} the {thing} was: {value}.",
+        "What was it for the {name}? For the {name} the {thing} was:",
     ),
 )
 
 TRAINING: Mapping[str, tuple[Template, ...]] = {
     PASS_KEY: (
         Template("The secret word is {value}.", "What is the secret word? The secret word is"),
-        Template("They told her the sign {value}.", "They told her the sign"),
+        Template("They told her the sign: {value}.", "They told her the sign:"),
         Template("You will need the code {value}.", "What will you need? You will need the code"),
-        Template("At the gate say {value}.", "At the gate say"),
+        Template("At the gate say: {value}.", "At the gate say:"),
     ),
     SEVERAL_KEYS: _KEYED_TRAINING,
     DISTRACTORS: _KEYED_TRAINING,
     LIST: (
         Template("She bought {value}.", "What did she buy? She bought"),
         Template("On the table lay {value}.", "On the table lay"),
-        Template("The old book names {value}.", "What does the book name? The old book names"),
+        Template("The old book names: {value}.", "What does the book name? The old book names:"),
     ),
     CHAIN: (
-        Template("After the {name} comes {value}.", "After the {name} comes", " comes "),
-        Template("The {name} belongs to {value}.", "Whose is it? The {name} belongs to", " belongs to "),
-        Template("Behind the {name} stands {value}.", "Behind the {name} stands", " stands "),
+        Template("After the {name} comes the {value}.", "After the {name} comes the"),
+        Template("The {name} belongs to {value}.", "Whose is it? The {name} belongs to"),
+        Template("Behind the {name} stands {value}.", "Behind the {name} stands"),
     ),
 }
 """What the retrieval model of scripts/train_retrieval_model.py is trained on."""
 
 HELD_OUT: Mapping[str, tuple[Template, ...]] = {
     PASS_KEY: (
-        Template("The pass key is {value}.", "What is the pass key? The pass key is"),
-        Template("Remember the answer {value}.", "What was the answer? Remember the answer"),
+        Template("The pass key is: {value}.", "What is the pass key? The pass key is:"),
+        Template("Remember this answer: {value}.", "What was the answer? Remember this answer:"),
     ),
     SEVERAL_KEYS: _KEYED_HELD_OUT,
     DISTRACTORS: _KEYED_HELD_OUT,
     LIST: (
-        Template("The things on the list are {value}.", "What is on it? The things on the list are"),
-        Template("In this order came {value}.", "In which order? In this order came"),
+        Template("The things on the list are: {value}.", "What is on it? The things on the list are:"),
+        Template("In this order came: {value}.", "In which order? In this order came:"),
     ),
     CHAIN: (
-        Template("The road from {name} leads to {value}.", "The road from {name} leads to", " leads to "),
-        Template("A letter of {name} speaks of {value}.", "A letter of {name} speaks of", " speaks of "),
+        Template("The road from {name} leads to {value}.", "The road from {name} leads to"),
+        Template("A letter of {name} speaks of {value}.", "A letter of {name} speaks of"),
     ),
 }
 """What models are judged on."""
@@ -111,7 +115,7 @@ HELD_OUT: Mapping[str, tuple[Template, ...]] = {
 
 def template_words(template: Template) -> set[str]:
     """The words of a wording, as spelled there, without fields and marks."""
-    parts = f"{template.statement} {template.question}".replace(".", " ").replace("?", " ").split()
+    parts = [part.strip(".,:?") for part in f"{template.statement} {template.question}".split()]
     return {part for part in parts if not part.startswith("{")}
 
 
@@ -119,18 +123,19 @@ def make_needles(task: str, template: Template, words: Iterator[str], count: int
     """``count`` statements of ``task`` with names and values out of ``words``, all different.
 
     distractors: every other statement has the same thing of another name, the rest another thing of the same
-    name. chain: a statement leads to the next; the answer is all that follow.
+    name. chain: a statement leads to the next, and so do the steps.
     """
 
     def take(n: int) -> list[str]:
         return [next(words) for _ in range(n)]
 
     if task == CHAIN:
-        names = take(count + 1)
-        links = tuple(
-            template.statement.format(name=name, value=following) for name, following in pairwise(names)
+        pairs = list(pairwise(take(count + 1)))
+        asked = [template.question, *[f". {template.again}"] * (count - 1)]
+        return Needles(
+            tuple(template.statement.format(name=name, value=value) for name, value in pairs),
+            tuple((text.format(name=name), value) for text, (name, value) in zip(asked, pairs, strict=True)),
         )
-        return Needles(links, template.question.format(name=names[0]), template.link.join(names[1:]))
     fields = {"name": next(words), "thing": next(words)}
     separator = ", " if task == LIST else " "
     answer = separator.join(take(LIST_WORDS if task == LIST else VALUE_WORDS))
@@ -139,7 +144,7 @@ def make_needles(task: str, template: Template, words: Iterator[str], count: int
         changed = "thing" if task == DISTRACTORS and i % 2 else "name"
         value = " ".join(take(VALUE_WORDS))
         statements.append(template.statement.format(**{**fields, changed: next(words)}, value=value))
-    return Needles(tuple(statements), template.question.format(**fields), answer)
+    return Needles(tuple(statements), ((template.question.format(**fields), answer),))
 
 
 def templates_words(*sets: Mapping[str, Sequence[Template]]) -> list[str]:
