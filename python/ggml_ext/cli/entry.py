@@ -22,9 +22,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext import __version__
+from ggml_ext.cli.compare import compare
 from ggml_ext.cli.convert import calibrate, convert, recipes
 from ggml_ext.cli.observe import observe
-from ggml_ext.cli.shared import bound_threads, print_table
+from ggml_ext.cli.shared import (
+    CacheKOption,
+    CacheVOption,
+    CtxOption,
+    JsonOption,
+    ThreadsOption,
+    bound_threads,
+    print_table,
+)
 from ggml_ext.core.errors import GgmlExtError, one_line
 from ggml_ext.core.signals import Terminated, as_interrupts
 
@@ -99,17 +108,6 @@ ModelsArgument = Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", h
 TextOption = Annotated[
     Path, typer.Option("-f", "--file", metavar="TEXT", help="Text to evaluate on (UTF-8).")
 ]
-CtxOption = Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
-]
-CacheKOption = Annotated[
-    str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of K in the KV cache.")
-]
-CacheVOption = Annotated[
-    str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of V in the KV cache.")
-]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -166,58 +164,7 @@ def perplexity(
     run_perplexity(model, text, ctx=ctx, threads=threads, cache=cache, deliver=deliver)
 
 
-@app.command()
-def compare(
-    base: Annotated[Path, typer.Argument(metavar="BASE.gguf", help="Reference, usually f16 or bf16.")],
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Models to compare with it.")],
-    text: TextOption,
-    ctx: CtxOption = 512,
-    threads: ThreadsOption = None,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of speed measurements; 0 for none.")] = 5,
-    layers: Annotated[int, typer.Option(min=0, help="Windows for the error per block; 0 for none.")] = 8,
-    cache_k: CacheKOption = "f16",
-    cache_v: CacheVOption = "f16",
-    json_out: JsonOption = None,
-    report_out: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.md", help="Write a report.")
-    ] = None,
-    plot_out: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw KL divergence over bits per weight."),
-    ] = None,
-) -> None:
-    """Size, perplexity, KL divergence, top-1 agreement and speed of models against a base."""
-    bound_threads(threads)
-    from ggml_ext.measure import loss, report
-    from ggml_ext.measure.compare import compare as run_compare
-    from ggml_ext.runtime.cache_types import CacheTypes
-
-    cache = CacheTypes.of(cache_k, cache_v)
-
-    def deliver(rows: list[report.Row]) -> None:
-        print_table(report.table(rows))
-        for name, row in zip(report.short_names(rows), rows, strict=True):
-            line = loss.summary(row, name)
-            if line is not None:
-                print(line)
-        written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
-        wrote = f"; wrote {', '.join(written)}" if written else ""
-        print(f"compared {len(models)} models with {base}{wrote}", flush=True)
-
-    run_compare(
-        base,
-        models,
-        text,
-        ctx=ctx,
-        threads=threads,
-        rounds=rounds,
-        layers=layers,
-        cache=cache,
-        json_out=json_out,
-        report_out=report_out,
-        plot_out=plot_out,
-        deliver=deliver,
-    )
+app.command()(compare)
 
 
 @app.command()

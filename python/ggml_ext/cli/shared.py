@@ -37,6 +37,17 @@ TrustOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Only say what memory, disk and time it would take.")
 ]
+CtxOption = Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
+]
+CacheKOption = Annotated[
+    str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of K in the KV cache.")
+]
+CacheVOption = Annotated[
+    str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of V in the KV cache.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
 
 
 def takes_settings(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -13,7 +13,6 @@ whatever the length of the text. Finished windows are journalled: an interrupted
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.core import paths
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.outputs import identity
 from ggml_ext.core.progress import Advance, track
@@ -55,6 +53,10 @@ class Subject(NamedTuple):
 
     path: Path
     cache: CacheTypes
+
+    def facts(self) -> list[Any]:
+        """What its scores depend on, for a journal."""
+        return [[identity(part) for part in named_parts(self.path) if part.exists()], *self.cache]
 
 
 @dataclass(frozen=True)
@@ -141,27 +143,19 @@ class Evaluation:
         self.windows = self._tokens[: self.n_windows * ctx].reshape(self.n_windows, ctx)
         for path in models:
             self._check_vocabulary(path)
-        libraries = sorted(path for path in paths.lib_dir().glob("lib*") if path.suffix in (".so", ".dylib"))
         self._journal = Journal(
             {
                 "format": FORMAT,
-                "base": self._facts(self.base),
+                "base": self.base.facts(),
                 "text": self.text_sha256,
                 "ctx": ctx,
-                "libraries": [identity(library) for library in libraries],
-                "switches": {
-                    k: v for k, v in sorted(os.environ.items()) if k.startswith(("GGML_EXT_", "LLAMA_"))
-                },
             },
             self.plan.rows,
         )
 
     def _done(self, subject: Subject) -> int:
         """Windows of ``subject`` that are scored, from the first one on."""
-        return len(self._journal.windows(self._facts(subject)))
-
-    def _facts(self, subject: Subject) -> list[Any]:
-        return [[identity(part) for part in named_parts(subject.path) if part.exists()], *subject.cache]
+        return len(self._journal.windows(subject.facts()))
 
     def run(self) -> list[Result]:
         """Score everything that the journal lacks. Results: the base, then the models in their order."""
@@ -224,7 +218,7 @@ class Evaluation:
         """Score windows begin..stop of ``subject``, which ``model`` is, and journal those that are new."""
         plan = self.plan
         model.start(n_ctx=self.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step, cache=subject.cache)
-        facts = self._facts(subject)
+        facts = subject.facts()
         scores = np.zeros(plan.rows, SCORE)
         for window, row, logits in decode_windows(model, self.windows, plan, begin, stop):
             end = row + len(logits)
@@ -271,7 +265,7 @@ class Evaluation:
 
     def _scores(self, subject: Subject) -> NDArray[np.void]:
         """All scored positions of ``subject``, in the order of the text."""
-        return np.concatenate(self._journal.windows(self._facts(subject)))
+        return np.concatenate(self._journal.windows(subject.facts()))
 
     def finish(self) -> None:
         """Forget the journal: the results have been delivered."""

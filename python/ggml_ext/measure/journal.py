@@ -1,9 +1,9 @@
 """Scores of an unfinished evaluation, kept on disk so that the same command goes on where it stopped.
 
-A journal is a folder of append-only files, one per model, each a sequence of scored windows: the dtype
-``scoring.SCORE``, ``rows`` records per window, then a checksum of 16 bytes. What a power failure has torn or
-filled with zeros is dropped on reading, and so is what two runs have written at once. The folder's name is a
-digest of everything the scores depend on; a finished run removes its files.
+A journal is a folder of append-only files, one per model, each a sequence of scored windows: ``rows``
+records of one dtype (``scoring.SCORE``, or another measurement's) per window, then a checksum of 16 bytes.
+What a power failure has torn or filled with zeros is dropped on reading, and so is what two runs have written
+at once. The folder's name is a digest of everything the scores depend on; a finished run removes its files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.core import owner
+from ggml_ext.core import owner, paths
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.files import cache_dir, digest
+from ggml_ext.core.outputs import identity
 from ggml_ext.measure.scoring import SCORE
 
 KEEP_DAYS = 14
@@ -41,6 +42,15 @@ def cache_root() -> Path:
     return cache_dir() / "evaluate"
 
 
+def _software() -> dict[str, Any]:
+    """The libraries that give scores, and the variables that they heed."""
+    libraries = sorted(path for path in paths.lib_dir().glob("lib*") if path.suffix in (".so", ".dylib"))
+    return {
+        "libraries": [identity(library) for library in libraries],
+        "switches": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("GGML_EXT_", "LLAMA_"))},
+    }
+
+
 class Journal:
     """Scores per model, in memory and, as far as the disk allows, in a folder. Use it in ``with``.
 
@@ -48,9 +58,12 @@ class Journal:
     use by another run) the evaluation goes on and only cannot be resumed; one line on stderr says so.
     """
 
-    def __init__(self, facts: dict[str, Any], rows: int) -> None:
-        """``facts``: everything that the base's scores depend on. ``rows``: scored positions per window."""
-        self._window_bytes = rows * SCORE.itemsize
+    def __init__(self, facts: dict[str, Any], rows: int, record: np.dtype[Any] = SCORE) -> None:
+        """``facts``: everything that the base's scores depend on, but the software. ``rows``: scored
+        positions per window, each a ``record``."""
+        facts = {**facts, **_software()}
+        self._record = record
+        self._window_bytes = rows * record.itemsize
         self._rows = rows
         self._scores: dict[str, list[NDArray[np.void]]] = {}
         self._lock: IO[str] | None = None
@@ -93,7 +106,7 @@ class Journal:
             if check.tobytes() != self._check(digest(facts), len(windows), window.tobytes()):
                 os.truncate(file, start)
                 break
-            windows.append(window.view(SCORE))
+            windows.append(window.view(self._record))
         return windows
 
     def windows(self, facts: Any) -> list[NDArray[np.void]]:

@@ -246,13 +246,13 @@ class Model:
             f"{self.path}: its vocabulary cannot tokenize this text; check the model's tokenizer"
         )
 
-    def check_ctx(self, n_ctx: int) -> None:
-        """Says on stderr, once for each length, that contexts are longer than the model was trained on."""
+    def check_ctx(self, n_ctx: int, option: str = "--ctx") -> None:
+        """Says on stderr, once per length, that ``option`` goes beyond what the model was trained on."""
         if 0 < self.n_ctx_train < n_ctx and (n_ctx, self.n_ctx_train) not in _warned:
             _warned.add((n_ctx, self.n_ctx_train))
             print(
-                f"ggml-ext: warning: {self.path}: --ctx {n_ctx} is beyond the {self.n_ctx_train} tokens that "
-                "the model was trained on; its figures there say little",
+                f"ggml-ext: warning: {self.path}: {option} {n_ctx} is beyond the {self.n_ctx_train} tokens "
+                "that the model was trained on; its figures there say little",
                 file=sys.stderr,
             )
 
