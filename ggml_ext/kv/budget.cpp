@@ -84,7 +84,8 @@ std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(uint32_t n_stream, bool sliding, u
                   " x (sink " + std::to_string(setting.sink) + " + recent " + std::to_string(setting.recent) + ") + " +
                   std::to_string(kv_current->n_ubatch) + " for -ub; raise it or lower them");
     }
-    LLAMA_LOG_INFO(
+    // A warning, since llama-server shows no less by itself.
+    LLAMA_LOG_WARN(
         "%s: ggml-ext: policy window: %u cells for %u sequences and %u positions, sink %u, recent %u at least\n",
         __func__, cells, sequences, kv_size, setting.sink, setting.recent);
     kv_size = cells;

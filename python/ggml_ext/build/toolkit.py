@@ -18,6 +18,7 @@ from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.progress import track
 from ggml_ext.runtime import cuda as toolkit
 from ggml_ext.runtime import tools
+from ggml_ext.runtime.cache_types import CacheTypes
 
 MIN_CMAKE = (3, 21)
 _NINJA = re.compile(r"\[(\d+)/(\d+)\]")
@@ -156,10 +157,22 @@ def _reason(output: str) -> str:
     return (errors or lines or ["no message"])[0]
 
 
-def run_tool(name: str, arguments: Sequence[str]) -> NoReturn:
-    """Becomes the patched llama.cpp tool `name`; raises GgmlExtError, naming those that exist."""
+_NO_CHECKPOINTS = ["--ctx-checkpoints", "0"]
+"""llama-server's checkpoints of sliding windows lead back to where positions are missing in other layers."""
+
+
+def run_tool(name: str, arguments: Sequence[str], *, kv: str | None = None) -> NoReturn:
+    """Becomes the patched llama.cpp tool `name`, ``kv``: with this budget of its KV cache.
+
+    Raises GgmlExtError, naming the tools that exist.
+    """
     program = tools.find(name)
+    environment = tools.environment()
+    if kv is not None:
+        environment["GGML_EXT_KV"] = CacheTypes.of("f16", "f16", kv).setting
+        if program.name == "llama-server":
+            arguments = [*_NO_CHECKPOINTS, *arguments]
     try:
-        os.execve(program, [str(program), *arguments], tools.environment())
+        os.execve(program, [str(program), *arguments], environment)
     except OSError as error:
         raise GgmlExtError(f"cannot start: {program} ({error.strerror}); reinstall ggml-ext") from error

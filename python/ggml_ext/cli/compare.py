@@ -14,6 +14,7 @@ from ggml_ext.cli.shared import (
     CacheVOption,
     CtxOption,
     JsonOption,
+    KvOption,
     ThreadsOption,
     bound_threads,
     print_table,
@@ -48,6 +49,7 @@ def compare(
     layers: Annotated[int, typer.Option(min=0, help="Windows for the error per block; 0 for none.")] = 8,
     cache_k: CacheKOption = "f16",
     cache_v: CacheVOption = "f16",
+    kv: KvOption = None,
     json_out: JsonOption = None,
     report_out: Annotated[
         Path | None, typer.Option("--report", metavar="FILE.md", help="Write a report.")
@@ -85,6 +87,7 @@ def compare(
             threads=threads,
             cache_k=cache_k,
             cache_v=cache_v,
+            kv=kv,
             together=together,
             json_out=json_out,
             plot_out=plot_out,
@@ -99,7 +102,7 @@ def compare(
     from ggml_ext.measure.compare import compare as run_compare
     from ggml_ext.runtime.cache_types import CacheTypes
 
-    cache = CacheTypes.of(cache_k, cache_v)
+    cache = CacheTypes.of(cache_k, cache_v, kv)
 
     def deliver(rows: list[report.Row]) -> None:
         print_table(report.table(rows))
@@ -138,6 +141,7 @@ def _retrieval(
     threads: int | None,
     cache_k: str,
     cache_v: str,
+    kv: str | None,
     together: bool,
     json_out: Path | None,
     plot_out: Path | None,
@@ -160,7 +164,7 @@ def _retrieval(
         text,
         retrieval.Grid(retrieval.parse_lengths(lengths), depths, cases),
         threads=threads,
-        cache=CacheTypes.of(cache_k, cache_v),
+        cache=CacheTypes.of(cache_k, cache_v, kv),
         together=together,
         json_out=json_out,
         plot_out=plot_out,

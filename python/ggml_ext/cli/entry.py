@@ -30,6 +30,7 @@ from ggml_ext.cli.shared import (
     CacheVOption,
     CtxOption,
     JsonOption,
+    KvOption,
     ThreadsOption,
     bound_threads,
     print_table,
@@ -139,6 +140,7 @@ def perplexity(
     threads: ThreadsOption = None,
     cache_k: CacheKOption = "f16",
     cache_v: CacheVOption = "f16",
+    kv: KvOption = None,
     json_out: JsonOption = None,
 ) -> None:
     """Perplexity of a model on a text, equal to llama-perplexity's."""
@@ -149,7 +151,7 @@ def perplexity(
     from ggml_ext.measure.report import number
     from ggml_ext.runtime.cache_types import CacheTypes
 
-    cache = CacheTypes.of(cache_k, cache_v)
+    cache = CacheTypes.of(cache_k, cache_v, kv)
 
     def deliver(result: PerplexityResult) -> None:
         if json_out is not None:
@@ -252,11 +254,12 @@ def build(
 def run(
     context: typer.Context,
     tool: Annotated[str, typer.Argument(metavar="TOOL", help="llama-cli, llama-server, llama-quantize, ...")],
+    kv: KvOption = None,
 ) -> None:
     """Run a tool of the patched llama.cpp; everything behind its name goes to the tool."""
     from ggml_ext.build.toolkit import run_tool
 
-    run_tool(tool, context.args)
+    run_tool(tool, context.args, kv=kv)
 
 
 @app.command()

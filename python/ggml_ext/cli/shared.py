@@ -47,6 +47,10 @@ CacheKOption = Annotated[
 CacheVOption = Annotated[
     str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of V in the KV cache.")
 ]
+KvOption = Annotated[
+    str | None,
+    typer.Option("--kv", metavar="BUDGET", help="Cells of the KV cache: 25% of the context, or 4096."),
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
 
 

@@ -163,10 +163,10 @@ def compare(
     """Measure ``base`` and ``models`` on ``text`` and write the files that are asked for.
 
     ``rounds``: rounds of speed measurements; ``layers``: windows for the error per block, which is that of
-    the weights alone; 0 for none. ``cache``: types of the models' KV cache; the base's is f16. ``deliver``:
-    gets the rows. If it or a file fails, the scores stay on disk and the same call goes on from them. Returns
-    the rows, the base first. Raises GgmlExtError before any long work if an input cannot be read or an output
-    cannot be written.
+    the weights alone; 0 for none. ``cache``: of the models; the base's is f16 and whole. Speeds are not
+    measured with a budget, since they would be those of other ubatches. ``deliver``: gets the rows. If it or
+    a file fails, the scores stay on disk and the same call goes on from them. Returns the rows, the base
+    first. Raises GgmlExtError before any long work if an input cannot be read or an output cannot be written.
     """
     check_outputs(json_out, report_out, plot_out, inputs=[base, *models, text])
     if plot_out is not None:
@@ -181,7 +181,7 @@ def compare(
             errors = layer_errors(base, models, chosen, threads=threads)
         caches = [PLAIN, *[cache] * len(models)]
         speeds: Sequence[Row | None] = [None] * len(paths)
-        if rounds:
+        if rounds and not cache.kv:
             speeds = bench.as_rows(bench.bench(paths, rounds=rounds, threads=threads, caches=caches))
         rows = [
             make_row(evaluation, result, fact, text, speed, error, types)

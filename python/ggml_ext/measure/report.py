@@ -124,8 +124,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 def caches(rows: Sequence[Row]) -> str:
     """The models' KV cache as the end of a sentence on what was measured; empty where all have f16."""
-    types = CacheTypes(rows[-1]["cache_k"], rows[-1]["cache_v"])
-    if types.plain:
+    types = CacheTypes.from_json(rows[-1])
+    if types == PLAIN:
         return ""
     return f", KV cache {types}" + (f" (the base's {PLAIN})" if len(rows) > 1 else "")
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ggml_ext.core.atomic import atomic_path
 from ggml_ext.measure.report import caches, number, short_names
+from ggml_ext.runtime.cache_types import CacheTypes
 
 Row = dict[str, Any]
 
@@ -26,11 +27,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
     """Names of the models; with the type of the cache where one file stands there twice."""
     if len({row["model"] for row in rows}) == len(rows):
         return short_names(rows)
-    return [f"{Path(row['model']).stem}, cache {_cache(row)}" for row in rows]
-
-
-def _cache(row: Row) -> str:
-    return row["cache_k"] if row["cache_k"] == row["cache_v"] else f"{row['cache_k']}/{row['cache_v']}"
+    return [f"{Path(row['model']).stem}, cache {CacheTypes.from_json(row)}" for row in rows]
 
 
 def _score(figures: Row) -> str:

@@ -1,8 +1,12 @@
-"""Types of the KV cache, as llama.cpp's tools take them with -ctk and -ctv."""
+"""What a KV cache is made of: its types, as llama.cpp's tools take them with -ctk and -ctv, its budget."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from gguf import GGMLQuantizationType
 
@@ -12,24 +16,35 @@ NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
 
+_BUDGET = re.compile(r"\d+%?(,(sink|recent)=\d+)*")
+
+_UBATCH = 64
+"""Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
+of them see more than the first."""
+
+
 class CacheTypes(NamedTuple):
-    """Types of K and V. All but llama.cpp's own choice, f16, run with flash attention, which V needs."""
+    """Types of K and V. All but llama.cpp's own choice, f16, run with flash attention, which V needs. ``kv``:
+    the budget of GGML_EXT_KV (docs/kv-cache.md), "25%"; empty: what the environment says."""
 
     k: str = "f16"
     v: str = "f16"
+    kv: str = ""
 
     @classmethod
-    def of(cls, k: str, v: str) -> CacheTypes:
-        """Raises GgmlExtError for a type that a cache cannot have."""
+    def of(cls, k: str, v: str, kv: str | None = None) -> CacheTypes:
+        """Raises GgmlExtError for a type that a cache cannot have, and for what is no budget."""
+        if kv is not None and not _BUDGET.fullmatch(kv):
+            raise GgmlExtError(f"--kv {kv}: no budget; write 25% of the context or 4096 cells per sequence")
         for option, name in (("-ctk", k), ("-ctv", v)):
             if name.lower() not in NAMES:
                 raise GgmlExtError(f"{option} {name}: no type of a cache; use one of {', '.join(NAMES)}")
-        return cls(k.lower(), v.lower())
+        return cls(k.lower(), v.lower(), kv or "")
 
     @property
     def plain(self) -> bool:
-        """Whether it is what llama.cpp takes by itself."""
-        return self == PLAIN
+        """Whether the types are what llama.cpp takes by itself."""
+        return self[:2] == PLAIN[:2]
 
     @property
     def ids(self) -> tuple[int, int]:
@@ -41,12 +56,41 @@ class CacheTypes(NamedTuple):
         """For llama.cpp's tools; none where it is plain."""
         return [] if self.plain else ["-ctk", self.k, "-ctv", self.v, "-fa", "on"]
 
-    def as_json(self) -> dict[str, str]:
+    @property
+    def setting(self) -> str:
+        """The value of GGML_EXT_KV for a budget."""
+        return f"budget={self.kv}"
+
+    def ubatch(self, wanted: int) -> int:
+        """Tokens of a ubatch, at most ``wanted``."""
+        return min(wanted, _UBATCH) if self.kv else wanted
+
+    @contextmanager
+    def budget(self) -> Iterator[None]:
+        """The time in which a context is made: GGML_EXT_KV says the budget."""
+        before = os.environ.get("GGML_EXT_KV")
+        if self.kv:
+            os.environ["GGML_EXT_KV"] = self.setting
+        try:
+            yield
+        finally:
+            if self.kv:
+                os.environ.pop("GGML_EXT_KV")
+                if before is not None:
+                    os.environ["GGML_EXT_KV"] = before
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> CacheTypes:
+        """What ``as_json`` made."""
+        return cls(row["cache_k"], row["cache_v"], row["cache_kv"] or "")
+
+    def as_json(self) -> dict[str, str | None]:
         """The keys that results have for them."""
-        return {"cache_k": self.k, "cache_v": self.v}
+        return {"cache_k": self.k, "cache_v": self.v, "cache_kv": self.kv or None}
 
     def __str__(self) -> str:
-        return self.k if self.k == self.v else f"K {self.k}, V {self.v}"
+        types = self.k if self.k == self.v else f"K {self.k}, V {self.v}"
+        return f"{types}, budget {self.kv}" if self.kv else types
 
 
 PLAIN = CacheTypes()

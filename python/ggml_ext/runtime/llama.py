@@ -275,7 +275,7 @@ class Model:
         keeps alive as long as the context. ``ends``: asked between the nodes of the graph; where it says so
         ``run`` ends early. ``exact``: float32 cache, no flash attention, and one micro-batch per decode.
         ``n_outputs``: most outputs of a decode, 0 for all. ``cache``: other types of the KV
-        cache than llama.cpp's own.
+        cache than llama.cpp's own, its budget.
         """
         self.check_ctx(n_ctx)
         self._end_context()
@@ -284,7 +284,7 @@ class Model:
         params.n_ctx = n_ctx * n_seq
         params.n_seq_max = n_seq
         params.n_batch = n_batch
-        params.n_ubatch = min(n_batch, params.n_ubatch)
+        params.n_ubatch = cache.ubatch(min(n_batch, params.n_ubatch))
         params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = self.threads
         params.abort_callback = self._ends
@@ -301,7 +301,7 @@ class Model:
             params.cb_eval = self._api.ggml_backend_sched_eval_callback(observer[0])
             params.cb_eval_user_data = observer[1]
         _log.clear()
-        with interruptible():
+        with interruptible(), cache.budget():
             self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise GgmlExtError(

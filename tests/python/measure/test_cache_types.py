@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval_models import llama_perplexity, make_model, text_of
+from ggml_ext.build.toolkit import run_tool
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.measure import bench, report
 from ggml_ext.measure.compare import compare
@@ -58,6 +60,45 @@ def test_the_base_keeps_f16(folder: Path, tmp_path: Path) -> None:
     assert "KV cache" not in report.markdown(again, threads=None, rounds=0)
 
 
+def test_a_budget_of_cells(tmp_path: Path) -> None:
+    """The base's cache is whole; what the budget leaves out shows beside it. The environment is
+    as it was."""
+    make_model(tmp_path / "base.gguf")
+    model, text = tmp_path / "base.gguf", tmp_path / "text.txt"
+    text.write_text(text_of(3000))
+    cache = CacheTypes.of("f16", "f16", "256,sink=4,recent=8")
+    before = dict(os.environ)
+    rows = compare(model, [model], text, ctx=1024, layers=0, cache=cache)
+    assert dict(os.environ) == before
+    assert rows[1]["kld"] > 1e-6
+    assert rows[1]["pp_tps"] is None
+    assert [row["cache_kv"] for row in rows] == [None, "256,sink=4,recent=8"]
+    assert ", KV cache f16, budget 256,sink=4,recent=8 (the base's f16)" in report.markdown(
+        rows, threads=None, rounds=0
+    )
+    too_small = CacheTypes.of("f16", "f16", "256,recent=200")
+    with pytest.raises(GgmlExtError, match=r"256 cells is less than 1 x .sink 16 . recent 200. . 64 for -ub"):
+        perplexity(model, text, ctx=1024, cache=too_small)
+
+
+def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], str | None]] = []
+
+    def execve(_program: Path, arguments: list[str], environment: dict[str, str]) -> None:
+        seen.append((arguments[1:], environment.get("GGML_EXT_KV")))
+        raise OSError(2, "not in a test")
+
+    monkeypatch.setattr(os, "execve", execve)
+    for tool, kv in (("llama-server", "25%"), ("llama-cli", "4096,sink=32"), ("llama-server", None)):
+        with pytest.raises(GgmlExtError, match="cannot start"):
+            run_tool(tool, ["-m", "x"], kv=kv)
+    assert seen == [
+        (["--ctx-checkpoints", "0", "-m", "x"], "budget=25%"),
+        (["-m", "x"], "budget=4096,sink=32"),
+        (["-m", "x"], None),
+    ]
+
+
 def test_speeds_have_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[CacheTypes] = []
 
@@ -82,6 +123,10 @@ def test_types_are_those_of_llama_cpp(repo_root: Path) -> None:
     listed = shown.split("--cache-type-k TYPE")[1].split("allowed values:")[1].split("(default")[0]
     assert sorted(name.strip() for name in listed.replace("\n", " ").split(",")) == sorted(NAMES)
     assert CacheTypes.of("F16", "iq4_nl").ids == (1, 20)
+    assert CacheTypes.of("f16", "q8_0", "25%,sink=4").setting == "budget=25%,sink=4"
+    for wrong in ("", "x", "25%,", "25%,window=3", "-1"):
+        with pytest.raises(GgmlExtError, match=f"--kv {wrong}: no budget; write 25% of the context"):
+            CacheTypes.of("f16", "f16", wrong)
     with pytest.raises(GgmlExtError, match=r"-ctv q3_k: no type of a cache; use one of f32, f16"):
         CacheTypes.of("f16", "q3_k")
 
