@@ -193,10 +193,10 @@ def llama_perplexity(model: Path, *arguments: str) -> str:
     run says nothing and is made again.
     """
     call = [str(tools.find("llama-perplexity")), "-m", str(model), *arguments]
-    for _ in range(10):
+    for _ in range(50):
         done = subprocess.run(call, capture_output=True, text=True, errors="replace", env=tools.environment())
         assert done.returncode == 0, done.stderr
         output = done.stdout + done.stderr
         if re.search(r"Final estimate: PPL|Same top p: ", output):
             return output
-    raise AssertionError(f"no summary in ten runs: {output}")
+    raise AssertionError(f"no summary in fifty runs: {output}")
