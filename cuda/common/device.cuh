@@ -10,7 +10,7 @@
 #    include "emulator.h"
 #else
 
-#    include "launch.h"
+#    include "launch.cuh"
 
 #    include <cuda_bf16.h>
 #    include <cuda_fp16.h>
@@ -29,19 +29,6 @@
 #    define GGML_EXT_DYNAMIC_SHARED(type, name)                          \
         extern __shared__ __align__(128) char ggml_ext_dynamic_shared[]; \
         type * const                          name = reinterpret_cast<type *>(ggml_ext_dynamic_shared)
-
-// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...), with the shared memory of launch.h. Returns the
-// launch's error.
-template <typename... Params, typename... Args>
-inline cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                                        cudaStream_t stream, Args... args) {
-    const cudaError_t error = ggml_ext_cuda_ask_shared((const void *) kernel, shared_bytes);
-    if (error != cudaSuccess) {
-        return error;
-    }
-    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
-    return cudaGetLastError();
-}
 
 namespace ggml_ext {
 

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "common/occupancy.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -88,10 +90,10 @@ constexpr size_t ggml_ext_fq4_tile_shared(int columns) {
 constexpr int ggml_ext_fq4_tile_residents(int columns) {
     return columns >= 64 ? 2 : 3;
 }
-// ... and shared memory: a multiprocessor has what one block may have at most and 1 KiB, and each block takes 1 KiB more.
+// ... and shared memory.
 inline int ggml_ext_fq4_tile_residents(int columns, size_t shared_limit) {
     return std::max(1, std::min(ggml_ext_fq4_tile_residents(columns),
-                                int((shared_limit + 1024) / (ggml_ext_fq4_tile_shared(columns) + 1024))));
+                                ggml_ext::blocks_by_shared(shared_limit, ggml_ext_fq4_tile_shared(columns))));
 }
 
 // Widest tile that leaves two steps' data in a thread block's shared memory.

@@ -55,7 +55,7 @@ static ggml_ext_kron_plan plan_of(const kron_op & op, int device, int terms) {
     const int64_t bits  = int64_t(reinterpret_cast<uintptr_t>(op.args.x)) | s.nb1 | s.nb2 | s.nb3;
     const bool    cores = ggml_ext_cuda_has_tensor_cores(device);
     return ggml_ext_kron_plan_of(s, op.args.left.kind, op.args.right.kind, terms, bits % 16 == 0,
-                                 cores ? info.smpbo : 0, info.smpbo + 1024, info.nsm);
+                                 cores ? info.smpbo : 0, info.nsm);
 }
 
 // --- any shape ---
@@ -119,10 +119,8 @@ static void compute_general(ggml_backend_cuda_context & ctx, const kron_op & op)
 template <int TERMS, int NT, int UNITS>
 static void launch_tiles(const ggml_ext_kron_args & args, const ggml_ext_kron_plan & plan, cudaStream_t stream) {
     const auto kernel = ggml_ext_kron_kernel<TERMS, NT, UNITS>;
-    CUDA_CHECK(ggml_ext_cuda_ask_shared((const void *) kernel, plan.shared_bytes));
-    const ggml_cuda_kernel_launch_params params(dim3(plan.n_blocks), dim3(32 * plan.n_warps), plan.shared_bytes,
-                                                stream);
-    ggml_cuda_kernel_launch(kernel, params, args);
+    CUDA_CHECK(ggml_ext_cuda_launch_overlapped(kernel, dim3(plan.n_blocks), dim3(32 * plan.n_warps), plan.shared_bytes,
+                                               stream, args));
 }
 
 template <int TERMS>

@@ -5,7 +5,6 @@
 #include "prefill.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace ggml_ext {
 
@@ -54,14 +53,6 @@ inline void attention_plan(attention_prefill & p, int n_slots) {
     p.chunk       = (int) attention_ceil(p.window, attention_chunks((int64_t) p.n_blocks * p.n_heads, p.window, n_slots,
                                                                     p.n_heads * p.padded_rows * (p.d + 2) * 4));
     p.n_chunks    = (int) attention_ceil(p.window, p.chunk);
-
-    const int heads = p.heads_kv * p.gqa;
-    p.slope_heads   = 1;
-    while (2 * p.slope_heads <= heads) {
-        p.slope_heads *= 2;
-    }
-    p.slope0 = std::exp2(-p.max_bias / (float) p.slope_heads);
-    p.slope1 = std::exp2(-p.max_bias / 2.0f / (float) p.slope_heads);
 }
 
 // Bytes of workspace; with a base, which is 256-byte aligned, also points into it.

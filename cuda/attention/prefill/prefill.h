@@ -34,7 +34,8 @@ enum attention_visible : uint8_t { ATTENTION_HIDDEN, ATTENTION_VISIBLE, ATTENTIO
 
 // K and V of the tokens that a kernel takes in one step, adjacent in memory: offsets in bytes.
 //   K codes        int8 [tokens][d]
-//   K scales       float [groups + 1][tokens]: the last row undoes attention_magic
+//   K scales       float [groups + 1][tokens]: the last row undoes magic (numerics.h), from which integer sums start:
+//                  |sum| <= 127 * 127 * 256 for logits, 255 * 127 * 64 for V
 //   V, half        f16 [tokens][d]
 //   V codes, full  int8 [d][tokens]; token 32 s + 16 h + 8 i + 2 t + j stands at 32 s + 16 h + 4 t + 2 i + j, so that
 //                  the weights of a thread are the bytes of one register of mma_u8s8
@@ -80,8 +81,6 @@ struct attention_prefill {
     int            n_chunks;  // of a window, each by other blocks of threads
     int            chunk;     // tiles of a chunk
     int64_t        padded_rows;
-    float slope0, slope1;  // ALiBi: head h has slope0^(h + 1) below slope_heads, then slope1^(2 (h - slope_heads) + 1)
-    int   slope_heads;
 
     // --- workspace, placed by attention_place; heads are kv heads of all streams ---
     int8_t *        q_codes;  // [heads][padded_rows][d]
@@ -99,12 +98,5 @@ struct attention_prefill {
 
     int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
 };
-
-// An int32 sum that starts from these bits is, read as a float, attention_magic + sum for |sum| < 2^22. Sums stay below:
-// 127 * 127 * 256 for logits, 255 * 127 * 64 for V.
-constexpr int32_t attention_magic_bits = 0x4b400000;
-constexpr float   attention_magic      = 12582912.0f;
-
-constexpr float attention_log2e = 1.44269504f;
 
 }  // namespace ggml_ext

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "attention/logits.cuh"
 #include "common/device.cuh"
 #include "prefill.h"
 
@@ -115,8 +116,7 @@ __device__ __forceinline__ void attention_logits(const attention_state<S> & w, c
             const float2 k_scale = *reinterpret_cast<const float2 *>(scale + g * S::STEP);
 #pragma unroll
             for (int m = 0; m < S::ROW_TILES; m++) {
-                int32_t sum[4] = { attention_magic_bits, attention_magic_bits, attention_magic_bits,
-                                   attention_magic_bits };
+                int32_t sum[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
 #pragma unroll
                 for (int i = 0; i < PER_GROUP; i++) {
                     mma_s8(sum, w.q[m][g * PER_GROUP + i], b[g * PER_GROUP + i]);
@@ -165,9 +165,8 @@ __device__ __forceinline__ void attention_shift_logits(const attention_prefill &
                 const int column = first + i / 2 * 8 + i % 2;
                 float &   y      = x[m][i / 2][2 * h + i % 2];
                 y                = fmaf(y, scale[m][h], bias);
-                if (p.softcap != 0.0f) {  // tanh(y) = 1 - 2 / (1 + exp(2 y))
-                    y = p.softcap * attention_log2e *
-                        (1.0f - __fdividef(2.0f, 1.0f + exp2_approx(2.0f * attention_log2e * y)));
+                if (p.softcap != 0.0f) {
+                    y = attention_softcap(p.softcap, y);
                 }
                 float shift = column < p.n_kv ? 0.0f : -INFINITY;
                 if (p.mask.data && column < p.n_kv) {
@@ -276,9 +275,9 @@ __device__ __forceinline__ void attention_accumulate_half(attention_state<S> & w
     }
 }
 
-// Four weights as bytes. Adding 2^23 leaves them, rounded, in the low byte.
+// Four weights as bytes.
 __device__ __forceinline__ uint32_t attention_pack_bytes(float2 a, float2 b, float2 a_level, float2 b_level) {
-    const auto     byte = [](float weight, float level) { return __float_as_uint(fmaf(weight, level, 8388608.0f)); };
+    const auto     byte = [](float weight, float level) { return __float_as_uint(fmaf(weight, level, magic)); };
     const uint32_t low  = __byte_perm(byte(a.x, a_level.x), byte(a.y, a_level.y), 0x0040);
     return __byte_perm(low, __byte_perm(byte(b.x, b_level.x), byte(b.y, b_level.y), 0x0040), 0x5410);
 }
@@ -322,12 +321,12 @@ __device__ __forceinline__ void attention_accumulate_full(attention_state<S> & w
             uint32_t r[4];
             ldmatrix_x4(r, rows + 8 * n * S::V_STRIDE);
             const uint32_t low[2] = { r[0], r[1] }, high[2] = { r[2], r[3] };
-            int32_t sum[4] = { attention_magic_bits, attention_magic_bits, attention_magic_bits, attention_magic_bits };
+            int32_t        sum[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
             mma_u8s8(sum, weights[0], low);
             mma_u8s8(sum, weights[1], high);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                w.o[m][n][j] = fmaf(__int_as_float(sum[j]) - attention_magic, gamma[j / 2], w.o[m][n][j]);
+                w.o[m][n][j] = fmaf(__int_as_float(sum[j]) - magic, gamma[j / 2], w.o[m][n][j]);
             }
         }
     }

@@ -115,7 +115,9 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 
 inline void grid_dependency_launch() {}
-inline void grid_dependency_wait() {}
+inline void grid_dependency_wait() {
+    ggml_ext_emulator::wait_for_grid();
+}
 
 template <typename T> T keep_out_of_registers(T x) {
     return x;

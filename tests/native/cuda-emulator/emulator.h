@@ -131,6 +131,10 @@ void async_copy(void * to, const void * from, size_t size, bool valid);
 void async_commit();
 void async_wait(int pending);
 
+// Of the running thread: grid_dependency_wait.
+void wait_for_grid();
+bool has_waited();
+
 }  // namespace ggml_ext_emulator
 
 #define threadIdx ggml_ext_emulator::thread_idx
@@ -146,15 +150,23 @@ using cudaError_t                 = int;
 using cudaStream_t                = void *;
 constexpr cudaError_t cudaSuccess = 0;
 
-// cuda/common/launch.h
-inline cudaError_t ggml_ext_cuda_ask_shared(const void *, size_t) {
-    return cudaSuccess;
-}
-
+// cuda/common/launch.cuh
 template <typename... Params, typename... Args>
 cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                                  Args... args) {
     ggml_ext_emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+    return cudaSuccess;
+}
+
+template <typename... Params, typename... Args>
+cudaError_t ggml_ext_cuda_launch_overlapped(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                                            cudaStream_t, Args... args) {
+    ggml_ext_emulator::run(grid, block, shared_bytes, [&] {
+        kernel(static_cast<Params>(args)...);
+        if (!ggml_ext_emulator::has_waited()) {
+            ggml_ext_emulator::fail("a kernel that was launched early ends without grid_dependency_wait");
+        }
+    });
     return cudaSuccess;
 }
 
