@@ -7,10 +7,10 @@
 
 namespace ggml_ext {
 
-// What a part with the maximum `top` is to be multiplied with where `max` is that of all parts. One with -inf is empty,
-// or of NaN, which must show.
+// What a part with the maximum `top` is to be multiplied with where `max` is that of all parts. If all are -inf, the
+// parts are zeros, or NaN, which must show.
 __device__ __forceinline__ float attention_part_weight(float top, float max) {
-    return top == -INFINITY ? 1.0f : exp2_approx(top - max);
+    return max == -INFINITY ? 1.0f : exp2_approx(top - max);
 }
 
 // total and sum: of parts first, first + step, ... below n. part(i): maximum and sum of weights; values(i): four channels.

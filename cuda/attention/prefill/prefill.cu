@@ -17,15 +17,12 @@ extern template cudaError_t ggml_ext::attention_launch_prefill<256>(const attent
 
 const char * ggml_ext_cuda_attention_prefill_refusal(int device, const ggml_tensor * dst) {
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
-    const char *                            reason  = ggml_ext::attention_refusal(dst, setting);
+    const char *                            reason  = ggml_ext::attention_prefill_refusal(dst, setting);
     if (reason) {
         return reason;
     }
     const ggml_ext::attention_prefill p      = ggml_ext::attention_prefill_of(dst, setting);
     const int                         groups = p.k.type == ggml_ext::ATTENTION_F16 ? 1 : p.d / 32;
-    if (!ggml_ext::attention_has_head(p.d)) {
-        return "the size of heads";
-    }
     if (!ggml_ext_cuda_has_tensor_cores(device)) {
         return "no 8-bit tensor cores";
     }
