@@ -28,7 +28,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __shared__   static
-#define __constant__ static const
 #define __align__(n) __attribute__((aligned(n)))
 #ifndef __restrict__
 #    define __restrict__ __restrict
@@ -73,16 +72,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct char4 {
-    signed char x, y, z, w;
-};
 inline uint2 make_uint2(unsigned x, unsigned y) {
     return { x, y };
 }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
-    return { x, y, z, w };
-}
-inline char4 make_char4(signed char x, signed char y, signed char z, signed char w) {
     return { x, y, z, w };
 }
 
@@ -141,7 +134,6 @@ bool has_waited();
 #define blockIdx  ggml_ext_emulator::block_idx
 #define blockDim  ggml_ext_emulator::block_dim
 #define gridDim   ggml_ext_emulator::grid_dim
-#define warpSize  32
 
 #define GGML_EXT_DYNAMIC_SHARED(type, name) \
     type * const name = reinterpret_cast<type *>(ggml_ext_emulator::dynamic_shared())
