@@ -34,6 +34,7 @@ struct ggml_ext_kron_shape {
 // --- the tensor-core kernel (kron.cuh) ---
 
 constexpr int GGML_EXT_KRON_MAX_WARPS = 16;
+constexpr int GGML_EXT_KRON_REGISTERS = 128;  // per thread at most, which scripts/cuda-compile checks
 
 // Byte offsets in shared memory. A factor lies as fragments of mma's A, 512 bytes per 16 x 16, once (f16) or twice (f16
 // and the rest); X, then Z, as rows of n2 padded to a multiple of 16, and 16 bytes that keep ldmatrix free of conflicts.
@@ -96,14 +97,13 @@ inline ggml_ext_kron_plan ggml_ext_kron_plan_of(const ggml_ext_kron_shape & s, g
     }
     // Few tokens: what counts is how soon one is done, so its work goes to as many warps as there are. Many: blocks of at
     // most 8 warps, of which an SM holds several, so that one loads while another computes.
-    const bool few = s.n_tokens <= n_sms;
-    p.tensor_cores = true;
-    p.n_tiles      = few && fine <= GGML_EXT_KRON_MAX_WARPS ? 2 : 8;
-    p.units        = p.n_tiles == 8 && coarse > (few ? GGML_EXT_KRON_MAX_WARPS : GGML_EXT_KRON_MAX_WARPS / 2) ? 2 : 1;
-    p.n_warps      = std::max((p.n_tiles == 2 ? fine : coarse + p.units - 1) / p.units, 4);
-    constexpr int registers = 128;  // per thread at most, as compiled
-    const int     per_sm    = std::max(1, std::min(ggml_ext::blocks_by_shared(shared_limit, p.shared_bytes),
-                                                   ggml_ext::blocks_by_registers(registers, 32 * p.n_warps)));
-    p.n_blocks              = unsigned(std::min(s.n_tokens, int64_t(n_sms) * per_sm));
+    const bool few   = s.n_tokens <= n_sms;
+    p.tensor_cores   = true;
+    p.n_tiles        = few && fine <= GGML_EXT_KRON_MAX_WARPS ? 2 : 8;
+    p.units          = p.n_tiles == 8 && coarse > (few ? GGML_EXT_KRON_MAX_WARPS : GGML_EXT_KRON_MAX_WARPS / 2) ? 2 : 1;
+    p.n_warps        = std::max((p.n_tiles == 2 ? fine : coarse + p.units - 1) / p.units, 4);
+    const int per_sm = std::max(1, std::min(ggml_ext::blocks_by_shared(shared_limit, p.shared_bytes),
+                                            ggml_ext::blocks_by_registers(GGML_EXT_KRON_REGISTERS, 32 * p.n_warps)));
+    p.n_blocks       = unsigned(std::min(s.n_tokens, int64_t(n_sms) * per_sm));
     return p;
 }
