@@ -53,8 +53,8 @@ ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx
 }
 
 ggml_ext_cuda_activation ggml_ext_cuda_quantized_reserve(ggml_backend_cuda_context & ctx, const ggml_tensor * x,
-                                                         bool only) {
-    if (only) {
+                                                         bool codes_only) {
+    if (codes_only) {
         ggml_ext_cuda_state_of(ctx).unwritten.insert(x);
     }
     return find_slot(ctx, x).activation;

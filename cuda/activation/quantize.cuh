@@ -8,8 +8,8 @@
 #include "common/device.cuh"
 #include "common/numerics.h"
 
-#define GGML_EXT_ACTIVATION_GROUP   256
-#define GGML_EXT_ACTIVATION_THREADS 256
+constexpr int GGML_EXT_ACTIVATION_GROUP   = 256;
+constexpr int GGML_EXT_ACTIVATION_THREADS = 256;
 
 // x: rows of k values, adjacent, at byte strides nb1..nb3.
 struct ggml_ext_activation_shape {

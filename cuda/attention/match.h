@@ -4,6 +4,8 @@
 
 #include "ggml.h"
 
+#include <initializer_list>
+
 namespace ggml_ext {
 
 inline bool attention_is_aligned(const ggml_tensor * t, size_t bytes) {

@@ -8,9 +8,9 @@
 #include "common/device.cuh"
 #include "fq4/table.h"
 
-#define GGML_EXT_FQ4_BLOCK_BYTES 138
-#define GGML_EXT_FQ4_S           2   // offset of s[8]
-#define GGML_EXT_FQ4_Q           10  // offset of q[128]
+constexpr int GGML_EXT_FQ4_BLOCK_BYTES = 138;
+constexpr int GGML_EXT_FQ4_S           = 2;   // offset of s[8]
+constexpr int GGML_EXT_FQ4_Q           = 10;  // offset of q[128]
 
 namespace ggml_ext {
 

@@ -269,7 +269,7 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
             at[stage] = next;
             advance(next);
         }
-        fq4_spread_table<fq4_vec_apart(N_COLS)>(shared.table, threadIdx.x);
+        fq4_spread_table<fq4_vec_splits_by_sign(N_COLS)>(shared.table, threadIdx.x);
         clear_parts();
         __syncthreads();
 

@@ -20,8 +20,8 @@
 
 namespace ggml_ext {
 
-// Whether magnitudes of negative and positive weights are multiplied apart.
-__host__ __device__ constexpr bool fq4_vec_apart(int n_cols) {
+// Whether negative and positive weights are multiplied separately, as magnitudes.
+__host__ __device__ constexpr bool fq4_vec_splits_by_sign(int n_cols) {
     return n_cols <= 2;
 }
 
@@ -71,7 +71,7 @@ template <int N_COLS> struct fq4_vec_sums {
 
     // Eight codes of one table row times words `at` and `at` + 1 of each column.
     __device__ __forceinline__ void add(uint4 row, uint32_t codes, const uint32_t (&y)[N_COLS][8], int at) {
-        if constexpr (fq4_vec_apart(N_COLS)) {
+        if constexpr (fq4_vec_splits_by_sign(N_COLS)) {
             const uint32_t flipped = codes ^ 0x88888888;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -96,7 +96,7 @@ template <int N_COLS> struct fq4_vec_sums {
     }
 
     __device__ __forceinline__ float value(int c) const {
-        return float(fq4_vec_apart(N_COLS) ? positive[c] - negative[c] : positive[c]);
+        return float(fq4_vec_splits_by_sign(N_COLS) ? positive[c] - negative[c] : positive[c]);
     }
 };
 

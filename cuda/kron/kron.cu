@@ -37,7 +37,7 @@ static kron_op describe(const ggml_tensor * dst) {
         op.args.right = { nullptr, op.hadamard, GGML_EXT_KRON_HADAMARD };
     }
     // Weights are leaves: no kernel of this stream writes them.
-    op.args.early =
+    op.args.factors_are_leaves =
         (!dst->src[1] || dst->src[1]->op == GGML_OP_NONE) && (!dst->src[2] || dst->src[2]->op == GGML_OP_NONE);
     op.args.x = static_cast<const char *>(x->data);
     op.args.y = static_cast<float *>(dst->data);
@@ -175,12 +175,12 @@ static bool compute_quantized(ggml_backend_cuda_context & ctx, const kron_op & o
     if (!plan.tensor_cores) {
         return false;
     }
-    const bool         only = alone && op.unobserved && upcoming.one_stream;
-    const auto         q    = ggml_ext_cuda_quantized_reserve(ctx, dst, only);
-    ggml_ext_kron_args args = op.args;
-    args.codes              = q.codes;
-    args.scales             = q.scales;
-    args.y                  = only ? nullptr : args.y;
+    const bool         codes_only = alone && op.unobserved && upcoming.one_stream;
+    const auto         q          = ggml_ext_cuda_quantized_reserve(ctx, dst, codes_only);
+    ggml_ext_kron_args args       = op.args;
+    args.codes                    = q.codes;
+    args.scales                   = q.scales;
+    args.y                        = codes_only ? nullptr : args.y;
     if (alone) {
         compute_tiles<1>(args, plan, ctx.stream());
     } else {

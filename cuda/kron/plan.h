@@ -97,10 +97,11 @@ inline ggml_ext_kron_plan ggml_ext_kron_plan_of(const ggml_ext_kron_shape & s, g
     }
     // Few tokens: what counts is how soon one is done, so its work goes to as many warps as there are. Many: blocks of at
     // most 8 warps, of which an SM holds several, so that one loads while another computes.
-    const bool few   = s.n_tokens <= n_sms;
-    p.tensor_cores   = true;
-    p.n_tiles        = few && fine <= GGML_EXT_KRON_MAX_WARPS ? 2 : 8;
-    p.units          = p.n_tiles == 8 && coarse > (few ? GGML_EXT_KRON_MAX_WARPS : GGML_EXT_KRON_MAX_WARPS / 2) ? 2 : 1;
+    const bool latency_bound = s.n_tokens <= n_sms;
+    p.tensor_cores           = true;
+    p.n_tiles                = latency_bound && fine <= GGML_EXT_KRON_MAX_WARPS ? 2 : 8;
+    p.units =
+        p.n_tiles == 8 && coarse > (latency_bound ? GGML_EXT_KRON_MAX_WARPS : GGML_EXT_KRON_MAX_WARPS / 2) ? 2 : 1;
     p.n_warps        = std::max((p.n_tiles == 2 ? fine : coarse + p.units - 1) / p.units, 4);
     const int per_sm = std::max(1, std::min(ggml_ext::blocks_by_shared(shared_limit, p.shared_bytes),
                                             ggml_ext::blocks_by_registers(GGML_EXT_KRON_REGISTERS, 32 * p.n_warps)));

@@ -174,7 +174,7 @@ ggml_ext_attention_decode_kernel(attention_decode_args args) {
         state.products(s, rows + stages.k_low, rows + stages.k_high);
         state.logits(s, mask, args.softcap, factors, slopes);
         state.load_mask(mask, args.mask, token + stride, p.end);
-        state.follow(s);
+        state.rescale_online_softmax(s);
         state.weights(w, s);
         state.zero_nonfinite_v(s, rows + stages.v_low, rows + stages.v_high);
         const char * const v[4] = { rows + stages.v_rows[0], rows + stages.v_rows[1], rows + stages.v_rows[2],

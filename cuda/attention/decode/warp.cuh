@@ -211,7 +211,7 @@ template <class K, class V, int GROUPS> struct decode_warp {
     }
 
     // Makes `top` the maximum so far where that is more than 8 above it, and scales what was summed.
-    __device__ __forceinline__ void follow(const float (&s)[GROUPS][4]) {
+    __device__ __forceinline__ void rescale_online_softmax(const float (&s)[GROUPS][4]) {
         bool higher = false;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {

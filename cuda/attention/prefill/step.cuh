@@ -26,11 +26,11 @@ template <int D_, int GROUPS_, bool FULL_> struct attention_shape {
     static constexpr int  BLOCKS    = FULL || D > 128 ? 1 : 2;  // per multiprocessor, as registers allow
 
     // What keeps registers from being spilled. RELOAD_Q: Q comes from memory in every step; before sm_80 mma_s8 is four
-    // instructions that take more registers. APART: the compiler must not mix logits with what follows.
+    // instructions that take more registers. FENCE_LOGITS: the compiler must not mix logits with what follows.
     static constexpr bool OLD      = GGML_EXT_CUDA_ARCH > 0 && GGML_EXT_CUDA_ARCH < 800;
     static constexpr bool RELOAD_Q = (D == 128 && FULL && GGML_EXT_CUDA_ARCH < 900 && GGML_EXT_CUDA_ARCH > 0) ||
                                      (OLD && GROUPS > 1 && (D == 96 || D == 256));
-    static constexpr bool APART = !OLD && GROUPS > 1;
+    static constexpr bool FENCE_LOGITS = !OLD && GROUPS > 1;
 
     static constexpr attention_step LAYOUT = { D, GROUPS, FULL };  // in global memory
     static constexpr int            STEP   = LAYOUT.tokens;
@@ -201,7 +201,8 @@ __device__ __forceinline__ void attention_row_max(const float (&x)[S::ROW_TILES]
 
 // Raises the running maxima to those of the step where that is due.
 template <class S>
-__device__ __forceinline__ void attention_rescale(attention_state<S> & w, const float (&step_max)[S::ROW_TILES][2]) {
+__device__ __forceinline__ void attention_rescale_online_softmax(attention_state<S> & w,
+                                                                 const float (&step_max)[S::ROW_TILES][2]) {
     bool due = false;
 #pragma unroll
     for (int m = 0; m < S::ROW_TILES; m++) {
@@ -338,7 +339,7 @@ __device__ __forceinline__ void attention_take_step(const attention_prefill & p,
                                                     bool mixed, const char * step) {
     float x[S::ROW_TILES][S::STEP / 8][4], scale[S::ROW_TILES][2], max[S::ROW_TILES][2];
     attention_logits<S>(w, step, x);
-    if constexpr (S::APART) {
+    if constexpr (S::FENCE_LOGITS) {
         __syncwarp();
     }
     attention_scales<S>(p, scale);
@@ -346,7 +347,7 @@ __device__ __forceinline__ void attention_take_step(const attention_prefill & p,
         attention_shift_logits<S>(p, token, scale, x);
     }
     attention_row_max<S>(x, scale, max);
-    attention_rescale<S>(w, max);
+    attention_rescale_online_softmax<S>(w, max);
     if constexpr (S::FULL) {
         const float * levels = reinterpret_cast<const float *>(step + S::LEVELS_AT);
         attention_accumulate_full<S>(w, step + S::V_AT, levels, scale, max, x);
