@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/occupancy.h"
+#include "common/tuning.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -13,12 +14,11 @@ namespace ggml_ext {
 
 enum cache_type { CACHE_Q8_0, CACHE_Q4_0 };
 
-constexpr int decode_warps          = 4;   // of a block; each walks tokens of its own
-constexpr int decode_step           = 16;  // tokens that a warp takes at a time
-constexpr int decode_n_stages       = 2;   // steps of a warp in shared memory: one computed, one on its way
-constexpr int decode_max_queries    = 8;   // more tokens are left to the kernel for prompts
-constexpr int decode_merge_threads  = 256;
-constexpr int decode_overhead_steps = 2;  // what a block costs beside its steps, in steps of all its warps; an estimate
+constexpr int decode_warps         = 4;   // of a block; each walks tokens of its own
+constexpr int decode_step          = 16;  // tokens that a warp takes at a time
+constexpr int decode_n_stages      = 2;   // steps of a warp in shared memory: one computed, one on its way
+constexpr int decode_max_queries   = 8;   // more tokens are left to the kernel for prompts
+constexpr int decode_merge_threads = 256;
 
 constexpr int cache_block_bytes(cache_type type) {
     return type == CACHE_Q8_0 ? 34 : 18;

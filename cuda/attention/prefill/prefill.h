@@ -58,8 +58,7 @@ struct alignas(16) attention_row {
     float sink;   // * log2(e), -inf for none
 };
 
-struct attention_prefill {
-    // --- the problem ---
+struct attention_problem {
     attention_tensor q, k, v, mask;   // q: F32, mask: F16 [n_kv, >= n_q, 1, n_mask_streams] or data NULL
     const float *    sinks;           // [gqa * heads_kv] or NULL
     float *          out;             // [n_streams][n_q][gqa * heads_kv][d]
@@ -68,8 +67,10 @@ struct attention_prefill {
     float            scale, softcap, max_bias;
     bool             full;    // 8-bit weights, for heads up to 128; else f16 ones
     bool             smooth;  // for f16 K
+};
 
-    // --- made by attention_plan ---
+// Made by attention_plan.
+struct attention_cut {
     attention_step layout;
     int            groups;    // K scales per token: one for f16 K, else one per 32 channels
     int            n_heads;   // kv heads of all streams
@@ -82,7 +83,11 @@ struct attention_prefill {
     int            chunk;     // tiles of a chunk
     int64_t        padded_rows;
 
-    // --- workspace, placed by attention_place; heads are kv heads of all streams ---
+    int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
+};
+
+// Placed by attention_place; heads are kv heads of all streams.
+struct attention_workspace {
     int8_t *        q_codes;  // [heads][padded_rows][d]
     attention_row * q_rows;   // [heads][padded_rows]
     float *         k_mean;   // [heads][d], with smoothing
@@ -92,11 +97,11 @@ struct attention_prefill {
     // Parts of results, with more than one: the window's chunks, then with more than one window what came before it.
     float *         partial;       // [parts()][heads][padded_rows][d]
     float *         partial_meta;  // [parts()][heads][padded_rows][2]: maximum and sum
+};
 
-    // --- of a launch ---
-    int first_tile, end_tile;  // of the window
-
-    int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
+// What kernels get.
+struct attention_prefill : attention_problem, attention_cut, attention_workspace {
+    int first_tile, end_tile;  // of the launch's window
 };
 
 }  // namespace ggml_ext
