@@ -46,16 +46,15 @@ ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx
     };
     const auto plan   = ggml_ext_activation_plan(shape, x->data);
     const auto kernel = plan.aligned ? ggml_ext_activation_kernel<true> : ggml_ext_activation_kernel<false>;
-    const ggml_cuda_kernel_launch_params params(dim3(plan.n_blocks), dim3(GGML_EXT_ACTIVATION_THREADS), size_t(0),
-                                                ctx.stream());
-    ggml_cuda_kernel_launch(kernel, params, (const char *) x->data, slot.activation.codes, slot.activation.scales,
-                            shape);
+    CUDA_CHECK(ggml_ext_cuda_launch_overlapped(kernel, dim3(plan.n_blocks), dim3(GGML_EXT_ACTIVATION_THREADS), 0,
+                                               ctx.stream(), (const char *) x->data, slot.activation.codes,
+                                               slot.activation.scales, shape));
     return slot.activation;
 }
 
 ggml_ext_cuda_activation ggml_ext_cuda_quantized_reserve(ggml_backend_cuda_context & ctx, const ggml_tensor * x,
-                                                         bool only) {
-    if (only) {
+                                                         bool codes_only) {
+    if (codes_only) {
         ggml_ext_cuda_state_of(ctx).unwritten.insert(x);
     }
     return find_slot(ctx, x).activation;

@@ -23,7 +23,7 @@ struct ggml_ext_cuda_activation {
 ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx, const ggml_tensor * x);
 
 // Where the caller is about to write, on ctx.stream(), the int8 form of x, which ggml_ext_cuda_quantized then gives.
-// only: x itself is not written, so its readers must come, on this stream, before two other tensors are quantised; one
-// that comes too late ends the process. Products with FQ4 weights therefore read x through these functions alone.
+// codes_only: x itself is not written, so its readers must come, on this stream, before two other tensors are quantised;
+// one that comes too late ends the process. Products with FQ4 weights therefore read x through these functions alone.
 ggml_ext_cuda_activation ggml_ext_cuda_quantized_reserve(ggml_backend_cuda_context & ctx, const ggml_tensor * x,
-                                                         bool only = false);
+                                                         bool codes_only = false);

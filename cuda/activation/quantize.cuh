@@ -6,9 +6,10 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "common/numerics.h"
 
-#define GGML_EXT_ACTIVATION_GROUP   256
-#define GGML_EXT_ACTIVATION_THREADS 256
+constexpr int GGML_EXT_ACTIVATION_GROUP   = 256;
+constexpr int GGML_EXT_ACTIVATION_THREADS = 256;
 
 // x: rows of k values, adjacent, at byte strides nb1..nb3.
 struct ggml_ext_activation_shape {
@@ -53,9 +54,9 @@ __device__ __forceinline__ activation_scale activation_scale_of(uint32_t max_bit
     return { max * (1.0f / 127.0f), __fdiv_rn(127.0f, max) };
 }
 
-// rint(x * inverse), ties to even, in the low byte: adding 1.5 * 2^23 leaves the integer in the low bits.
+// rint(x * inverse), ties to even, in the low byte.
 __device__ __forceinline__ uint32_t activation_code(float x, float inverse) {
-    return __float_as_uint(__fmaf_rn(x, inverse, 12582912.0f));
+    return __float_as_uint(__fmaf_rn(x, inverse, magic));
 }
 
 // The codes of four values, the first in the low byte.

@@ -51,7 +51,7 @@ static void tell_use(const ggml_tensor * dst) {
     }
 }
 
-// `fast` is the default: only what was measured to be faster. No device has measured these kernels.
+// `fast` is the default: only what was measured to be faster, which these kernels are not yet.
 static bool is_chosen() {
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
     return setting.mode != GGML_EXT_ATTENTION_OFF && !setting.fast;

@@ -10,7 +10,7 @@
 #    include "emulator.h"
 #else
 
-#    include "launch.h"
+#    include "launch.cuh"
 
 #    include <cuda_bf16.h>
 #    include <cuda_fp16.h>
@@ -30,19 +30,6 @@
         extern __shared__ __align__(128) char ggml_ext_dynamic_shared[]; \
         type * const                          name = reinterpret_cast<type *>(ggml_ext_dynamic_shared)
 
-// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...), with the shared memory of launch.h. Returns the
-// launch's error.
-template <typename... Params, typename... Args>
-inline cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                                        cudaStream_t stream, Args... args) {
-    const cudaError_t error = ggml_ext_cuda_ask_shared((const void *) kernel, shared_bytes);
-    if (error != cudaSuccess) {
-        return error;
-    }
-    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
-    return cudaGetLastError();
-}
-
 namespace ggml_ext {
 
 // A path that the launcher never takes on this architecture.
@@ -56,27 +43,20 @@ __device__ __forceinline__ unsigned shared_address(const void * p) {
 
 // --- copies from global to shared memory, asynchronous from sm_80 on, plain before ---
 
-// BYTES: 4, 8 or 16; both pointers are aligned to it. Where !valid, nothing is read and shared memory gets zeros.
-// A copy of 16 bytes bypasses L1.
-template <int BYTES> __device__ __forceinline__ void cp_async(void * shared, const void * global, bool valid = true) {
-    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+// BYTES: 4 or 16; both pointers are aligned to it. A copy of 16 bytes bypasses L1.
+template <int BYTES> __device__ __forceinline__ void cp_async(void * shared, const void * global) {
+    static_assert(BYTES == 4 || BYTES == 16, "the sizes that kernels copy");
 #    if GGML_EXT_CUDA_ARCH >= 800
-    const int n = valid ? BYTES : 0;
     if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(n)
-                     : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
-                     "n"(BYTES), "r"(n)
-                     : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
     }
 #    else
     if constexpr (BYTES == 16) {
-        *static_cast<int4 *>(shared) = valid ? *static_cast<const int4 *>(global) : make_int4(0, 0, 0, 0);
-    } else if constexpr (BYTES == 8) {
-        *static_cast<int2 *>(shared) = valid ? *static_cast<const int2 *>(global) : make_int2(0, 0);
+        *static_cast<int4 *>(shared) = *static_cast<const int4 *>(global);
     } else {
-        *static_cast<int *>(shared) = valid ? *static_cast<const int *>(global) : 0;
+        *static_cast<int *>(shared) = *static_cast<const int *>(global);
     }
 #    endif
 }
@@ -89,7 +69,7 @@ __device__ __forceinline__ void cp_async_part(void * shared, const void * global
                  "r"(n_bytes)
                  : "memory");
 #    else
-    cp_async<16>(shared, global, n_bytes > 0);
+    *static_cast<int4 *>(shared) = n_bytes > 0 ? *static_cast<const int4 *>(global) : make_int4(0, 0, 0, 0);
 #    endif
 }
 
@@ -265,8 +245,9 @@ template <typename T> __device__ __forceinline__ T keep_out_of_registers(T x) {
     return x;
 }
 
-// Byte i of the result is byte (selector nibble i, low 3 bits) of b:a, or where that nibble's bit 3 is set, eight copies
-// of that byte's sign. Bits 16 and up of the selector are ignored. PTX ISA, "prmt", default mode.
+// __byte_perm with the sign mode that CUDA's function masks, by an instruction where the selector is no constant. Byte i
+// of the result is byte (selector nibble i, low 3 bits) of b:a, or where that nibble's bit 3 is set, eight copies of that
+// byte's sign. Bits 16 and up of the selector are ignored. PTX ISA, "prmt", default mode.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));

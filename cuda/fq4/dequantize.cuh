@@ -35,10 +35,10 @@ template <typename T> struct alignas(4 * sizeof(T)) fq4_four {
     T v[4];
 };
 
-// y[0 .. 3] = d T[s][codes]
+// y[0 .. 3] = d T[s][codes 4 half .. 4 half + 3]
 template <typename T>
-__device__ __forceinline__ void fq4_write_four(T * y, float d, const uint4 & row, uint32_t codes) {
-    const uint32_t w = fq4_lookup(row, codes);
+__device__ __forceinline__ void fq4_write_four(T * y, float d, const uint4 & row, uint32_t codes, int half) {
+    const uint32_t w = fq4_lookup(row, codes, half);
     fq4_four<T>    out;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -56,8 +56,8 @@ __device__ __forceinline__ void fq4_dequantize_block(const char * block, T * y, 
     const uint32_t codes  = fq4_split(fq4_word(block + GGML_EXT_FQ4_Q + 4 * lane));
     const int      nibble = sub % 2 * 4;
     T *            first  = y + 128 * half_ + 4 * (lane % 16);
-    fq4_write_four(first, d, table[s[0] >> nibble & 15], codes);
-    fq4_write_four(first + 64, d, table[s[2] >> nibble & 15], codes >> 16);
+    fq4_write_four(first, d, table[s[0] >> nibble & 15], codes, 0);
+    fq4_write_four(first + 64, d, table[s[2] >> nibble & 15], codes, 1);
 }
 
 }  // namespace ggml_ext

@@ -8,9 +8,9 @@
 #include "common/device.cuh"
 #include "fq4/table.h"
 
-#define GGML_EXT_FQ4_BLOCK_BYTES 138
-#define GGML_EXT_FQ4_S           2   // offset of s[8]
-#define GGML_EXT_FQ4_Q           10  // offset of q[128]
+constexpr int GGML_EXT_FQ4_BLOCK_BYTES = 138;
+constexpr int GGML_EXT_FQ4_S           = 2;   // offset of s[8]
+constexpr int GGML_EXT_FQ4_Q           = 10;  // offset of q[128]
 
 namespace ggml_ext {
 
@@ -31,13 +31,33 @@ __device__ __forceinline__ void fq4_load_table(uint4 (&rows)[16]) {
     }
 }
 
-// Look-up of four codes, c_i in bits 4 i .. 4 i + 3 of `codes` (bits 16 and up are ignored), in one row of the table:
-// byte i of the result is T[s][c_i].
-__device__ __forceinline__ uint32_t fq4_lookup(uint4 row, uint32_t codes) {
-    const uint32_t low    = __byte_perm(row.x, row.y, codes & 0x7777);  // as if all c_i < 8
-    const uint32_t high   = __byte_perm(row.z, row.w, codes & 0x7777);  // as if all c_i >= 8
-    const uint32_t choice = 0x3210 | (codes >> 1 & 0x4444);
-    return __byte_perm(low, high, choice);
+// The table as FQ4_COPIES copies, lane l reading copy l % 8: no two lanes of a quarter-warp, which is what a load of 16
+// bytes takes at a time, share a bank.
+constexpr int FQ4_COPIES = 8;
+using fq4_spread         = uint4[16][FQ4_COPIES];
+
+// By thread `thread` of 128; needs a barrier after. MAGNITUDES: bytes 0-7 of a row are -T[s][q].
+template <bool MAGNITUDES = false> __device__ __forceinline__ void fq4_spread_table(fq4_spread & rows, int thread) {
+    uint4 row = reinterpret_cast<const uint4 *>(fq4_values)[thread / FQ4_COPIES];
+    if (MAGNITUDES) {
+        // -x = ~x + 1, and no byte carries: x is 0x81 or more.
+        row.x = ~row.x + 0x01010101;
+        row.y = ~row.y + 0x01010101;
+    }
+    rows[thread / FQ4_COPIES][thread % FQ4_COPIES] = row;
+}
+
+// Byte i: the table row's value for code i, whose lower three bits are nibble i of `codes` (bit 3 is 0); byte i of
+// `is_high` is 0xff where the code is 8 or more, else 0.
+__device__ __forceinline__ uint32_t fq4_select(const uint4 & row, uint32_t codes, uint32_t is_high) {
+    return select_bits(is_high, permute_bytes(row.z, row.w, codes), permute_bytes(row.x, row.y, codes));
+}
+
+// Byte i: the table row's value for code 4 half + i, where code j is nibble j of `codes`.
+__device__ __forceinline__ uint32_t fq4_lookup(const uint4 & row, uint32_t codes, int half) {
+    // Bit 3 of each code, eight times: bit 7 of the bytes of `codes` (odd codes) and of codes << 4 (even ones).
+    const uint32_t is_high = permute_bytes(codes, codes << 4, half ? 0xbfae : 0x9d8c);
+    return fq4_select(row, (codes & 0x77777777) >> 16 * half, is_high);
 }
 
 // Four bytes of q hold eight codes. Moves those of the low nibbles to bits 0-15 and those of the high nibbles to bits

@@ -3,6 +3,7 @@
 #include "activation/activation.cuh"
 #include "common.cuh"
 #include "common/architecture.h"
+#include "common/tuning.h"
 #include "ext-cuda.h"
 #include "mul_mat_match.h"
 #include "tiles.h"
@@ -49,8 +50,8 @@ static ggml_ext_fq4_vec_args vec_args(ggml_backend_cuda_context & ctx, const ggm
 }
 
 static bool takes_tiles(int device, const ggml_tensor * dst) {
-    const int64_t n_columns = dst->ne[dst->op == GGML_OP_MUL_MAT ? 1 : 2];
-    return n_columns >= GGML_EXT_CUDA_FQ4_TILES_MIN_COLUMNS && ggml_ext_cuda_fq4_tiles_applies(device, dst);
+    const int64_t n_columns = dst->ne[dst->op == GGML_OP_MUL_MAT ? 1 : 2];  // of a matrix, or tokens
+    return n_columns >= ggml_ext::fq4_tiles_min_columns && ggml_ext_cuda_fq4_tiles_applies(device, dst);
 }
 
 static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

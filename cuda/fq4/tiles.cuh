@@ -2,10 +2,10 @@
 //
 // A thread block of four warps has a tile of 128 rows; a warp keeps the operands of its own 32 rows and one block
 // (256 weights) in registers (tiles_decode.cuh), so decoded weights never pass through shared memory, and multiplies
-// them with all columns of the tile, eight at a time. The int32 sums of a block start at 0x4b400000, the bits of the
-// float 2^23 + 2^22: as |sum| <= 256 127 127 < 2^22, their bits are the float 2^23 + 2^22 + sum, and
+// them with all columns of the tile, eight at a time. The int32 sums of a block start from the bits of magic = 1.5 2^23
+// (numerics.h): |sum| <= 256 127 127 < 2^22, and
 //
-//     result += dx (dw (2^23 + 2^22 + sum) - dw (2^23 + 2^22))
+//     result += dx (dw (magic + sum) - dw magic)
 //
 // is two fused multiply-adds: dw has 11 bits, so the subtrahend is exact, and the first rounds only dw sum.
 //
@@ -16,6 +16,7 @@
 
 #pragma once
 
+#include "common/numerics.h"
 #include "tiles_columns.cuh"
 #include "tiles_decode.cuh"
 
@@ -37,7 +38,7 @@ template <int COLUMNS> struct fq4_tile_shape {
     static constexpr int n_slots  = n_slices + 1;
 
     // Offsets in shared memory.
-    static constexpr int raw        = FQ4_TABLE_BYTES;
+    static constexpr int raw        = sizeof(fq4_spread);
     static constexpr int codes      = raw + 4 * FQ4_RAW_WORDS * 4;
     static constexpr int scales     = codes + n_slots * slice * 256;
     static constexpr int result     = scales + n_slots * slice * 4;
@@ -102,12 +103,10 @@ __device__ __forceinline__ void fq4_copy_slice(char * shared, int slot, const in
 template <int COLUMNS, int SLICE>
 __device__ __forceinline__ void fq4_multiply_slice(float (&sums)[2][COLUMNS / 8][4], const fq4_fragments & f,
                                                    const char * codes, const float * scales) {
-    constexpr float   magic      = 12582912.0f;  // 2^23 + 2^22
-    constexpr int32_t magic_bits = 0x4b400000;
-    const int32_t     start[4]   = { magic_bits, magic_bits, magic_bits, magic_bits };
-    const int         g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    constexpr int     slice = fq4_tile_shape<COLUMNS>::slice;
-    const char *      own   = codes + g * 256 + (t ^ g % 2 * 4) * 16;
+    const int32_t start[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
+    const int     g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    constexpr int slice = fq4_tile_shape<COLUMNS>::slice;
+    const char *  own   = codes + g * 256 + (t ^ g % 2 * 4) * 16;
     // Two groups of 8 columns at a time: four independent chains of mma.
 #pragma unroll
     for (int n = 0; n < slice / 8; n += 2) {
@@ -205,7 +204,7 @@ __device__ __forceinline__ void fq4_multiply_tile(float (&sums)[2][COLUMNS / 8][
                                        block + 1);
         }
         if (s == 0 && active) {
-            fq4_decode(f, raw, shared, odd);
+            fq4_decode(f, raw, *reinterpret_cast<const fq4_spread *>(shared), odd);
             odd = ~odd;
             __syncwarp();
             if (more) {
@@ -266,7 +265,7 @@ ggml_ext_fq4_tiles_kernel(const ggml_ext_fq4_product p) {
     int32_t *  activation = reinterpret_cast<int32_t *>(shared + shape::activation);
     int64_t *  result     = reinterpret_cast<int64_t *>(shared + shape::result);
     fq4_part & part       = *reinterpret_cast<fq4_part *>(shared + shape::part);
-    fq4_spread_table(shared);
+    fq4_spread_table(*reinterpret_cast<fq4_spread *>(shared), threadIdx.x);
 
     const int n_steps = p.row_tiles * p.column_tiles * p.n_blocks;
     int       at      = ggml_ext_fq4_range_begin(blockIdx.x, p.n_ranges, n_steps);

@@ -5,11 +5,6 @@
 struct ggml_backend_cuda_context;
 struct ggml_tensor;
 
-// Columns (MUL_MAT: ne1 of dst; MUL_MAT_ID: tokens, ne2) from which this is meant. The kernels for few columns take 8 at
-// a time, so 9 columns read the weights twice, while a tile reads them once and costs the same for 1 to 16 columns. By
-// arithmetic: no device has measured it.
-constexpr int GGML_EXT_CUDA_FQ4_TILES_MIN_COLUMNS = 9;
-
 // Whether ggml_ext_cuda_fq4_tiles computes dst on this device: dst and src[1] F32 with adjacent elements, src[0] FQ4, any
 // other strides, batches that src[0] is repeated over; sm_61 and newer; nothing empty.
 bool ggml_ext_cuda_fq4_tiles_applies(int device, const ggml_tensor * dst);

@@ -22,21 +22,6 @@ __device__ __forceinline__ int fq4_raw_row(int r) {
     return 36 * r - r % 4;
 }
 
-// The table as eight copies, row s for lanes l with l % 8 = j at byte 128 s + 16 j: no two lanes of a quarter-warp, which
-// is what a load of 16 bytes takes at a time, share a bank.
-constexpr int FQ4_TABLE_BYTES = 16 * 128;
-
-// By a block of 128 threads; needs a barrier after.
-__device__ __forceinline__ void fq4_spread_table(char * table) {
-    reinterpret_cast<uint4 *>(table)[threadIdx.x] = reinterpret_cast<const uint4 *>(fq4_values)[threadIdx.x / 8];
-}
-
-// Byte i: the table row's value i for the four codes, whose lower three bits are nibbles 0-3 of `codes` (bit 3 of them
-// is 0); byte i of `high` is 0xff where the code is >= 8, else 0.
-__device__ __forceinline__ uint32_t fq4_select(uint4 row, uint32_t codes, uint32_t high) {
-    return (permute_bytes(row.x, row.y, codes) & ~high) | (permute_bytes(row.z, row.w, codes) & high);
-}
-
 // Eight bytes q0, q1 hold 16 codes: those of the low nibbles are looked up in `low`, those of the high ones in `high`.
 // 27 instructions: fewer than four fq4_lookup, since two registers of codes are split and masked at once, and the
 // choice between the table's halves is one logical operation.
@@ -61,9 +46,10 @@ struct fq4_fragments {
 };
 
 // Bit 2 i + j of `odd`: the block in row 16 i + 8 j + g starts at the upper half of its first word.
-__device__ __forceinline__ void fq4_decode(fq4_fragments & f, const uint32_t * raw, const char * table, unsigned odd) {
+__device__ __forceinline__ void fq4_decode(fq4_fragments & f, const uint32_t * raw, const fq4_spread & table,
+                                           unsigned odd) {
     const int    g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const char * own_table = table + threadIdx.x % 8 * 16;
+    const char * own_table = reinterpret_cast<const char *>(&table[0][threadIdx.x % FQ4_COPIES]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         __syncwarp();  // keeps the compiler from loading both halves' codes at once: it spills registers then

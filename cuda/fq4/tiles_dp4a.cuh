@@ -59,8 +59,8 @@ static __global__ void __launch_bounds__(GGML_EXT_FQ4_DP4A_THREADS) ggml_ext_fq4
                 const uint4 low = table[s >> 4 * i & 15], high = table[s >> (4 * i + 16) & 15];
                 for (int w = 4 * i; w < 4 * i + 4; w++) {
                     const uint32_t split = fq4_split(fq4_word(from + GGML_EXT_FQ4_Q + 64 * half_row + 4 * w));
-                    weights[row][32 * half_row + w]      = fq4_lookup(low, split);
-                    weights[row][32 * half_row + 16 + w] = fq4_lookup(high, split >> 16);
+                    weights[row][32 * half_row + w]      = fq4_lookup(low, split, 0);
+                    weights[row][32 * half_row + 16 + w] = fq4_lookup(high, split, 1);
                 }
             }
         }

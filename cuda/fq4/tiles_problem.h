@@ -3,6 +3,9 @@
 
 #pragma once
 
+#include "common/occupancy.h"
+#include "common/tuning.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -88,10 +91,10 @@ constexpr size_t ggml_ext_fq4_tile_shared(int columns) {
 constexpr int ggml_ext_fq4_tile_residents(int columns) {
     return columns >= 64 ? 2 : 3;
 }
-// ... and shared memory: a multiprocessor has what one block may have at most and 1 KiB, and each block takes 1 KiB more.
+// ... and shared memory.
 inline int ggml_ext_fq4_tile_residents(int columns, size_t shared_limit) {
     return std::max(1, std::min(ggml_ext_fq4_tile_residents(columns),
-                                int((shared_limit + 1024) / (ggml_ext_fq4_tile_shared(columns) + 1024))));
+                                ggml_ext::blocks_by_shared(shared_limit, ggml_ext_fq4_tile_shared(columns))));
 }
 
 // Widest tile that leaves two steps' data in a thread block's shared memory.
@@ -103,18 +106,10 @@ inline int ggml_ext_fq4_widest_tile(size_t shared_limit) {
     return columns;
 }
 
-// Clocks of one multiprocessor, by arithmetic (docs/fq4.md, "CUDA: many columns"); no device has measured them.
-// One step of a tile while others run beside it: decoding, or shared memory's bandwidth.
-constexpr int64_t ggml_ext_fq4_step_clocks(int columns) {
-    return columns <= 48 ? 1100 : 620 + 10 * columns;
-}
-// The same with the multiprocessor to itself: decoding, then multiplying while the next rows are on their way.
-constexpr int64_t ggml_ext_fq4_lone_step_clocks(int columns) {
-    return 1000 + std::max(900, 13 * columns);
-}
+// Clocks of a multiprocessor for a step of each of n_ranges thread blocks.
 inline int64_t ggml_ext_fq4_steps_clocks(int columns, int64_t n_ranges, int n_sm) {
     const int64_t beside = (n_ranges + n_sm - 1) / n_sm;
-    return std::max(ggml_ext_fq4_lone_step_clocks(columns), beside * ggml_ext_fq4_step_clocks(columns));
+    return std::max(ggml_ext::fq4_lone_step_clocks(columns), beside * ggml_ext::fq4_step_clocks(columns));
 }
 
 // How to cut n columns (times n_batches) of an m x (256 n_blocks) matrix on a device of n_sm multiprocessors.
@@ -133,13 +128,12 @@ inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_tiling(int64_t m, int64_t n_block
     const int64_t rest     = n_tiles % at_once;
     const int64_t whole    = n_blocks * (n_tiles / at_once * ggml_ext_fq4_steps_clocks(t.columns, at_once, n_sm) +
                                       (rest ? ggml_ext_fq4_steps_clocks(t.columns, rest, n_sm) : 0));
-    // Ranges of four steps at least. A part is written, read, and the result read and written, at 20 bytes per clock
-    // and multiprocessor; a launch more is 4000 clocks.
+    // A part is written, read, and the result read and written; and there is a launch more.
     const int64_t n_steps  = n_tiles * n_blocks;
-    const int64_t n_ranges = std::max<int64_t>(1, std::min(at_once, n_steps / 4));
+    const int64_t n_ranges = std::max<int64_t>(1, std::min(at_once, n_steps / ggml_ext::fq4_min_range_steps));
     const int64_t bytes    = n_ranges * GGML_EXT_FQ4_TILE_ROWS * t.columns * 4 * 4;
     const int64_t parts = (n_steps + n_ranges - 1) / n_ranges * ggml_ext_fq4_steps_clocks(t.columns, n_ranges, n_sm) +
-                          bytes / (20 * n_sm) + 4000;
+                          bytes / (ggml_ext::fq4_bytes_per_clock * n_sm) + ggml_ext::fq4_launch_clocks;
     t.split    = n_ranges > 1 && parts < whole;
     t.n_ranges = int(t.split ? n_ranges : n_tiles);
     return t;

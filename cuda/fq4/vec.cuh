@@ -28,9 +28,9 @@ constexpr int fq4_vec_row_bytes = 16 * fq4_vec_units;
 template <int N_COLS> struct fq4_vec_shared {
     static constexpr int batch = N_COLS <= 2 ? 32 : 8;  // groups between two ends of rows
 
-    uint4 table[16][GGML_EXT_FQ4_VEC_COPIES];
-    char  ring[GGML_EXT_FQ4_VEC_WARPS][fq4_vec_stages][GGML_EXT_FQ4_VEC_ROWS][fq4_vec_row_bytes];
-    float parts[batch][GGML_EXT_FQ4_VEC_WARPS][N_COLS][GGML_EXT_FQ4_VEC_ROWS];
+    fq4_spread table;
+    char       ring[GGML_EXT_FQ4_VEC_WARPS][fq4_vec_stages][GGML_EXT_FQ4_VEC_ROWS][fq4_vec_row_bytes];
+    float      parts[batch][GGML_EXT_FQ4_VEC_WARPS][N_COLS][GGML_EXT_FQ4_VEC_ROWS];
 };
 
 __device__ __forceinline__ float fq4_vec_apply_glu(const ggml_ext_fq4_vec_args & a, float gate, float up) {
@@ -269,7 +269,7 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
             at[stage] = next;
             advance(next);
         }
-        fq4_vec_load_table<fq4_vec_apart(N_COLS)>(shared.table, threadIdx.x);
+        fq4_spread_table<fq4_vec_splits_by_sign(N_COLS)>(shared.table, threadIdx.x);
         clear_parts();
         __syncthreads();
 

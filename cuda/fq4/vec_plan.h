@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#define GGML_EXT_FQ4_VEC_WARPS    4  // of a thread block
-#define GGML_EXT_FQ4_VEC_ROWS     4  // weight rows that a warp works on at a time; with a gate, two of each matrix
-#define GGML_EXT_FQ4_VEC_BLOCKS   4  // FQ4 blocks of a row per step of a warp
-#define GGML_EXT_FQ4_VEC_MAX_COLS 8
+constexpr int GGML_EXT_FQ4_VEC_WARPS = 4;  // of a thread block
+constexpr int GGML_EXT_FQ4_VEC_ROWS = 4;  // weight rows that a warp works on at a time; with a gate, two of each matrix
+constexpr int GGML_EXT_FQ4_VEC_BLOCKS   = 4;  // FQ4 blocks of a row per step of a warp
+constexpr int GGML_EXT_FQ4_VEC_MAX_COLS = 8;
 
 // Thread blocks per SM that run at a time as far as registers go.
 constexpr int ggml_ext_fq4_vec_per_sm(int n_cols) {

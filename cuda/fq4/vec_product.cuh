@@ -18,13 +18,10 @@
 #include "common/device.cuh"
 #include "fq4.cuh"
 
-#define GGML_EXT_FQ4_VEC_COPIES \
-    8  // of the table: lane l reads copy l % 8, so that a quarter of a warp reads from 8 bank groups
-
 namespace ggml_ext {
 
-// Whether magnitudes of negative and positive weights are multiplied apart.
-__host__ __device__ constexpr bool fq4_vec_apart(int n_cols) {
+// Whether negative and positive weights are multiplied separately, as magnitudes.
+__host__ __device__ constexpr bool fq4_vec_splits_by_sign(int n_cols) {
     return n_cols <= 2;
 }
 
@@ -51,18 +48,6 @@ static_assert(GGML_EXT_FQ4_SIGNS(0).good() && GGML_EXT_FQ4_SIGNS(1).good() && GG
                   GGML_EXT_FQ4_SIGNS(15).good(),
               "codes 0-7 are negative and codes 8-15 positive in every row");
 
-// Fills rows[16][COPIES] with the table, by thread `thread` of 128. APART: magnitudes, so that bytes 0-7 are -T[s][q].
-template <bool APART>
-__device__ __forceinline__ void fq4_vec_load_table(uint4 (&rows)[16][GGML_EXT_FQ4_VEC_COPIES], int thread) {
-    uint4 row = reinterpret_cast<const uint4 *>(fq4_values)[thread / GGML_EXT_FQ4_VEC_COPIES];
-    if (APART) {
-        // -x = ~x + 1, and no byte carries: x is 0x81 or more.
-        row.x = ~row.x + 0x01010101;
-        row.y = ~row.y + 0x01010101;
-    }
-    rows[thread / GGML_EXT_FQ4_VEC_COPIES][thread % GGML_EXT_FQ4_VEC_COPIES] = row;
-}
-
 struct fq4_vec_pair {
     uint32_t low, high;  // eight codes each, of the low and the high nibbles
 };
@@ -86,7 +71,7 @@ template <int N_COLS> struct fq4_vec_sums {
 
     // Eight codes of one table row times words `at` and `at` + 1 of each column.
     __device__ __forceinline__ void add(uint4 row, uint32_t codes, const uint32_t (&y)[N_COLS][8], int at) {
-        if constexpr (fq4_vec_apart(N_COLS)) {
+        if constexpr (fq4_vec_splits_by_sign(N_COLS)) {
             const uint32_t flipped = codes ^ 0x88888888;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -99,15 +84,9 @@ template <int N_COLS> struct fq4_vec_sums {
                 }
             }
         } else {
-            const uint32_t index   = codes & 0x77777777;
-            const uint32_t shifted = codes << 4;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const uint32_t below    = permute_bytes(row.x, row.y, index >> 16 * half);
-                const uint32_t above    = permute_bytes(row.z, row.w, index >> 16 * half);
-                // Bit 3 of each code, eight times: bit 7 of bytes of `codes` (odd codes) and of `shifted` (even codes).
-                const uint32_t is_above = permute_bytes(codes, shifted, half ? 0xbfae : 0x9d8c);
-                const uint32_t weights  = select_bits(is_above, above, below);
+                const uint32_t weights = fq4_lookup(row, codes, half);
 #pragma unroll
                 for (int c = 0; c < N_COLS; c++) {
                     positive[c] = __dp4a((int) weights, (int) y[c][at + half], positive[c]);
@@ -117,7 +96,7 @@ template <int N_COLS> struct fq4_vec_sums {
     }
 
     __device__ __forceinline__ float value(int c) const {
-        return float(fq4_vec_apart(N_COLS) ? positive[c] - negative[c] : positive[c]);
+        return float(fq4_vec_splits_by_sign(N_COLS) ? positive[c] - negative[c] : positive[c]);
     }
 };
 
@@ -162,9 +141,8 @@ __device__ __forceinline__ uint32_t fq4_vec_row_offset(uint8_t nibbles, const fq
 // acc[c] += this lane's share of the products of one weight row's block with the columns; scale[c]: the columns'.
 template <int N_COLS>
 __device__ __forceinline__ void fq4_vec_product(const char * blocks, int offset, const fq4_vec_lane & lane,
-                                                const uint4 (&table)[16][GGML_EXT_FQ4_VEC_COPIES],
-                                                const uint32_t (&y)[N_COLS][8], const float (&scale)[N_COLS],
-                                                float (&acc)[N_COLS]) {
+                                                const fq4_spread & table, const uint32_t (&y)[N_COLS][8],
+                                                const float (&scale)[N_COLS], float (&acc)[N_COLS]) {
     static_assert(sizeof(table[0]) == 128, "what fq4_vec_row_offset takes for granted");
     const char *    block = blocks + offset + GGML_EXT_FQ4_BLOCK_BYTES * lane.block;
     const uint8_t * s     = reinterpret_cast<const uint8_t *>(block) + GGML_EXT_FQ4_S + 4 * lane.half + lane.sub / 2;

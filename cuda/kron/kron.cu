@@ -37,7 +37,7 @@ static kron_op describe(const ggml_tensor * dst) {
         op.args.right = { nullptr, op.hadamard, GGML_EXT_KRON_HADAMARD };
     }
     // Weights are leaves: no kernel of this stream writes them.
-    op.args.early =
+    op.args.factors_are_leaves =
         (!dst->src[1] || dst->src[1]->op == GGML_OP_NONE) && (!dst->src[2] || dst->src[2]->op == GGML_OP_NONE);
     op.args.x = static_cast<const char *>(x->data);
     op.args.y = static_cast<float *>(dst->data);
@@ -55,7 +55,7 @@ static ggml_ext_kron_plan plan_of(const kron_op & op, int device, int terms) {
     const int64_t bits  = int64_t(reinterpret_cast<uintptr_t>(op.args.x)) | s.nb1 | s.nb2 | s.nb3;
     const bool    cores = ggml_ext_cuda_has_tensor_cores(device);
     return ggml_ext_kron_plan_of(s, op.args.left.kind, op.args.right.kind, terms, bits % 16 == 0,
-                                 cores ? info.smpbo : 0, info.smpbo + 1024, info.nsm);
+                                 cores ? info.smpbo : 0, info.nsm);
 }
 
 // --- any shape ---
@@ -119,10 +119,8 @@ static void compute_general(ggml_backend_cuda_context & ctx, const kron_op & op)
 template <int TERMS, int NT, int UNITS>
 static void launch_tiles(const ggml_ext_kron_args & args, const ggml_ext_kron_plan & plan, cudaStream_t stream) {
     const auto kernel = ggml_ext_kron_kernel<TERMS, NT, UNITS>;
-    CUDA_CHECK(ggml_ext_cuda_ask_shared((const void *) kernel, plan.shared_bytes));
-    const ggml_cuda_kernel_launch_params params(dim3(plan.n_blocks), dim3(32 * plan.n_warps), plan.shared_bytes,
-                                                stream);
-    ggml_cuda_kernel_launch(kernel, params, args);
+    CUDA_CHECK(ggml_ext_cuda_launch_overlapped(kernel, dim3(plan.n_blocks), dim3(32 * plan.n_warps), plan.shared_bytes,
+                                               stream, args));
 }
 
 template <int TERMS>
@@ -177,12 +175,12 @@ static bool compute_quantized(ggml_backend_cuda_context & ctx, const kron_op & o
     if (!plan.tensor_cores) {
         return false;
     }
-    const bool         only = alone && op.unobserved && upcoming.one_stream;
-    const auto         q    = ggml_ext_cuda_quantized_reserve(ctx, dst, only);
-    ggml_ext_kron_args args = op.args;
-    args.codes              = q.codes;
-    args.scales             = q.scales;
-    args.y                  = only ? nullptr : args.y;
+    const bool         codes_only = alone && op.unobserved && upcoming.one_stream;
+    const auto         q          = ggml_ext_cuda_quantized_reserve(ctx, dst, codes_only);
+    ggml_ext_kron_args args       = op.args;
+    args.codes                    = q.codes;
+    args.scales                   = q.scales;
+    args.y                        = codes_only ? nullptr : args.y;
     if (alone) {
         compute_tiles<1>(args, plan, ctx.stream());
     } else {

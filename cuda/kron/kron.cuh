@@ -18,9 +18,9 @@
 struct ggml_ext_kron_args {
     ggml_ext_kron_shape  shape;
     ggml_ext_kron_factor left, right;
-    bool                 early;  // nothing that the stream has yet to finish writes the factors
+    bool                 factors_are_leaves;  // nothing that the stream has yet to finish writes the factors
     const char *         x;
-    float *              y;      // null: not wanted
+    float *              y;                   // null: not wanted
     int8_t *             codes;  // null: not wanted; else n2 % 16 == 0 and n1 n2 % 256 == 0 (activation.cuh)
     float *              scales;
 };
@@ -253,7 +253,7 @@ static __global__ void __launch_bounds__(32 * GGML_EXT_KRON_MAX_WARPS, 1) ggml_e
     kron_block_max    block_max = { reinterpret_cast<uint32_t *>(shared + l.cells) };
 
     grid_dependency_launch();
-    if (!args.early) {
+    if (!args.factors_are_leaves) {
         grid_dependency_wait();
     }
     const auto operand = [&](size_t offset, const ggml_ext_kron_factor & f) {
@@ -274,7 +274,7 @@ static __global__ void __launch_bounds__(32 * GGML_EXT_KRON_MAX_WARPS, 1) ggml_e
     for (size_t i = threadIdx.x; i < (TERMS > 1 ? 2 : 1) * l.x_plane / 16; i += blockDim.x) {
         reinterpret_cast<uint4 *>(x.values)[i] = make_uint4(0, 0, 0, 0);
     }
-    if (args.early) {
+    if (args.factors_are_leaves) {
         grid_dependency_wait();
     }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "common/occupancy.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +34,7 @@ struct ggml_ext_kron_shape {
 // --- the tensor-core kernel (kron.cuh) ---
 
 constexpr int GGML_EXT_KRON_MAX_WARPS = 16;
+constexpr int GGML_EXT_KRON_REGISTERS = 128;  // per thread at most, which scripts/cuda-compile checks
 
 // Byte offsets in shared memory. A factor lies as fragments of mma's A, 512 bytes per 16 x 16, once (f16) or twice (f16
 // and the rest); X, then Z, as rows of n2 padded to a multiple of 16, and 16 bytes that keep ldmatrix free of conflicts.
@@ -77,10 +80,10 @@ inline int ggml_ext_kron_units(int n1, int n2, bool left, bool right, int n_tile
 }
 
 // aligned: all rows of x start at multiples of 16 bytes. terms: 1 (f16) or 3 (f16 with the rest). shared_limit: bytes
-// that a block may have; shared_per_sm: that an SM has.
+// that a block may have.
 inline ggml_ext_kron_plan ggml_ext_kron_plan_of(const ggml_ext_kron_shape & s, ggml_ext_kron_kind left,
                                                 ggml_ext_kron_kind right, int terms, bool aligned, size_t shared_limit,
-                                                size_t shared_per_sm, int n_sms) {
+                                                int n_sms) {
     ggml_ext_kron_plan p = {};
     const bool         l = left != GGML_EXT_KRON_NONE, r = right != GGML_EXT_KRON_NONE;
     p.shared_bytes = ggml_ext_kron_layout_of(s.n1, s.n2, left, right, terms).total;
@@ -94,14 +97,14 @@ inline ggml_ext_kron_plan ggml_ext_kron_plan_of(const ggml_ext_kron_shape & s, g
     }
     // Few tokens: what counts is how soon one is done, so its work goes to as many warps as there are. Many: blocks of at
     // most 8 warps, of which an SM holds several, so that one loads while another computes.
-    const bool few = s.n_tokens <= n_sms;
-    p.tensor_cores = true;
-    p.n_tiles      = few && fine <= GGML_EXT_KRON_MAX_WARPS ? 2 : 8;
-    p.units        = p.n_tiles == 8 && coarse > (few ? GGML_EXT_KRON_MAX_WARPS : GGML_EXT_KRON_MAX_WARPS / 2) ? 2 : 1;
-    p.n_warps      = std::max((p.n_tiles == 2 ? fine : coarse + p.units - 1) / p.units, 4);
-    constexpr int64_t registers = 128;  // per thread at most, as compiled
-    const int64_t     per_sm    = std::max<int64_t>(
-        std::min<int64_t>(shared_per_sm / (p.shared_bytes + 1024), 65536 / (registers * 32 * p.n_warps)), 1);
-    p.n_blocks = unsigned(std::min(s.n_tokens, n_sms * per_sm));
+    const bool latency_bound = s.n_tokens <= n_sms;
+    p.tensor_cores           = true;
+    p.n_tiles                = latency_bound && fine <= GGML_EXT_KRON_MAX_WARPS ? 2 : 8;
+    p.units =
+        p.n_tiles == 8 && coarse > (latency_bound ? GGML_EXT_KRON_MAX_WARPS : GGML_EXT_KRON_MAX_WARPS / 2) ? 2 : 1;
+    p.n_warps        = std::max((p.n_tiles == 2 ? fine : coarse + p.units - 1) / p.units, 4);
+    const int per_sm = std::max(1, std::min(ggml_ext::blocks_by_shared(shared_limit, p.shared_bytes),
+                                            ggml_ext::blocks_by_registers(GGML_EXT_KRON_REGISTERS, 32 * p.n_warps)));
+    p.n_blocks       = unsigned(std::min(s.n_tokens, int64_t(n_sms) * per_sm));
     return p;
 }

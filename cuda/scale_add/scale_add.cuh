@@ -10,7 +10,7 @@ struct ggml_ext_scale_add_shape {
     int64_t nb_a[4], nb_b[4], nb_y[4];
 };
 
-// y = scale * a + b. One block row (blockIdx.y, z) per row in a grid-stride loop; blockDim.x threads walk ne[0].
+// y = scale * a + b. A block per row, in a grid-stride loop over rows; its threads walk ne[0].
 static __global__ void ggml_ext_scale_add_kernel(const char * a, const char * b, char * y, float scale,
                                                  ggml_ext_scale_add_shape shape) {
     const int64_t n_rows = shape.ne[1] * shape.ne[2] * shape.ne[3];

@@ -1,6 +1,7 @@
 """Compiles every .cu file of cuda/ for one architecture, or with --all for the five, warnings as errors, and
-reports registers and spills; with --all it then builds the whole patched ggml-cuda and test-backend-ops for
-one. Where nvcc or cuBLAS is missing it says so and ends with status 0."""
+reports registers and spills, which must leave room for the blocks that plans count on. With --all it then
+builds the whole patched ggml-cuda and test-backend-ops for one. Where nvcc or cuBLAS is missing it says so
+and ends with status 0."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from devtools.cuda_compile import ptxas, report, tree
+from devtools.cuda_compile import ptxas, report, residents, tree
 from devtools.cuda_compile.ptxas import Kernel
 from devtools.gpu_check.checks import parse_ops
 from devtools.gpu_check.plan import KERNELS, Ops, device_tests
@@ -85,15 +86,19 @@ def check(repository: Path, *, everything: bool) -> None:
     kernels = compile_kernels(repository, build, architectures)
     print(report.table([kernel for _, kernel in kernels], architectures))
     say(f"{len(kernels)} kernels compiled by nvcc {version} in {time.monotonic() - start:.0f}s")
+    compiled = [kernel for _, kernel in kernels]
     cold = ptxas.parse_cold((repository / "cuda" / "cold-kernels.txt").read_text())
-    wrong = ptxas.complaints((kernel for _, kernel in kernels), cold)
-    cases = whole_build(build) if everything and not wrong else {}
+    local = ptxas.complaints(compiled, cold)
+    crowded = residents.complaints(compiled, residents.planned(repository, build))
+    cases = whole_build(build) if everything and not local + crowded else {}
     path = build / "report.json"
     path.write_text(json.dumps(report.as_json(version, kernels, cases), indent=1) + "\n")
-    if wrong:
+    if local:
         raise GgmlExtError(
-            "local memory in kernels that cuda/cold-kernels.txt does not excuse: " + "; ".join(wrong)
+            "local memory in kernels that cuda/cold-kernels.txt does not excuse: " + "; ".join(local)
         )
+    if crowded:
+        raise GgmlExtError("fewer blocks on a multiprocessor than plans count on: " + "; ".join(crowded))
     devices = cuda.devices()
     where = f"there is {', '.join(devices)}, scripts/gpu-check runs them" if devices else "no device"
     for name in device_tests():

@@ -96,8 +96,8 @@ void check_kernel(problem p, bool aligned) {
     const auto          plan = ggml_ext_activation_plan(p.shape, x);
     CHECK(plan.aligned == aligned, "alignment of the rows");
     const auto kernel = plan.aligned ? ggml_ext_activation_kernel<true> : ggml_ext_activation_kernel<false>;
-    ggml_ext_cuda_launch(kernel, dim3(plan.n_blocks), dim3(GGML_EXT_ACTIVATION_THREADS), 0, nullptr, x, codes.data(),
-                         scales.data(), p.shape);
+    ggml_ext_cuda_launch_overlapped(kernel, dim3(plan.n_blocks), dim3(GGML_EXT_ACTIVATION_THREADS), 0, nullptr, x,
+                                    codes.data(), scales.data(), p.shape);
     for (int64_t r = 0; r < p.shape.n_rows; r++) {
         check_row(p, r, codes.data(), scales.data());
     }

@@ -268,6 +268,9 @@ void test_limits() {
     Problem odd({ 128, 128, 9, 1, 1, 1, type, type });
     odd.k->nb[1] += 34;
     CHECK(!attention_decode_takes(odd.out, hopper_shared), "rows that are not aligned");
+    Problem narrow({ 128, 128, 9, 1, 1, 1, type, type });
+    narrow.out->src[0]->nb[2] += 4;
+    CHECK(!attention_decode_takes(narrow.out, hopper_shared), "a Q that is not aligned");
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ double tolerance(const Problem & problem, const std::vector<double> & want, cons
 std::vector<float> compute(const Problem & problem, const Mode & mode, int chunk = 0, int window = 0) {
     CHECK(ggml_ext_attention_set(mode.name) == 0, "%s", mode.name);
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
-    const char *                            refusal = ggml_ext::attention_refusal(problem.out, setting);
+    const char *                            refusal = ggml_ext::attention_prefill_refusal(problem.out, setting);
     CHECK(!refusal, "%s: refused: %s", problem.c.text().c_str(), refusal);
     ggml_ext::attention_prefill p = ggml_ext::attention_prefill_of(problem.out, setting);
     ggml_ext::attention_plan(p, 264);
@@ -307,16 +307,18 @@ void test_workspace() {
 // What the kernels do not do is refused by name, and f16 caches without being asked.
 void test_refusal() {
     const Case c   = { 64, 64, 90, 3, 1, 2, GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 };
-    Case       f16 = c, wide = c, other = c, heads = c;
+    Case       f16 = c, wide = c, other = c, heads = c, small = c;
     f16.k = f16.v    = GGML_TYPE_F16;
     wide.dv          = 128;
     other.k          = GGML_TYPE_Q5_0;
     heads.mask_heads = 2;
+    small.dk = small.dv = 32;
     ggml_ext_attention_set("half");
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
-    CHECK(ggml_ext::attention_refusal(Problem(c).out, setting) == nullptr, "q8_0");
-    for (const Case & refused : { f16, wide, other, heads }) {
-        CHECK(ggml_ext::attention_refusal(Problem(refused).out, setting) != nullptr, "%s", refused.text().c_str());
+    CHECK(ggml_ext::attention_prefill_refusal(Problem(c).out, setting) == nullptr, "q8_0");
+    for (const Case & refused : { f16, wide, other, heads, small }) {
+        CHECK(ggml_ext::attention_prefill_refusal(Problem(refused).out, setting) != nullptr, "%s",
+              refused.text().c_str());
     }
 }
 

@@ -36,9 +36,7 @@ __global__ void mixed_masks_kernel(int) {
 
 __global__ void misaligned_copy_kernel(int size) {
     alignas(16) static char a[64], b[64];
-    size == 4 ? ggml_ext::cp_async<4>(a + 2, b) :
-    size == 8 ? ggml_ext::cp_async<8>(a, b + 4) :
-                ggml_ext::cp_async<16>(a, b + 8);
+    size == 4 ? ggml_ext::cp_async<4>(a + 2, b) : ggml_ext::cp_async<16>(a, b + 8);
 }
 
 __global__ void misaligned_matrix_kernel(int last_lane) {
@@ -51,9 +49,15 @@ __global__ void no_such_path_kernel(int) {
     ggml_ext::unreachable_arch();
 }
 
+__global__ void one_thread_waits_not_kernel(int thread) {
+    if (int(threadIdx.x) != thread) {
+        ggml_ext::grid_dependency_wait();
+    }
+}
+
 // Runs the launch in a child, which must end by abort() with `reason` on its standard error.
 void check_stops(const char * reason, void (*kernel)(int), int argument, dim3 grid = 1, dim3 block = 64,
-                 size_t shared_bytes = 0) {
+                 size_t shared_bytes = 0, bool overlapped = false) {
     int ends[2];
     if (pipe(ends) != 0) {
         CHECK(false, "no pipe");
@@ -62,7 +66,8 @@ void check_stops(const char * reason, void (*kernel)(int), int argument, dim3 gr
     const pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], STDERR_FILENO);
-        ggml_ext_cuda_launch(kernel, grid, block, shared_bytes, nullptr, argument);
+        overlapped ? ggml_ext_cuda_launch_overlapped(kernel, grid, block, shared_bytes, nullptr, argument) :
+                     ggml_ext_cuda_launch(kernel, grid, block, shared_bytes, nullptr, argument);
         _exit(0);
     }
     close(ends[1]);
@@ -85,11 +90,12 @@ int main() {
     check_stops("deadlock", missing_lane_kernel, 0);
     check_stops("whose mask leaves it out", outside_mask_kernel, 0);
     check_stops("different warp operations", mixed_masks_kernel, 0);
-    for (int size : { 4, 8, 16 }) {
+    for (int size : { 4, 16 }) {
         check_stops("cp_async: an address is not aligned", misaligned_copy_kernel, size);
     }
     check_stops("ldmatrix: a row is not aligned", misaligned_matrix_kernel, 31);
     check_stops("that this architecture does not have", no_such_path_kernel, 0);
+    check_stops("ends without grid_dependency_wait", one_thread_waits_not_kernel, 63, 1, 64, 0, true);
     check_stops("a launch that no device takes", missing_lane_kernel, 0, 1, 1025);
     check_stops("a launch that no device takes", missing_lane_kernel, 0, 1, 0);
     check_stops("a launch that no device takes", missing_lane_kernel, 0, dim3(1, 65536));

@@ -90,24 +90,21 @@ void check_integers() {
         unsigned char  bytes[8];
         std::memcpy(bytes, &a, 4);
         std::memcpy(bytes + 4, &b, 4);
-        uint32_t permuted = 0, reversed = 0;
+        uint32_t permuted = 0, with_signs = 0;
         int64_t  dot = int32_t(c) / 2;
         for (int j = 0; j < 4; j++) {
-            permuted |= uint32_t(bytes[c / (1u << 4 * j) % 8]) << 8 * j;
+            const uint32_t byte = bytes[c / (1u << 4 * j) % 8];
+            permuted |= byte << 8 * j;
+            with_signs |= (c / (8u << 4 * j) % 2 ? byte / 128 * 255 : byte) << 8 * j;
             dot += (signed char) bytes[j] * (signed char) bytes[4 + j];
         }
-        for (int j = 0; j < 32; j++) {
-            reversed = reversed * 2 + (a >> j) % 2;
-        }
         CHECK(__byte_perm(a, b, c) == permuted, "byte_perm %x %x %x", a, b, c);
+        CHECK(ggml_ext::permute_bytes(a, b, c) == with_signs, "permute_bytes %x %x %x", a, b, c);
         CHECK(__dp4a(int(a), int(b), int32_t(c) / 2) == int32_t(dot), "dp4a %x %x", a, b);
-        CHECK(__brev(a) == reversed, "brev %x", a);
         CHECK(__umulhi(a, b) == uint32_t((__extension__(unsigned __int128) a * b) >> 32), "umulhi %x %x", a, b);
         const uint32_t n = c % 32;
         CHECK(__funnelshift_r(a, b, c) == (n ? a >> n | b << (32 - n) : a), "funnelshift_r %x %x %u", a, b, n);
-        CHECK(__funnelshift_l(a, b, c) == (n ? b << n | a >> (32 - n) : b), "funnelshift_l %x %x %u", a, b, n);
     }
-    CHECK(__byte_perm(0x80, 0, 0x0008) == 0x80808080u, "byte_perm has no sign mode: nibble 8 is nibble 0");
     CHECK(__clz(0) == 32 && __clz(1) == 31 && __clz(-1) == 0, "clz");
     CHECK(__ffs(0) == 0 && __ffs(1) == 1 && __ffs(int(0x80000000)) == 32, "ffs");
     CHECK(__popc(0xf0f0u) == 8 && __popc(0) == 0, "popc");

@@ -177,14 +177,15 @@ template <int TERMS> void launch(const ggml_ext_kron_args & args, const ggml_ext
     const auto kernel = plan.n_tiles == 2 ? ggml_ext_kron_kernel<TERMS, 2, 1> :
                         plan.units == 1   ? ggml_ext_kron_kernel<TERMS, 8, 1> :
                                             ggml_ext_kron_kernel<TERMS, 8, 2>;
-    ggml_ext_cuda_launch(kernel, dim3(plan.n_blocks), dim3(32 * plan.n_warps), plan.shared_bytes, nullptr, args);
+    ggml_ext_cuda_launch_overlapped(kernel, dim3(plan.n_blocks), dim3(32 * plan.n_warps), plan.shared_bytes, nullptr,
+                                    args);
 }
 
 // As kron.cu launches it, on a device of n_sms.
 void check_tensor_cores(const char * name, problem p) {
     const int n = p.shape.n1 * p.shape.n2;
     auto plan   = ggml_ext_kron_plan_of(p.shape, p.left.f.kind, p.right.f.kind, p.o.terms, p.o.pad % 4 == 0, 227 * 1024,
-                                        228 * 1024, p.o.n_sms);
+                                        p.o.n_sms);
     CHECK(plan.tensor_cores, "%s: on tensor cores", name);
     if (!plan.tensor_cores) {
         return;

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "ggml.h"
+#include "attention/match.h"
 #include "shape.h"
 
 #include <cstring>
@@ -15,21 +15,8 @@ inline cache_type cache_type_of(const ggml_tensor * t) {
 
 // Rows must start where the kernel's copies expect them, and 16 tokens lie within 2 GiB.
 inline bool attention_decode_is_cache(const ggml_tensor * t) {
-    if ((t->type != GGML_TYPE_Q8_0 && t->type != GGML_TYPE_Q4_0) || t->nb[0] != ggml_type_size(t->type) ||
-        t->nb[1] >= size_t(1) << 26) {
-        return false;
-    }
-    const size_t align = size_t(cache_row_align(cache_type_of(t), int(t->ne[0])));
-    return t->nb[1] >= ggml_row_size(t->type, t->ne[0]) && t->nb[1] % align == 0 && t->nb[2] % align == 0 &&
-           t->nb[3] % align == 0 && t->view_offs % align == 0;
-}
-
-inline bool attention_decode_fits(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
-    const int64_t dim = k->ne[0];
-    return (dim == 64 || dim == 96 || dim == 128 || dim == 256) && v->ne[0] == dim && q->ne[1] <= decode_max_queries &&
-           k->ne[1] == v->ne[1] && k->ne[1] < int64_t(1) << 30 && k->ne[2] > 0 && k->ne[2] == v->ne[2] &&
-           q->ne[2] % k->ne[2] == 0 && q->ne[2] <= 65536 && q->ne[3] == k->ne[3] && q->ne[3] == v->ne[3] &&
-           q->ne[3] <= 65535;
+    return (t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0) && t->nb[1] < size_t(1) << 26 &&
+           attention_is_aligned(t, size_t(cache_row_align(cache_type_of(t), int(t->ne[0]))));
 }
 
 inline size_t attention_decode_shared_bytes(const ggml_tensor * dst) {
@@ -41,19 +28,10 @@ inline size_t attention_decode_shared_bytes(const ggml_tensor * dst) {
 
 // Whether the kernels compute dst, a FLASH_ATTN_EXT, where a block may have block_shared bytes of shared memory.
 inline bool attention_decode_takes(const ggml_tensor * dst, size_t block_shared) {
-    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3], *sinks = dst->src[4];
-    if (!attention_decode_fits(q, k, v) || !attention_decode_is_cache(k) || !attention_decode_is_cache(v) ||
-        q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float)) {
-        return false;
-    }
-    if (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != 2 || mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1] ||
-                 ggml_nbytes(mask) >= size_t(1) << 32)) {
-        return false;
-    }
-    if (sinks && (sinks->type != GGML_TYPE_F32 || !ggml_is_contiguous(sinks))) {
-        return false;
-    }
-    return attention_decode_shared_bytes(dst) <= block_shared;
+    const ggml_tensor *q = dst->src[0], *mask = dst->src[3];
+    return !attention_refusal(dst) && q->ne[1] <= decode_max_queries && attention_decode_is_cache(dst->src[1]) &&
+           attention_decode_is_cache(dst->src[2]) && (!mask || ggml_nbytes(mask) < size_t(1) << 32) &&
+           attention_decode_shared_bytes(dst) <= block_shared;
 }
 
 // All but sums and totals. n_sm: of the device.

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "attention/parts.cuh"
 #include "warp.cuh"
 
 namespace ggml_ext {
@@ -87,13 +88,12 @@ __device__ __forceinline__ void decode_finish(const attention_decode_args & args
         }
         return top;
     };
-    const auto shrink = [&](float from, float to) { return to == -INFINITY ? 1.0f : exp2_approx(from - to); };
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const int   row    = 8 * group + 2 * state.t + c;
-            const float factor = shrink(state.top[group][c], top_of(row));
+            const float factor = attention_part_weight(state.top[group][c], top_of(row));
             float *     to     = sums + (warp * rows + row) * dim;
 #pragma unroll
             for (int i = 0; i < 2 * state.blocks; i++) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void decode_finish(const attention_decode_args & args
         const float top   = top_of(row);
         float       total = 0.0f;
         for (int w = 0; w < decode_warps; w++) {
-            total += totals[w * rows + row] * shrink(tops[w * rows + row], top);
+            total += totals[w * rows + row] * attention_part_weight(tops[w * rows + row], top);
         }
         float * to = args.totals + 2 * (decode_out_row(args, p, row) * args.n_chunks + p.chunk);
         to[0]      = top;
@@ -174,7 +174,7 @@ ggml_ext_attention_decode_kernel(attention_decode_args args) {
         state.products(s, rows + stages.k_low, rows + stages.k_high);
         state.logits(s, mask, args.softcap, factors, slopes);
         state.load_mask(mask, args.mask, token + stride, p.end);
-        state.follow(s);
+        state.rescale_online_softmax(s);
         state.weights(w, s);
         state.zero_nonfinite_v(s, rows + stages.v_low, rows + stages.v_high);
         const char * const v[4] = { rows + stages.v_rows[0], rows + stages.v_rows[1], rows + stages.v_rows[2],

@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include "common/device.cuh"
+#include "attention/parts.cuh"
+#include "common/numerics.h"
 #include "shape.h"
 
 namespace ggml_ext {
@@ -15,15 +16,15 @@ static __global__ void __launch_bounds__(decode_merge_threads) ggml_ext_attentio
     __shared__ float  totals[decode_merge_threads];  // of each group of threads that shares chunks
     __shared__ float4 sums[decode_merge_threads];
 
-    const int64_t row = blockIdx.x;
-    const int     id = int(threadIdx.x), width = args.dim / 4, groups = decode_merge_threads / width;
-    const int     group = id / width, column = id % width;
-    const float * parts = args.totals + 2 * row * args.n_chunks;
-    const float   sink  = args.sinks ? args.sinks[row % (args.heads_kv * args.gqa)] * decode_log2_e : -INFINITY;
+    const int64_t  row = blockIdx.x;
+    const int      id = int(threadIdx.x), width = args.dim / 4, groups = decode_merge_threads / width;
+    const int      group = id / width, column = id % width;
+    const float2 * parts = reinterpret_cast<const float2 *>(args.totals) + row * args.n_chunks;
+    const float    sink  = args.sinks ? args.sinks[row % (args.heads_kv * args.gqa)] * log2_e : -INFINITY;
 
     float top = sink;
     for (int i = id; i < args.n_chunks; i += decode_merge_threads) {
-        top = fmaxf(top, parts[2 * i]);
+        top = fmaxf(top, parts[i].x);
     }
     top = warp_max(top);
     if (id % 32 == 0) {
@@ -33,21 +34,13 @@ static __global__ void __launch_bounds__(decode_merge_threads) ggml_ext_attentio
     for (int i = 0; i < decode_merge_threads / 32; i++) {
         top = fmaxf(top, tops[i]);
     }
-    const float base  = top == -INFINITY ? 0.0f : top;  // all masked: sums of zeros, or of NaN
-    float       total = 0.0f;
-    float4      sum   = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float  total = 0.0f;
+    float4 sum   = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (group < groups) {
         const float4 * from = reinterpret_cast<const float4 *>(args.sums + row * args.n_chunks * args.dim) + column;
-#pragma unroll 4
-        for (int i = group; i < args.n_chunks; i += groups) {
-            const float  factor = parts[2 * i] == -INFINITY ? 1.0f : exp2_approx(parts[2 * i] - base);
-            const float4 part   = from[int64_t(i) * width];
-            total               = fmaf(factor, parts[2 * i + 1], total);
-            sum.x               = fmaf(factor, part.x, sum.x);
-            sum.y               = fmaf(factor, part.y, sum.y);
-            sum.z               = fmaf(factor, part.z, sum.z);
-            sum.w               = fmaf(factor, part.w, sum.w);
-        }
+        attention_add_parts(
+            total, sum, group, groups, args.n_chunks, top, [&](int i) { return parts[i]; },
+            [&](int i) { return from[int64_t(i) * width]; });
     }
     sums[id]   = sum;
     totals[id] = total;
@@ -61,7 +54,7 @@ static __global__ void __launch_bounds__(decode_merge_threads) ggml_ext_attentio
             sum.z += part.z;
             sum.w += part.w;
         }
-        total += exp2_approx(sink - base);
+        total += exp2_approx(sink - (top == -INFINITY ? 0.0f : top));
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
         reinterpret_cast<float4 *>(args.out + row * args.dim)[column] =
             make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse);

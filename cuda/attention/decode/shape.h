@@ -3,6 +3,9 @@
 
 #pragma once
 
+#include "common/occupancy.h"
+#include "common/tuning.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -11,13 +14,11 @@ namespace ggml_ext {
 
 enum cache_type { CACHE_Q8_0, CACHE_Q4_0 };
 
-constexpr int   decode_warps         = 4;   // of a block; each walks tokens of its own
-constexpr int   decode_step          = 16;  // tokens that a warp takes at a time
-constexpr int   decode_n_stages      = 2;   // steps of a warp in shared memory: one computed, one on its way
-constexpr int   decode_max_queries   = 8;   // more tokens are left to the kernel for prompts
-constexpr int   decode_merge_threads = 256;
-constexpr float decode_log2_e        = 1.44269504f;
-constexpr int decode_overhead_steps = 2;  // what a block costs beside its steps, in steps of all its warps; an estimate
+constexpr int decode_warps         = 4;   // of a block; each walks tokens of its own
+constexpr int decode_step          = 16;  // tokens that a warp takes at a time
+constexpr int decode_n_stages      = 2;   // steps of a warp in shared memory: one computed, one on its way
+constexpr int decode_max_queries   = 8;   // more tokens are left to the kernel for prompts
+constexpr int decode_merge_threads = 256;
 
 constexpr int cache_block_bytes(cache_type type) {
     return type == CACHE_Q8_0 ? 34 : 18;
@@ -87,10 +88,9 @@ constexpr int decode_blocks_per_sm(int dim, int groups) {
     return dim > 128 ? 2 : groups > 1 ? 3 : 4;
 }
 
-// Blocks that a device runs at once. block_shared: the most shared memory of a block; an SM has 1 KiB more, and each
-// block needs 1 KiB more than it asks for (CUDA C++ Programming Guide, "Compute Capabilities").
+// Blocks that a device runs at once. block_shared: the most shared memory of a block.
 inline int decode_slots(int n_sm, size_t block_shared, size_t shared_bytes, int dim, int groups) {
-    const int fit = int((block_shared + 1024) / (shared_bytes + 1024));
+    const int fit = blocks_by_shared(block_shared, shared_bytes);
     return n_sm * std::max(1, std::min(decode_blocks_per_sm(dim, groups), fit));
 }
 

@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include "attention/logits.cuh"
 #include "cache.cuh"
 
 namespace ggml_ext {
@@ -47,16 +48,6 @@ static __device__ __forceinline__ int64_t decode_out_row(const attention_decode_
     return (int64_t(p.stream) * args.n_q + query) * args.heads_kv * args.gqa + p.head * args.gqa + row % args.gqa;
 }
 
-// ALiBi (arXiv 2108.12409, section 3) as in ggml: the slope of a head.
-static __device__ __forceinline__ float decode_slope(const attention_decode_args & args, int head) {
-    if (args.max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int   power = 1 << (31 - __clz(args.heads_kv * args.gqa));
-    const float base  = -args.max_bias / float(power);
-    return exp2_approx(head < power ? base * float(head + 1) : 0.5f * base * float(2 * (head - power) + 1));
-}
-
 // One warp makes int8 codes of row i of the block, the factor from sums of code products to logits in base 2 (with a
 // softcap: to its tanh's argument), and the slope of its mask in base 2. A row with a NaN or Inf has the factor NaN;
 // one below 1e-30 counts as zeros.
@@ -89,9 +80,9 @@ __device__ __forceinline__ void decode_quantize(const attention_decode_args & ar
     }
     if (lane == 0) {
         const float unit = K::type == CACHE_Q8_0 ? 1.0f / 127.0f : 1.0f / (127.0f * 16.0f);
-        *factor = largest * unit * (args.softcap != 0.0f ? args.scale / args.softcap : args.scale * decode_log2_e);
+        *factor          = largest * unit * (args.softcap != 0.0f ? args.scale / args.softcap : args.scale * log2_e);
         *factor += poisoned;
-        *slope = decode_slope(args, p.head * args.gqa + row % args.gqa) * decode_log2_e;
+        *slope = attention_slope(args.max_bias, args.heads_kv * args.gqa, p.head * args.gqa + row % args.gqa) * log2_e;
     }
 }
 
@@ -172,8 +163,8 @@ template <class K, class V, int GROUPS> struct decode_warp {
         }
     }
 
-    // s = codes of K times codes of Q, times K's scales. The sums of integers start from the bits of 1.5 * 2^23, so
-    // that they are floats of that plus the sum: |sum| <= 32 * 128 * 127 < 2^22.
+    // s = codes of K times codes of Q, times K's scales. Sums of integers start from magic_bits:
+    // |sum| <= 32 * 128 * 127 < 2^22.
     __device__ __forceinline__ void products(float (&s)[GROUPS][4], const char * low, const char * high) const {
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
@@ -189,11 +180,11 @@ template <class K, class V, int GROUPS> struct decode_warp {
             const float scales[2] = { cache_scale_float<K>(low, block), cache_scale_float<K>(high, block) };
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
-                int32_t sum[4] = { 0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000 };
+                int32_t sum[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
                 mma_s8(sum, a, q[group][block]);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    s[group][i] = fmaf(__int_as_float(sum[i]) - 12582912.0f, scales[i / 2], s[group][i]);
+                    s[group][i] = fmaf(__int_as_float(sum[i]) - magic, scales[i / 2], s[group][i]);
                 }
             }
         }
@@ -210,9 +201,8 @@ template <class K, class V, int GROUPS> struct decode_warp {
             for (int i = 0; i < 4; i++) {
                 float x = s[group][i] * (i % 2 ? factor.y : factor.x);
                 x       = fmaf(x, 0.0f, x);
-                if (softcap != 0.0f) {  // tanh
-                    x = softcap * decode_log2_e *
-                        (1.0f - __fdividef(2.0f, exp2_approx(2.0f * decode_log2_e * x) + 1.0f));
+                if (softcap != 0.0f) {
+                    x = attention_softcap(softcap, x);
                 }
                 const float shift = __half2float(m[group][i]);
                 s[group][i]       = shift == -INFINITY ? -INFINITY : fmaf(i % 2 ? slope.y : slope.x, shift, x);
@@ -221,7 +211,7 @@ template <class K, class V, int GROUPS> struct decode_warp {
     }
 
     // Makes `top` the maximum so far where that is more than 8 above it, and scales what was summed.
-    __device__ __forceinline__ void follow(const float (&s)[GROUPS][4]) {
+    __device__ __forceinline__ void rescale_online_softmax(const float (&s)[GROUPS][4]) {
         bool higher = false;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "attention/parts.cuh"
 #include "prefill.cuh"
 
 namespace ggml_ext {
@@ -22,29 +23,25 @@ static __global__ void __launch_bounds__(attention_merge_threads) attention_merg
         const auto    meta = [&](int part) {
             return *reinterpret_cast<const float2 *>(p.partial_meta + 2 * (part * rows + at));
         };
-        float max = -INFINITY, sum = 0.0f;
+        float max = -INFINITY, total = 0.0f;
         for (int part = 0; part < n; part++) {
             max = fmaxf(max, meta(part).x);
         }
-        const auto weight = [&](float2 m) {  // an empty part has the maximum -inf, and so has one of NaN
-            return m.x == -INFINITY ? 1.0f : exp2_approx(m.x - max);
-        };
-        for (int part = 0; part < n; part++) {
-            sum = fmaf(meta(part).y, weight(meta(part)), sum);
-        }
-        const float factor = last ? attention_normaliser(p, p.q_rows[at], max, sum) : 1.0f;
-        float *     to     = last ? p.out + attention_out_at(p, head, r) : p.partial + (p.n_chunks * rows + at) * p.d;
-        for (int channel = int(threadIdx.x % 32); channel < p.d; channel += 32) {
-            float o = 0.0f;
-            for (int part = 0; part < n; part++) {
-                o = fmaf(p.partial[(part * rows + at) * p.d + channel], weight(meta(part)), o);
-            }
-            to[channel] = o * factor;
+        float * to = last ? p.out + attention_out_at(p, head, r) : p.partial + (p.n_chunks * rows + at) * p.d;
+        for (int channel = 4 * int(threadIdx.x % 32); channel < p.d; channel += 128) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            total      = 0.0f;
+            attention_add_parts(total, sum, 0, 1, n, max, meta, [&](int part) {
+                return *reinterpret_cast<const float4 *>(p.partial + (part * rows + at) * p.d + channel);
+            });
+            const float factor = last ? attention_normaliser(p, p.q_rows[at], max, total) : 1.0f;
+            *reinterpret_cast<float4 *>(to + channel) =
+                make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
         }
         if (!last) {
             __syncwarp();  // no lane reads the old maximum and sum any more
             if (threadIdx.x % 32 == 0) {
-                *reinterpret_cast<float2 *>(p.partial_meta + 2 * (p.n_chunks * rows + at)) = make_float2(max, sum);
+                *reinterpret_cast<float2 *>(p.partial_meta + 2 * (p.n_chunks * rows + at)) = make_float2(max, total);
             }
         }
     }

@@ -2,10 +2,10 @@
 
 #pragma once
 
+#include "common/tuning.h"
 #include "prefill.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace ggml_ext {
 
@@ -14,8 +14,7 @@ inline int64_t attention_ceil(int64_t a, int64_t b) {
 }
 
 // Chunks of a window that keep n_slots blocks of threads busy. The last round of blocks costs as much as a full one,
-// so the time is about rounds * (tiles of a chunk + what a block costs beside them), the latter about 4 tiles: Q, the
-// first loads, and the partial result out and in again.
+// so the time is about rounds * (tiles of a chunk + what a block costs beside them).
 // part_bytes: what a chunk's partial results take.
 inline int attention_chunks(int64_t n_blocks, int n_tiles, int n_slots, int64_t part_bytes) {
     const int fit        = (int) std::min<int64_t>(attention_max_chunks, attention_max_bytes / part_bytes);
@@ -23,7 +22,8 @@ inline int attention_chunks(int64_t n_blocks, int n_tiles, int n_slots, int64_t 
     int       best       = 1;
     int64_t   best_cost  = INT64_MAX;
     for (int n = 1; n <= max_chunks; n++) {
-        const int64_t cost = attention_ceil(n_blocks * n, n_slots) * (attention_ceil(n_tiles, n) + (n > 1 ? 4 : 0));
+        const int64_t cost =
+            attention_ceil(n_blocks * n, n_slots) * (attention_ceil(n_tiles, n) + (n > 1 ? attention_chunk_tiles : 0));
         if (cost < best_cost) {
             best      = n;
             best_cost = cost;
@@ -54,14 +54,6 @@ inline void attention_plan(attention_prefill & p, int n_slots) {
     p.chunk       = (int) attention_ceil(p.window, attention_chunks((int64_t) p.n_blocks * p.n_heads, p.window, n_slots,
                                                                     p.n_heads * p.padded_rows * (p.d + 2) * 4));
     p.n_chunks    = (int) attention_ceil(p.window, p.chunk);
-
-    const int heads = p.heads_kv * p.gqa;
-    p.slope_heads   = 1;
-    while (2 * p.slope_heads <= heads) {
-        p.slope_heads *= 2;
-    }
-    p.slope0 = std::exp2(-p.max_bias / (float) p.slope_heads);
-    p.slope1 = std::exp2(-p.max_bias / 2.0f / (float) p.slope_heads);
 }
 
 // Bytes of workspace; with a base, which is 256-byte aligned, also points into it.

@@ -9,23 +9,14 @@ extern template cudaError_t ggml_ext::attention_launch_prefill<96>(const attenti
 extern template cudaError_t ggml_ext::attention_launch_prefill<128>(const attention_prefill &, cudaStream_t);
 extern template cudaError_t ggml_ext::attention_launch_prefill<256>(const attention_prefill &, cudaStream_t);
 
-// From where on it is worth its preparation, counted in docs/attention.md; no device has measured it. Rows: query tokens
-// times the heads that share a kv head.
-#define MIN_KV       512
-#define MIN_ROWS     64    // quantised K and V, which llama.cpp's kernel expands first
-#define MIN_ROWS_F16 1024  // K or V f16
-
 const char * ggml_ext_cuda_attention_prefill_refusal(int device, const ggml_tensor * dst) {
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
-    const char *                            reason  = ggml_ext::attention_refusal(dst, setting);
+    const char *                            reason  = ggml_ext::attention_prefill_refusal(dst, setting);
     if (reason) {
         return reason;
     }
     const ggml_ext::attention_prefill p      = ggml_ext::attention_prefill_of(dst, setting);
     const int                         groups = p.k.type == ggml_ext::ATTENTION_F16 ? 1 : p.d / 32;
-    if (!ggml_ext::attention_has_head(p.d)) {
-        return "the size of heads";
-    }
     if (!ggml_ext_cuda_has_tensor_cores(device)) {
         return "no 8-bit tensor cores";
     }
@@ -40,7 +31,8 @@ bool ggml_ext_cuda_attention_prefill_applies(int device, const ggml_tensor * dst
     const ggml_tensor * k    = dst->src[1];
     const bool          f16  = !ggml_is_quantized(k->type) || !ggml_is_quantized(dst->src[2]->type);
     const int64_t       rows = q->ne[1] * (q->ne[2] / k->ne[2]);
-    return k->ne[1] >= MIN_KV && rows >= (f16 ? MIN_ROWS_F16 : MIN_ROWS) && ggml_nelements(dst) > 0 &&
+    return k->ne[1] >= ggml_ext::attention_min_kv &&
+           rows >= (f16 ? ggml_ext::attention_min_rows_f16 : ggml_ext::attention_min_rows) && ggml_nelements(dst) > 0 &&
            ggml_ext_cuda_attention_prefill_refusal(device, dst) == nullptr;
 }
 

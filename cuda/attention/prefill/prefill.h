@@ -34,7 +34,8 @@ enum attention_visible : uint8_t { ATTENTION_HIDDEN, ATTENTION_VISIBLE, ATTENTIO
 
 // K and V of the tokens that a kernel takes in one step, adjacent in memory: offsets in bytes.
 //   K codes        int8 [tokens][d]
-//   K scales       float [groups + 1][tokens]: the last row undoes attention_magic
+//   K scales       float [groups + 1][tokens]: the last row undoes magic (numerics.h), from which integer sums start:
+//                  |sum| <= 127 * 127 * 256 for logits, 255 * 127 * 64 for V
 //   V, half        f16 [tokens][d]
 //   V codes, full  int8 [d][tokens]; token 32 s + 16 h + 8 i + 2 t + j stands at 32 s + 16 h + 4 t + 2 i + j, so that
 //                  the weights of a thread are the bytes of one register of mma_u8s8
@@ -57,8 +58,7 @@ struct alignas(16) attention_row {
     float sink;   // * log2(e), -inf for none
 };
 
-struct attention_prefill {
-    // --- the problem ---
+struct attention_problem {
     attention_tensor q, k, v, mask;   // q: F32, mask: F16 [n_kv, >= n_q, 1, n_mask_streams] or data NULL
     const float *    sinks;           // [gqa * heads_kv] or NULL
     float *          out;             // [n_streams][n_q][gqa * heads_kv][d]
@@ -67,8 +67,10 @@ struct attention_prefill {
     float            scale, softcap, max_bias;
     bool             full;    // 8-bit weights, for heads up to 128; else f16 ones
     bool             smooth;  // for f16 K
+};
 
-    // --- made by attention_plan ---
+// Made by attention_plan.
+struct attention_cut {
     attention_step layout;
     int            groups;    // K scales per token: one for f16 K, else one per 32 channels
     int            n_heads;   // kv heads of all streams
@@ -80,10 +82,12 @@ struct attention_prefill {
     int            n_chunks;  // of a window, each by other blocks of threads
     int            chunk;     // tiles of a chunk
     int64_t        padded_rows;
-    float slope0, slope1;  // ALiBi: head h has slope0^(h + 1) below slope_heads, then slope1^(2 (h - slope_heads) + 1)
-    int   slope_heads;
 
-    // --- workspace, placed by attention_place; heads are kv heads of all streams ---
+    int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
+};
+
+// Placed by attention_place; heads are kv heads of all streams.
+struct attention_workspace {
     int8_t *        q_codes;  // [heads][padded_rows][d]
     attention_row * q_rows;   // [heads][padded_rows]
     float *         k_mean;   // [heads][d], with smoothing
@@ -93,18 +97,11 @@ struct attention_prefill {
     // Parts of results, with more than one: the window's chunks, then with more than one window what came before it.
     float *         partial;       // [parts()][heads][padded_rows][d]
     float *         partial_meta;  // [parts()][heads][padded_rows][2]: maximum and sum
-
-    // --- of a launch ---
-    int first_tile, end_tile;  // of the window
-
-    int parts() const { return n_windows > 1 ? n_chunks + 1 : n_chunks > 1 ? n_chunks : 0; }
 };
 
-// An int32 sum that starts from these bits is, read as a float, attention_magic + sum for |sum| < 2^22. Sums stay below:
-// 127 * 127 * 256 for logits, 255 * 127 * 64 for V.
-constexpr int32_t attention_magic_bits = 0x4b400000;
-constexpr float   attention_magic      = 12582912.0f;
-
-constexpr float attention_log2e = 1.44269504f;
+// What kernels get.
+struct attention_prefill : attention_problem, attention_cut, attention_workspace {
+    int first_tile, end_tile;  // of the launch's window
+};
 
 }  // namespace ggml_ext

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "attention/logits.cuh"
 #include "common/device.cuh"
 #include "prefill.h"
 
@@ -61,7 +62,7 @@ __device__ __forceinline__ attention_quad attention_load_quad(attention_type typ
         const char *   block  = row + 18 * (i / 8);
         const uint32_t both   = halves(block + 2 + 4 * (i % 4));
         const uint32_t nibble = (i % 8 < 4 ? both : both >> 4) & 0x0f0f0f0f;
-        // As 16 (nibble - 8), which gives integer sums the resolution of q8_0's: they are as exact as attention_magic
+        // As 16 (nibble - 8), which gives integer sums the resolution of q8_0's: they are as exact as magic
         // times the scale is.
         quad.codes            = nibble << 4 ^ 0x80808080;
         quad.scale            = __half2float(*reinterpret_cast<const half *>(block)) / 16.0f;
@@ -111,16 +112,12 @@ static __global__ void attention_k_mean_kernel(attention_prefill p) {
 
 __device__ __forceinline__ attention_row attention_make_row(const attention_prefill & p, int q_head, float max,
                                                             float dot_mean) {
-    const float   unit = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * attention_log2e;
-    const bool    low  = q_head < p.slope_heads;
-    const float   base = low ? p.slope0 : p.slope1;
+    const float   unit = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * log2_e;
     attention_row row;
     row.scale = attention_inverse(max) > 0.0f || !attention_finite(max) ? max / 127.0f * unit : 0.0f;
     row.bias  = dot_mean * unit;
-    row.slope = p.max_bias > 0.0f ?
-                    powf(base, float(low ? q_head + 1 : 2 * (q_head - p.slope_heads) + 1)) * attention_log2e :
-                    attention_log2e;
-    row.sink  = p.sinks ? p.sinks[q_head] * attention_log2e : -INFINITY;
+    row.slope = attention_slope(p.max_bias, p.heads_kv * p.gqa, q_head) * log2_e;
+    row.sink  = p.sinks ? p.sinks[q_head] * log2_e : -INFINITY;
     return row;
 }
 
@@ -202,7 +199,7 @@ __device__ __forceinline__ void attention_put_k(const attention_prefill & p, con
         if (p.groups == 1) {
             scales[0] = poisoned ? bad : total;
         }
-        scales[p.groups * layout.tokens] = poisoned ? bad : -attention_magic * total;
+        scales[p.groups * layout.tokens] = poisoned ? bad : -magic * total;
     }
 }
 

@@ -16,10 +16,6 @@ template <int D, typename F> auto attention_with_shape(int groups, bool full, co
     return groups == 1 ? f(attention_shape<D, 1, false>{}) : f(attention_shape<D, D / 32, false>{});
 }
 
-constexpr bool attention_has_head(int64_t d) {
-    return d == 64 || d == 96 || d == 128 || d == 256;
-}
-
 template <typename F> auto attention_with_head(int d, int groups, bool full, const F & f) {
     switch (d) {
         case 64:

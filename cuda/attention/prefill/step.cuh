@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "attention/logits.cuh"
 #include "common/device.cuh"
 #include "prefill.h"
 
@@ -25,11 +26,11 @@ template <int D_, int GROUPS_, bool FULL_> struct attention_shape {
     static constexpr int  BLOCKS    = FULL || D > 128 ? 1 : 2;  // per multiprocessor, as registers allow
 
     // What keeps registers from being spilled. RELOAD_Q: Q comes from memory in every step; before sm_80 mma_s8 is four
-    // instructions that take more registers. APART: the compiler must not mix logits with what follows.
+    // instructions that take more registers. FENCE_LOGITS: the compiler must not mix logits with what follows.
     static constexpr bool OLD      = GGML_EXT_CUDA_ARCH > 0 && GGML_EXT_CUDA_ARCH < 800;
     static constexpr bool RELOAD_Q = (D == 128 && FULL && GGML_EXT_CUDA_ARCH < 900 && GGML_EXT_CUDA_ARCH > 0) ||
                                      (OLD && GROUPS > 1 && (D == 96 || D == 256));
-    static constexpr bool APART = !OLD && GROUPS > 1;
+    static constexpr bool FENCE_LOGITS = !OLD && GROUPS > 1;
 
     static constexpr attention_step LAYOUT = { D, GROUPS, FULL };  // in global memory
     static constexpr int            STEP   = LAYOUT.tokens;
@@ -115,8 +116,7 @@ __device__ __forceinline__ void attention_logits(const attention_state<S> & w, c
             const float2 k_scale = *reinterpret_cast<const float2 *>(scale + g * S::STEP);
 #pragma unroll
             for (int m = 0; m < S::ROW_TILES; m++) {
-                int32_t sum[4] = { attention_magic_bits, attention_magic_bits, attention_magic_bits,
-                                   attention_magic_bits };
+                int32_t sum[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
 #pragma unroll
                 for (int i = 0; i < PER_GROUP; i++) {
                     mma_s8(sum, w.q[m][g * PER_GROUP + i], b[g * PER_GROUP + i]);
@@ -165,9 +165,8 @@ __device__ __forceinline__ void attention_shift_logits(const attention_prefill &
                 const int column = first + i / 2 * 8 + i % 2;
                 float &   y      = x[m][i / 2][2 * h + i % 2];
                 y                = fmaf(y, scale[m][h], bias);
-                if (p.softcap != 0.0f) {  // tanh(y) = 1 - 2 / (1 + exp(2 y))
-                    y = p.softcap * attention_log2e *
-                        (1.0f - __fdividef(2.0f, 1.0f + exp2_approx(2.0f * attention_log2e * y)));
+                if (p.softcap != 0.0f) {
+                    y = attention_softcap(p.softcap, y);
                 }
                 float shift = column < p.n_kv ? 0.0f : -INFINITY;
                 if (p.mask.data && column < p.n_kv) {
@@ -202,7 +201,8 @@ __device__ __forceinline__ void attention_row_max(const float (&x)[S::ROW_TILES]
 
 // Raises the running maxima to those of the step where that is due.
 template <class S>
-__device__ __forceinline__ void attention_rescale(attention_state<S> & w, const float (&step_max)[S::ROW_TILES][2]) {
+__device__ __forceinline__ void attention_rescale_online_softmax(attention_state<S> & w,
+                                                                 const float (&step_max)[S::ROW_TILES][2]) {
     bool due = false;
 #pragma unroll
     for (int m = 0; m < S::ROW_TILES; m++) {
@@ -276,9 +276,9 @@ __device__ __forceinline__ void attention_accumulate_half(attention_state<S> & w
     }
 }
 
-// Four weights as bytes. Adding 2^23 leaves them, rounded, in the low byte.
+// Four weights as bytes.
 __device__ __forceinline__ uint32_t attention_pack_bytes(float2 a, float2 b, float2 a_level, float2 b_level) {
-    const auto     byte = [](float weight, float level) { return __float_as_uint(fmaf(weight, level, 8388608.0f)); };
+    const auto     byte = [](float weight, float level) { return __float_as_uint(fmaf(weight, level, magic)); };
     const uint32_t low  = __byte_perm(byte(a.x, a_level.x), byte(a.y, a_level.y), 0x0040);
     return __byte_perm(low, __byte_perm(byte(b.x, b_level.x), byte(b.y, b_level.y), 0x0040), 0x5410);
 }
@@ -322,12 +322,12 @@ __device__ __forceinline__ void attention_accumulate_full(attention_state<S> & w
             uint32_t r[4];
             ldmatrix_x4(r, rows + 8 * n * S::V_STRIDE);
             const uint32_t low[2] = { r[0], r[1] }, high[2] = { r[2], r[3] };
-            int32_t sum[4] = { attention_magic_bits, attention_magic_bits, attention_magic_bits, attention_magic_bits };
+            int32_t        sum[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
             mma_u8s8(sum, weights[0], low);
             mma_u8s8(sum, weights[1], high);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                w.o[m][n][j] = fmaf(__int_as_float(sum[j]) - attention_magic, gamma[j / 2], w.o[m][n][j]);
+                w.o[m][n][j] = fmaf(__int_as_float(sum[j]) - magic, gamma[j / 2], w.o[m][n][j]);
             }
         }
     }
@@ -339,7 +339,7 @@ __device__ __forceinline__ void attention_take_step(const attention_prefill & p,
                                                     bool mixed, const char * step) {
     float x[S::ROW_TILES][S::STEP / 8][4], scale[S::ROW_TILES][2], max[S::ROW_TILES][2];
     attention_logits<S>(w, step, x);
-    if constexpr (S::APART) {
+    if constexpr (S::FENCE_LOGITS) {
         __syncwarp();
     }
     attention_scales<S>(p, scale);
@@ -347,7 +347,7 @@ __device__ __forceinline__ void attention_take_step(const attention_prefill & p,
         attention_shift_logits<S>(p, token, scale, x);
     }
     attention_row_max<S>(x, scale, max);
-    attention_rescale<S>(w, max);
+    attention_rescale_online_softmax<S>(w, max);
     if constexpr (S::FULL) {
         const float * levels = reinterpret_cast<const float *>(step + S::LEVELS_AT);
         attention_accumulate_full<S>(w, step + S::V_AT, levels, scale, max, x);

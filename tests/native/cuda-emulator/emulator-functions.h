@@ -5,17 +5,12 @@
 inline void __syncthreads() {
     ggml_ext_emulator::block_barrier(0);
 }
-inline int __syncthreads_count(int predicate) {
-    return ggml_ext_emulator::block_barrier(predicate != 0);
-}
 inline int __syncthreads_or(int predicate) {
     return ggml_ext_emulator::block_barrier(predicate != 0) != 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
     ggml_ext_emulator::share(mask, 0);
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // --- shuffles: width is a power of two; a lane that a source lies outside of keeps its own value ---
 
@@ -36,13 +31,6 @@ template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, i
     const unsigned inner = lane & unsigned(width - 1);
     return inner < delta ? value : all[lane - delta];
 }
-template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    const auto     all   = ggml_ext_emulator::share(mask, value);
-    const unsigned lane  = ggml_ext_emulator::lane();
-    const unsigned inner = lane & unsigned(width - 1);
-    return inner + delta >= unsigned(width) ? value : all[lane + delta];
-}
-
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     const auto all    = ggml_ext_emulator::share(mask, predicate);
     unsigned   result = 0;
@@ -56,9 +44,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) {
     return __ballot_sync(mask, predicate) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate) {
-    return __ballot_sync(mask, predicate) == mask;
-}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     const auto all    = ggml_ext_emulator::share(mask, value);
     unsigned   result = 0;
@@ -69,10 +54,6 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     }
     return result;
 }
-inline unsigned __activemask() {
-    return 0xffffffffu;
-}
-
 // --- atomics: threads run one at a time ---
 
 template <typename T> T atomicAdd(T * p, std::common_type_t<T> x) {
@@ -83,28 +64,6 @@ template <typename T> T atomicAdd(T * p, std::common_type_t<T> x) {
 template <typename T> T atomicMax(T * p, std::common_type_t<T> x) {
     const T old = *p;
     *p          = old < x ? x : old;
-    return old;
-}
-template <typename T> T atomicMin(T * p, std::common_type_t<T> x) {
-    const T old = *p;
-    *p          = x < old ? x : old;
-    return old;
-}
-template <typename T> T atomicOr(T * p, std::common_type_t<T> x) {
-    const T old = *p;
-    *p          = old | x;
-    return old;
-}
-template <typename T> T atomicExch(T * p, std::common_type_t<T> x) {
-    const T old = *p;
-    *p          = x;
-    return old;
-}
-template <typename T> T atomicCAS(T * p, std::common_type_t<T> expected, std::common_type_t<T> x) {
-    const T old = *p;
-    if (old == expected) {
-        *p = x;
-    }
     return old;
 }
 
@@ -129,9 +88,6 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
 }
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-    return unsigned((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
-}
 // Shifts of 32 and more count as 32.
 inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
     return shift < 32 ? __funnelshift_r(low, high, shift) : high;
@@ -144,13 +100,6 @@ inline int __clz(int x) {
 }
 inline int __ffs(int x) {
     return __builtin_ffs(x);
-}
-inline unsigned __brev(unsigned x) {
-    unsigned result = 0;
-    for (int i = 0; i < 32; i++) {
-        result |= (x >> i & 1) << (31 - i);
-    }
-    return result;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return unsigned(uint64_t(a) * b >> 32);
@@ -193,9 +142,6 @@ inline int __float2int_rn(float x) {
     }
     return x < -2147483648.0f ? INT32_MIN : int(std::nearbyintf(x));
 }
-inline float __int2float_rn(int x) {
-    return float(x);
-}
 inline int __float_as_int(float x) {
     int bits;
     std::memcpy(&bits, &x, sizeof(bits));
@@ -220,26 +166,6 @@ inline float __fdiv_rn(float a, float b) {
 }
 inline float __fmaf_rn(float a, float b, float c) {
     return std::fma(a, b, c);
-}
-inline float __frcp_rn(float x) {
-    return 1.0f / x;
-}
-inline float __expf(float x) {
-    return std::exp(x);
-}
-inline float __logf(float x) {
-    return std::log(x);
-}
-inline float __log2f(float x) {
-    return std::log2(x);
-}
-inline float __fmul_rn(float a, float b) {
-    volatile float product = a * b;  // not contracted
-    return product;
-}
-inline float __fadd_rn(float a, float b) {
-    volatile float sum = a + b;
-    return sum;
 }
 inline float rsqrtf(float x) {
     return 1.0f / std::sqrt(x);

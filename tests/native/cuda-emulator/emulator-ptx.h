@@ -9,12 +9,12 @@ namespace ggml_ext {
     ggml_ext_emulator::fail("a path that this architecture does not have");
 }
 
-template <int BYTES> void cp_async(void * shared, const void * global, bool valid = true) {
-    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+template <int BYTES> void cp_async(void * shared, const void * global) {
+    static_assert(BYTES == 4 || BYTES == 16, "the sizes that kernels copy");
     if (uintptr_t(shared) % BYTES || uintptr_t(global) % BYTES) {
         ggml_ext_emulator::fail("cp_async: an address is not aligned to the size");
     }
-    ggml_ext_emulator::async_copy(shared, global, BYTES, valid);
+    ggml_ext_emulator::async_copy(shared, global, BYTES, true);
 }
 inline void cp_async_part(void * shared, const void * global, int n_bytes) {
     if (uintptr_t(shared) % 16 || uintptr_t(global) % 16 || n_bytes < 0 || n_bytes > 16) {
@@ -115,7 +115,9 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 
 inline void grid_dependency_launch() {}
-inline void grid_dependency_wait() {}
+inline void grid_dependency_wait() {
+    ggml_ext_emulator::wait_for_grid();
+}
 
 template <typename T> T keep_out_of_registers(T x) {
     return x;

@@ -39,6 +39,7 @@ struct fiber {
     char                           all_parts[32 * exchange_limit];  // of its latest warp operation
     std::vector<copy>              open;                            // cp_async since the last commit
     std::vector<std::vector<copy>> groups;                          // committed, oldest first
+    bool                           has_waited = false;              // grid_dependency_wait
 };
 
 // A warp operation that lanes have begun: all of `mask` must come with parts of the same size.
@@ -279,6 +280,14 @@ void async_wait(int pending) {
         perform(f.groups.front());
         f.groups.erase(f.groups.begin());
     }
+}
+
+void wait_for_grid() {
+    fibers[current].has_waited = true;
+}
+
+bool has_waited() {
+    return fibers[current].has_waited;
 }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & body) {

@@ -28,7 +28,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __shared__   static
-#define __constant__ static const
 #define __align__(n) __attribute__((aligned(n)))
 #ifndef __restrict__
 #    define __restrict__ __restrict
@@ -73,16 +72,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct char4 {
-    signed char x, y, z, w;
-};
 inline uint2 make_uint2(unsigned x, unsigned y) {
     return { x, y };
 }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
-    return { x, y, z, w };
-}
-inline char4 make_char4(signed char x, signed char y, signed char z, signed char w) {
     return { x, y, z, w };
 }
 
@@ -131,13 +124,16 @@ void async_copy(void * to, const void * from, size_t size, bool valid);
 void async_commit();
 void async_wait(int pending);
 
+// Of the running thread: grid_dependency_wait.
+void wait_for_grid();
+bool has_waited();
+
 }  // namespace ggml_ext_emulator
 
 #define threadIdx ggml_ext_emulator::thread_idx
 #define blockIdx  ggml_ext_emulator::block_idx
 #define blockDim  ggml_ext_emulator::block_dim
 #define gridDim   ggml_ext_emulator::grid_dim
-#define warpSize  32
 
 #define GGML_EXT_DYNAMIC_SHARED(type, name) \
     type * const name = reinterpret_cast<type *>(ggml_ext_emulator::dynamic_shared())
@@ -146,15 +142,23 @@ using cudaError_t                 = int;
 using cudaStream_t                = void *;
 constexpr cudaError_t cudaSuccess = 0;
 
-// cuda/common/launch.h
-inline cudaError_t ggml_ext_cuda_ask_shared(const void *, size_t) {
-    return cudaSuccess;
-}
-
+// cuda/common/launch.cuh
 template <typename... Params, typename... Args>
 cudaError_t ggml_ext_cuda_launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                                  Args... args) {
     ggml_ext_emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+    return cudaSuccess;
+}
+
+template <typename... Params, typename... Args>
+cudaError_t ggml_ext_cuda_launch_overlapped(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                                            cudaStream_t, Args... args) {
+    ggml_ext_emulator::run(grid, block, shared_bytes, [&] {
+        kernel(static_cast<Params>(args)...);
+        if (!ggml_ext_emulator::has_waited()) {
+            ggml_ext_emulator::fail("a kernel that was launched early ends without grid_dependency_wait");
+        }
+    });
     return cudaSuccess;
 }
 

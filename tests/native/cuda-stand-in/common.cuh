@@ -105,17 +105,3 @@ template <typename T> class ggml_cuda_pool_alloc {
 
     std::unique_ptr<T, deleter> memory;
 };
-
-struct ggml_cuda_kernel_launch_params {
-    dim3         grid, block;
-    size_t       shared_bytes;
-    cudaStream_t stream;
-
-    ggml_cuda_kernel_launch_params(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) :
-        grid(grid), block(block), shared_bytes(shared_bytes), stream(stream) {}
-};
-
-template <typename... Params, typename... Args>
-void ggml_cuda_kernel_launch(void (*kernel)(Params...), const ggml_cuda_kernel_launch_params & params, Args... args) {
-    CUDA_CHECK(ggml_ext_cuda_launch(kernel, params.grid, params.block, params.shared_bytes, params.stream, args...));
-}

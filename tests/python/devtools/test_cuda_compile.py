@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from devtools.cuda_compile import ptxas, report, tree
+from devtools.cuda_compile import ptxas, report, residents, tree
 from devtools.cuda_compile.ptxas import Cold, Kernel
+from devtools.cuda_compile.residents import Residents
 from devtools.gpu_check.plan import KERNELS, Ops
 from ggml_ext import GgmlExtError
 
@@ -80,6 +81,30 @@ def test_local_memory_needs_an_excuse() -> None:
     assert ptxas.complaints([kernels[1]], [Cold("fast", "stale")]) == [
         "fast: listed as cold, but no such kernel uses local memory"
     ]
+
+
+def made_up(registers: int) -> Kernel:
+    return Kernel("kernel<8, true>", "80", registers, stack=0, spill_stores=0, spill_loads=0, shared=0)
+
+
+def test_registers_leave_room_for_the_planned_blocks() -> None:
+    """A thread of 3 blocks of 128 may have 170.67 registers; they are taken by 8, so 169 are too many."""
+    plans = residents.parse("kernel<8, *>,128,3\n")
+    assert plans == [Residents("kernel<8, *>", 128, 3)]
+    assert residents.complaints([made_up(168), made_up(161)], plans) == []
+    assert residents.complaints([made_up(168), made_up(169)], plans) == [
+        "kernel<8, true>, sm_80: 169 registers, too many for 3 blocks of 128 threads"
+    ]
+    assert residents.complaints([made_up(1)], [Residents("kernel<9, *>", 128, 4)]) == [
+        "kernel<9, *>: no such kernel"
+    ]
+
+
+def test_the_plans_say_what_they_count_on(repo_root: Path, tmp_path: Path) -> None:
+    plans = residents.planned(repo_root, tmp_path)
+    assert Residents("ggml_ext_fq4_tiles_kernel<128>", 128, 2) in plans
+    assert all(plan.threads % 32 == 0 and plan.blocks >= 1 for plan in plans)
+    assert len({plan.pattern.split("<")[0] for plan in plans}) == 5  # decode, prefill, vec, tiles, kron
 
 
 def test_the_list_of_cold_kernels(repo_root: Path) -> None:
