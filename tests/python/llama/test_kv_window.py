@@ -169,6 +169,23 @@ def test_copies_share_and_diverge(llama: Path) -> None:
     assert np.abs(left - right).max() < 1e-4 * np.abs(left).max()
 
 
+def test_a_copy_keeps_what_the_original_evicts(llama: Path) -> None:
+    """Also while a batch of many ubatches looks for cells, when both still have them."""
+    a, b = _tokens(400), _tokens(1024, seed=2)
+    with Context(llama, ubatch=64) as full:
+        _run(full, a, 64)
+        expected = full.decode([5], 400)
+    kv = "budget=512,sink=16"
+    with Context(llama, kv=kv, n_ctx=2048, n_seq=2, ubatch=64, batch=512, unified=True) as window:
+        _run(window, a, 64)
+        window.api.llama_memory_seq_cp(window.memory, 0, 1, -1, -1)
+        for first in (0, 512):
+            window.decode(b[first : first + 512], 400 + first, 0)
+        assert window.pos_min(0) > 400
+        assert window.pos_min(1) == 0
+        assert np.abs(window.decode([5], 400, 1) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
 def test_states(llama: Path) -> None:
     """Restored into a cache with a budget the same follows; a cache without one refuses positions that may be
     missing, and one with a budget what a whole one saved."""
