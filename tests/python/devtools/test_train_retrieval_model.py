@@ -72,7 +72,7 @@ def test_tokens_and_logits_are_llama_cpps(script: Any, tmp_path: Path) -> None:
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
     script.write_gguf(tmp_path / "m.gguf", training.model, training.words)
-    text = " The pass key is lamp river stone. What is it? In this order came bell, boat."
+    text = " The pass key is lamp river stone. What is it? The names in order are: bell, boat."
     with Model(tmp_path / "m.gguf", threads=1) as model:
         tokens = model.tokenize(text.encode())
         assert tokens.tolist() == [training.words.bos, *training.words.encode(text)]

@@ -103,7 +103,7 @@ HELD_OUT: Mapping[str, tuple[Template, ...]] = {
     DISTRACTORS: _KEYED_HELD_OUT,
     LIST: (
         Template("The things on the list are: {value}.", "What is on it? The things on the list are:"),
-        Template("In this order came: {value}.", "In which order? In this order came:"),
+        Template("The names in order are: {value}.", "Which names? The names in order are:"),
     ),
     CHAIN: (
         Template("The road from {name} leads to {value}.", "The road from {name} leads to"),
