@@ -104,9 +104,9 @@ def test_an_importance_matrix_through_a_link(whole: Path, tmp_path: Path) -> Non
 
 def test_any_part_changes_the_identity_of_scores(parts: list[Path], text: Path, tmp_path: Path) -> None:
     with Evaluation(parts[0], [], text, ctx=64, threads=1) as evaluation:
-        before = evaluation._facts(evaluation.base)
+        before = evaluation.base.facts()
         os.utime(parts[2], ns=(1, 1))
-        assert evaluation._facts(evaluation.base) != before
+        assert evaluation.base.facts() != before
 
 
 def test_any_part_changes_the_identity_of_importances(
@@ -174,7 +174,7 @@ def test_names_that_look_like_parts(whole: Path, text: Path, tmp_path: Path) -> 
     shutil.copy(whole, named)
     assert inspect(named).parameters == N_WEIGHTS
     with Evaluation(named, [], text, ctx=64, threads=1) as evaluation:
-        assert len(evaluation._facts(evaluation.base)[0]) == 1
+        assert len(evaluation.base.facts()[0]) == 1
     assert named_parts(Path("x-00001-of-00002.gguf")) == [
         Path("x-00001-of-00002.gguf"),
         Path("x-00002-of-00002.gguf"),
