@@ -251,6 +251,8 @@ def _carried(source: Source) -> dict[str, bytes]:
     carried = {key: entry for key, entry in source.keys.items() if key.startswith(_TRANSFORM_KEYS)}
     if carried in ({}, {name: string_key(name, "none")}):
         return {}
+    if "ggml_ext.version" not in source.keys:
+        raise GgmlExtError(f"{source.path}: has {min(carried)} without ggml_ext.version; make the file anew")
     return {**carried, "ggml_ext.version": source.keys["ggml_ext.version"]}
 
 

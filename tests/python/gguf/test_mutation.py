@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -299,3 +300,19 @@ def test_mutants_are_read_and_converted_or_refused(
 @cache
 def float_parts(folder: Path) -> Parts:
     return take_apart(models.write_gguf(folder / "float-original.gguf", FLOATS))
+
+
+def test_keys_of_a_transform_without_a_version(tmp_path: Path) -> None:
+    """Rounding anew would carry them on; a reader could not tell which format they are of."""
+    source = tmp_path / "float.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_string("ggml_ext.transform.name", "flatquant")
+    for name, values in FLOATS.items():
+        writer.add_tensor(name, values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GgmlExtError, match=r"has ggml_ext.transform.name without ggml_ext.version; make"):
+        convert(source, tmp_path / "converted.gguf", type_name="fq4", threads=1)
+    assert not (tmp_path / "converted.gguf").exists()
