@@ -159,7 +159,6 @@ class Judgement:
         with Model(base, weights=False) as model:
             if model.adds_eos:
                 raise GgmlExtError(f"{base}: ends every text with EOS, so it cannot be asked anything")
-            self.cases = make_cases(model, text, grid)
             n_vocab = model.n_vocab
             self.cases = make_cases(model, text, grid)
         shortest = Grid((min(grid.lengths),), grid.depths, grid.cases)
