@@ -13,6 +13,8 @@ static const struct {
     [GGML_EXT_OP_KRON]      = { "kron",      ggml_ext_kron_fault      },
     [GGML_EXT_OP_ACT_ROUND] = { "act_round", ggml_ext_act_round_fault },
     [GGML_EXT_OP_SAMPLE]    = { "sample",    ggml_ext_sample_fault    },
+    [GGML_EXT_OP_KV_STORE]  = { "kv_store",  ggml_ext_kv_store_fault  },
+    [GGML_EXT_OP_KV_ATTEND] = { "kv_attend", ggml_ext_kv_attend_fault },
 };
 
 static bool ext_op_exists(int32_t sub_op) {

@@ -16,6 +16,8 @@ enum ggml_ext_op {
     GGML_EXT_OP_KRON      = 1,
     GGML_EXT_OP_ACT_ROUND = 2,
     GGML_EXT_OP_SAMPLE    = 3,
+    GGML_EXT_OP_KV_STORE  = 4,
+    GGML_EXT_OP_KV_ATTEND = 5,
     GGML_EXT_OP_COUNT,
 };
 
@@ -86,6 +88,46 @@ struct ggml_ext_sample_params {
 // candidate. All backends give the same tokens: sums are of integers, so their order does not matter.
 GGML_API struct ggml_tensor * ggml_ext_sample(struct ggml_context * ctx, struct ggml_tensor * logits,
                                               struct ggml_tensor * parameters, struct ggml_tensor * ids);
+
+// Writes heads into slots of a paged KV cache's pool (docs/kv-cache.md).
+//   pool:   I8 [block_bytes, n_blocks], contiguous; kv_store/block.h lays a block out.
+//   x:      F32 [d, n_head_kv, n_tokens], nb0 == 4, other strides arbitrary.
+//   slots:  I32 [n_head_kv, n_tokens], nb0 == 4: block * 64 + slot, each at most once.
+//   cells:  not read; a tensor that the graph must allocate, or NULL: what llama.cpp stores by, which it fills unasked.
+//   type:   of the stored rows; its blocks divide d.
+//   offset: bytes from a block's start to its rows.
+// Result: a view of pool, which whatever reads the rows has to take.
+GGML_API struct ggml_tensor * ggml_ext_kv_store(struct ggml_context * ctx, struct ggml_tensor * pool,
+                                                struct ggml_tensor * x, struct ggml_tensor * slots,
+                                                struct ggml_tensor * cells, enum ggml_type type, int offset);
+
+struct ggml_ext_kv_attend_params {
+    int32_t type_k, type_v;  // enum ggml_type
+    int32_t dk, dv;          // channels of a head
+    int32_t n_head_kv;
+    int32_t first_list;      // of the layer's heads, whose lists are adjacent
+    int32_t n_lists;         // of a lane
+    float   scale, max_bias;
+    float   cap;             // of the logits; 0: none
+};
+
+// Attention of queries over the blocks of their lanes' lists, as docs/attention.md computes it. A lane is what one
+// sequence sees: for each layer and head a list of runs of slots. A slot holds the token's position; the lane says in
+// which cell of llama.cpp's cache that token is, and so in which column of the mask.
+//   q:     F32 [dk, n_queries, n_head, n_streams], nb0 == 4. Token t is query t mod n_queries of stream t / n_queries.
+//   pool:  I8 [block_bytes, n_blocks], contiguous.
+//   table: I32: n_lanes * n_lists + 1 offsets, then entries (struct ggml_ext_kv_entry); list i of lane l has entries
+//          offset[l n_lists + i] .. offset[l n_lists + i + 1] - 1. What follows the last one is not read.
+//   cells: I32 [n_positions, n_lanes], contiguous.
+//   order: I32 [n_lanes + 1 + n_tokens]: where each lane's tokens start, n_tokens, then the tokens by lane.
+//   mask:  F16 [n_cells, n_queries, *, *], nb0 == 2.
+//   sinks: F32 [n_head] or NULL.
+// Result: F32 [dv, n_head, n_queries, n_streams].
+GGML_API struct ggml_tensor * ggml_ext_kv_attend(struct ggml_context * ctx, struct ggml_tensor * q,
+                                                 struct ggml_tensor * pool, struct ggml_tensor * table,
+                                                 struct ggml_tensor * cells, struct ggml_tensor * order,
+                                                 struct ggml_tensor * mask, struct ggml_tensor * sinks,
+                                                 const struct ggml_ext_kv_attend_params * params);
 
 #ifdef __cplusplus
 }

@@ -2,13 +2,16 @@
 
 #include "budget.h"
 
+#include "attention/setting.h"
 #include "hooks.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cells.h"
 #include "llama-model.h"
 #include "setting.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -25,6 +28,7 @@ const char * const other_memories[] = {
 };
 
 struct kv_scope {
+    const llama_model * model = nullptr;
     ggml_ext_kv_setting setting;
     uint32_t            n_seq_max = 0;
     uint32_t            n_ubatch  = 0;
@@ -56,6 +60,7 @@ ggml_ext_kv_scope::ggml_ext_kv_scope(const llama_model & model, const llama_cpar
     }
     // Upstream's server counts a sliding window as lost in front of a cut.
     scope.setting.recent = std::max(scope.setting.recent, model.hparams.n_swa + 1);
+    scope.model          = &model;
     scope.n_seq_max      = cparams.n_seq_max;
     scope.n_ubatch       = cparams.n_ubatch;
     kv_current           = new kv_scope(scope);
@@ -66,28 +71,120 @@ ggml_ext_kv_scope::~ggml_ext_kv_scope() {
     kv_current = nullptr;
 }
 
-std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(uint32_t n_stream, bool sliding, uint32_t & kv_size) {
-    if (!kv_current || sliding) {
-        return nullptr;
-    }
+// Policy window: fewer cells.
+static std::shared_ptr<ggml_ext_kv> kv_open_window(std::vector<llama_kv_cells> & cells, uint32_t & kv_size) {
     const ggml_ext_kv_setting & setting   = kv_current->setting;
-    const uint32_t              sequences = kv_current->n_seq_max / n_stream;
+    const uint32_t              sequences = kv_current->n_seq_max / uint32_t(cells.size());
     const double   wanted = setting.share > 0 ? setting.share * kv_size : double(setting.tokens) * sequences;
-    const uint32_t cells  = std::min<double>(kv_size, GGML_PAD(uint64_t(wanted), uint64_t(cells_step)));
-    if (cells == kv_size) {
+    const uint32_t budget = std::min<double>(kv_size, GGML_PAD(uint64_t(wanted), uint64_t(cells_step)));
+    if (budget == kv_size) {
         LLAMA_LOG_INFO("%s: ggml-ext: the budget covers all %u cells; nothing is evicted\n", __func__, kv_size);
         return nullptr;
     }
     const uint64_t least = uint64_t(sequences) * (setting.sink + setting.recent) + kv_current->n_ubatch;
-    if (cells < least) {
-        kv_refuse("a budget of " + std::to_string(cells) + " cells is less than " + std::to_string(sequences) +
+    if (budget < least) {
+        kv_refuse("a budget of " + std::to_string(budget) + " cells is less than " + std::to_string(sequences) +
                   " x (sink " + std::to_string(setting.sink) + " + recent " + std::to_string(setting.recent) + ") + " +
                   std::to_string(kv_current->n_ubatch) + " for -ub; raise it or lower them");
     }
     // A warning, since llama-server shows no less by itself.
     LLAMA_LOG_WARN(
         "%s: ggml-ext: policy window: %u cells for %u sequences and %u positions, sink %u, recent %u at least\n",
-        __func__, cells, sequences, kv_size, setting.sink, setting.recent);
-    kv_size = cells;
-    return std::make_shared<ggml_ext_kv>(ggml_ext_kv{ llama_pos(setting.sink), llama_pos(setting.recent), sequences });
+        __func__, budget, sequences, kv_size, setting.sink, setting.recent);
+    kv_size = budget;
+    for (llama_kv_cells & stream : cells) {
+        stream.resize(kv_size);
+    }
+    auto ext    = std::make_shared<ggml_ext_kv>();
+    ext->sink   = llama_pos(setting.sink);
+    ext->recent = llama_pos(setting.recent);
+    ext->n_seq  = sequences;
+    return ext;
+}
+
+// The device that a paged cache's layer would be on, if it is not the CPU's; else null.
+static const char * kv_other_device(const llama_model & model, bool offload) {
+    for (uint32_t il = 0; offload && il < model.hparams.n_layer(); ++il) {
+        const ggml_backend_dev_t device = model.dev_layer(int(il));
+        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            return ggml_backend_dev_name(device);
+        }
+    }
+    return nullptr;
+}
+
+static std::shared_ptr<ggml_ext_kv> kv_open_paged(ggml_type type_k, ggml_type type_v, bool v_trans, bool offload,
+                                                  uint32_t n_stream, uint32_t & kv_size) {
+    const llama_model & model = *kv_current->model;
+    for (const ggml_type type : { type_k, type_v }) {
+        if (type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0 && type != GGML_TYPE_Q5_0 && type != GGML_TYPE_IQ4_NL &&
+            type != GGML_TYPE_F16) {
+            kv_refuse(std::string("paged storage has no kernels for a cache of type ") + ggml_type_name(type) +
+                      "; take -ctk and -ctv of q8_0, q5_0, q4_0, iq4_nl or f16");
+        }
+    }
+    if (v_trans) {
+        kv_refuse("paged storage needs flash attention; take -fa on");
+    }
+    if (model.hparams.is_mla()) {
+        kv_refuse(std::string("a latent cache (architecture ") + model.arch_name() + ") cannot be paged; unset it");
+    }
+    if (ggml_ext_attention_setting().mode == GGML_EXT_ATTENTION_OFF) {
+        kv_refuse("paged attention is computed in 8-bit integers; unset GGML_EXT_ATTN=off");
+    }
+    if (const char * device = kv_other_device(model, offload)) {
+        LLAMA_LOG_WARN("%s: ggml-ext: paged storage is for the CPU; layers are on %s, so the cache stays llama.cpp's\n",
+                       __func__, device);
+        return nullptr;
+    }
+    auto ext   = std::make_shared<ggml_ext_kv>();
+    ext->paged = std::make_unique<ggml_ext_kv_paged>(kv_size, n_stream);
+    kv_size    = 1;
+    return ext;
+}
+
+std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v, bool v_trans, bool offload,
+                                              bool sliding, std::vector<llama_kv_cells> & cells, uint32_t & kv_size) {
+    if (!kv_current || sliding) {
+        return nullptr;
+    }
+    return kv_current->setting.paged ?
+               kv_open_paged(type_k, type_v, v_trans, offload, uint32_t(cells.size()), kv_size) :
+               kv_open_window(cells, kv_size);
+}
+
+void ggml_ext_kv_add_layer(ggml_ext_kv & ext, uint32_t il, const ggml_tensor * k, const ggml_tensor * v) {
+    const llama_hparams & hparams = kv_current->model->hparams;
+    ext.paged->add({ int32_t(hparams.n_embd_head_k(il)), int32_t(hparams.n_embd_head_v(il)),
+                     int32_t(hparams.n_head_kv(il)), k->type, v->type, 0 },
+                   k, v);
+}
+
+void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
+    ggml_ext_kv_paged &         paged   = *ext.paged;
+    const ggml_ext_kv_setting & setting = kv_current->setting;
+    const uint64_t              cells   = uint64_t(paged.n_cells) * paged.n_stream;
+    // With all of the cells to itself each sequence may leave a block open.
+    const uint64_t              open    = paged.n_stream == 1 ? kv_current->n_seq_max - 1 : 0;
+    const uint64_t              full    = (cells + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS + open;
+    uint64_t                    n       = full;
+    if (setting.bytes > 0) {
+        n = setting.bytes / paged.list_size();
+    } else if (setting.share > 0 || setting.tokens > 0) {
+        const double tokens =
+            setting.share > 0 ? setting.share * double(cells) : double(setting.tokens) * double(kv_current->n_seq_max);
+        n = uint64_t(std::ceil(tokens / GGML_EXT_KV_SLOTS));
+    }
+    n                    = std::min(n, full);
+    const uint64_t least = (kv_current->n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    if (n < least) {
+        kv_refuse("a budget of " + std::to_string(n) + " blocks of 64 tokens is less than " + std::to_string(least) +
+                  " for -ub " + std::to_string(kv_current->n_ubatch) + "; raise it or lower -ub");
+    }
+    paged.allocate(uint32_t(n), !kv_current->model->hparams.no_alloc);
+    LLAMA_LOG_WARN(
+        "%s: ggml-ext: paged: %.2f MiB, %llu blocks of 64 tokens for each of %u heads, room for %llu of %llu "
+        "tokens; nothing is evicted\n",
+        __func__, double(paged.size()) / 1024 / 1024, (unsigned long long) n, paged.n_lists(),
+        (unsigned long long) std::min(n * GGML_EXT_KV_SLOTS, cells), (unsigned long long) cells);
 }

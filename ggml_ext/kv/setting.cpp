@@ -10,8 +10,24 @@ static bool kv_number(std::string_view text, uint32_t & number) {
     return found.ec == std::errc() && found.ptr == end;
 }
 
+// 512K, 300M, 4G: powers of 1024.
+static bool kv_bytes(std::string_view text, uint64_t & bytes) {
+    static constexpr std::string_view units  = "KMG";
+    const size_t                      unit   = text.empty() ? std::string_view::npos : units.find(text.back());
+    uint32_t                          number = 0;
+    if (unit == std::string_view::npos || !kv_number(text.substr(0, text.size() - 1), number) || number == 0) {
+        return false;
+    }
+    bytes = uint64_t(number) << (10 * (unit + 1));
+    return true;
+}
+
 static bool kv_budget(std::string_view text, ggml_ext_kv_setting & setting) {
     uint32_t number = 0;
+    setting.share = 0, setting.tokens = 0, setting.bytes = 0;
+    if (kv_bytes(text, setting.bytes)) {
+        return true;
+    }
     if (!text.empty() && text.back() == '%') {
         if (!kv_number(text.substr(0, text.size() - 1), number) || number < 1 || number > 100) {
             return false;
@@ -31,6 +47,9 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
     if (key == "budget") {
         return kv_budget(value, setting);
     }
+    if (setting.paged) {
+        return false;  // nothing is evicted
+    }
     if (key == "sink") {
         return kv_number(value, setting.sink);
     }
@@ -46,6 +65,12 @@ bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting) {
         return true;
     }
     std::string_view rest = value;
+    setting.paged         = rest.substr(0, rest.find(',')) == "paged";
+    if (rest == "paged") {
+        setting.on = true;
+        return true;
+    }
+    rest.remove_prefix(setting.paged ? std::strlen("paged,") : 0);
     while (true) {
         const size_t comma = rest.find(',');
         if (!kv_item(rest.substr(0, comma), setting)) {
@@ -56,6 +81,6 @@ bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting) {
         }
         rest.remove_prefix(comma + 1);
     }
-    setting.on = setting.share > 0 || setting.tokens > 0;
-    return setting.on;
+    setting.on = setting.paged || setting.share > 0 || setting.tokens > 0;
+    return setting.on && (setting.paged || setting.bytes == 0);
 }

@@ -4,12 +4,16 @@
 
 #include <cstdint>
 
-#define GGML_EXT_KV_VALUES "off, or budget=25% or budget=TOKENS with ,policy=window ,sink=N ,recent=N"
+#define GGML_EXT_KV_VALUES                                                         \
+    "off; paged, with ,budget=50% ,budget=TOKENS or ,budget=4G; or budget=25% or " \
+    "budget=TOKENS with ,policy=window ,sink=N ,recent=N"
 
 struct ggml_ext_kv_setting {
     bool     on     = false;
-    double   share  = 0;   // of the context's cells; 0: tokens counts
+    bool     paged  = false;
+    double   share  = 0;   // of the context's cells
     uint32_t tokens = 0;   // per sequence
+    uint64_t bytes  = 0;   // of a paged cache; with none of the three it is as large as upstream's
     uint32_t sink   = 16;  // first tokens of a sequence that stay
     uint32_t recent = 64;  // latest tokens that stay whatever comes
 };

@@ -12,7 +12,7 @@
 // (n - u) / a - sink positions, so that all of it fits.
 ggml_ext_kv_spent::ggml_ext_kv_spent(const ggml_ext_kv * ext, const llama_kv_cells & cells,
                                      const llama_ubatch & ubatch) {
-    if (!ext) {
+    if (!ext || ext->paged) {
         return;
     }
     sink                   = ext->sink;
@@ -47,9 +47,18 @@ llama_pos ggml_ext_kv_spent::first_kept(llama_seq_id s) const {
     return first.empty() ? 0 : first[s];
 }
 
-void ggml_ext_kv_begin(llama_kv_cache & cache, const llama_ubatch & ubatch) {
+void ggml_ext_kv_begin(llama_kv_cache & cache, const llama_ubatch & ubatch,
+                       const std::vector<std::vector<uint32_t>> & token_cells) {
     ggml_ext_kv & ext = *cache.ext;
-    ext.evicts        = true;
+    if (ext.paged) {
+        std::vector<uint32_t> all;
+        for (const std::vector<uint32_t> & stream : token_cells) {
+            all.insert(all.end(), stream.begin(), stream.end());
+        }
+        ext.paged->begin(ubatch, all);
+        return;
+    }
+    ext.evicts = true;
     for (llama_seq_id s = 0; s < llama_seq_id(cache.get_n_seq_max()); ++s) {
         const ggml_ext_kv_spent spent(&ext, cache.get_cells(s), ubatch);
         if (spent.first_kept(s) > ext.sink) {
@@ -92,8 +101,12 @@ static bool kv_removable(const llama_kv_cells & cells, llama_seq_id s, llama_pos
     return p1 >= end && (p0 <= kv_first_gap(cells, s) || p0 >= kv_end_run(cells, s));
 }
 
-bool ggml_ext_kv_remove(const ggml_ext_kv & ext, const std::vector<llama_kv_cells> & cells, llama_seq_id s,
-                        llama_pos p0, llama_pos p1) {
+bool ggml_ext_kv_remove(ggml_ext_kv & ext, const std::vector<llama_kv_cells> & cells, llama_seq_id s, llama_pos p0,
+                        llama_pos p1) {
+    if (ext.paged) {
+        ext.paged->remove(s, p0, p1);
+        return true;
+    }
     if (ext.evicts) {
         return true;
     }
@@ -107,7 +120,7 @@ bool ggml_ext_kv_remove(const ggml_ext_kv & ext, const std::vector<llama_kv_cell
     return true;
 }
 
-llama_pos ggml_ext_kv_pos_min(const llama_kv_cells & cells, llama_seq_id s) {
+llama_pos ggml_ext_kv_pos_min(const ggml_ext_kv & ext, const llama_kv_cells & cells, llama_seq_id s) {
     const llama_pos begin = cells.seq_pos_min(s);
-    return begin < 0 || kv_first_gap(cells, s) > cells.seq_pos_max(s) ? begin : kv_end_run(cells, s);
+    return ext.paged || begin < 0 || kv_first_gap(cells, s) > cells.seq_pos_max(s) ? begin : kv_end_run(cells, s);
 }

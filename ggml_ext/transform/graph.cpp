@@ -2,8 +2,9 @@
 
 #include "core/ext_op.h"
 #include "kron/kron.h"
+#include "kv/paged_graph.h"
 #include "llama-arch.h"
-#include "llama-cparams.h"
+#include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 #include "observe/observer.h"
@@ -32,10 +33,11 @@ const ggml_ext_weight * find(const ggml_ext_model & ext, const ggml_tensor * w) 
 
 }  // namespace
 
-ggml_ext_graph::ggml_ext_graph(const llama_model & model, const llama_cparams & cparams) :
-    model(model), observed(cparams.cb_eval != nullptr),
-    observer(cparams.cb_eval == ggml_ext_observer_eval ? static_cast<ggml_ext_observer *>(cparams.cb_eval_user_data) :
-                                                         nullptr),
+ggml_ext_graph::ggml_ext_graph(const llama_model & model, const llm_graph_params & params) :
+    kv(std::make_unique<ggml_ext_kv_graph>(params)), model(model), observed(params.cparams.cb_eval != nullptr),
+    observer(params.cparams.cb_eval == ggml_ext_observer_eval ?
+                 static_cast<ggml_ext_observer *>(params.cparams.cb_eval_user_data) :
+                 nullptr),
     ext(model.ggml_ext), outer(innermost) {
     innermost = this;
 }
@@ -101,15 +103,18 @@ bool ggml_ext_graph::check(ggml_cgraph * gf) const {
     if (observer) {
         observer->walk(model, gf, asked);
     }
-    if (!ext) {
+    if (!ext && !kv->used()) {
         return true;
     }
     try {
         for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
             const ggml_tensor * node = ggml_graph_node(gf, i);
             if (!is_view_op(node)) {
-                check_weights(node);
-                check_caches(node);
+                if (ext) {
+                    check_weights(node);
+                    check_caches(node);
+                }
+                kv->check(node);
             }
         }
     } catch (const std::runtime_error & error) {

@@ -13,12 +13,13 @@
 struct ggml_ext_model;
 struct ggml_ext_observer;
 struct ggml_ext_site;
+class ggml_ext_kv_graph;
 class llama_io_read_i;
 class llama_io_write_i;
 struct llama_adapter_lora;
-struct llama_cparams;
 struct llama_model;
 struct llama_model_loader;
+struct llm_graph_params;
 
 // Reads the transforms and the activation precision of a model into model.ggml_ext; leaves it empty
 // where there is nothing to do. Consumes every transform tensor of the file. Called once all weights
@@ -32,13 +33,14 @@ void ggml_ext_llama_load(llama_model_loader & ml, llama_model & model);
 // long as its construction. Outside of it they change nothing.
 class ggml_ext_graph {
   public:
-    ggml_ext_graph(const llama_model & model, const llama_cparams & cparams);
+    // Keeps params by reference.
+    ggml_ext_graph(const llama_model & model, const llm_graph_params & params);
     ~ggml_ext_graph();
     ggml_ext_graph(const ggml_ext_graph &)             = delete;
     ggml_ext_graph & operator=(const ggml_ext_graph &) = delete;
 
-    // False, with an error in the log that names the architecture and the tensor, when the graph reads a
-    // transformed weight or a transformed cache without going through the functions below.
+    // False, with an error in the log that names what is read, when the graph reads a transformed weight, a transformed
+    // cache or a paged one without going through our functions.
     bool check(ggml_cgraph * gf) const;
 
     // The one that this thread is building, or null.
@@ -50,6 +52,8 @@ class ggml_ext_graph {
     ggml_tensor * store_v(ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache, int il);
     ggml_tensor * query(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int il);
     ggml_tensor * attention(ggml_context * ctx, ggml_tensor * out, ggml_tensor * v, int il);
+
+    const std::unique_ptr<ggml_ext_kv_graph> kv;  // its paged caches
 
   private:
     void check_weights(const ggml_tensor * node) const;

@@ -8,9 +8,8 @@
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "ops.h"
-#include "task.h"
+#include "result.h"
 
-#include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -77,95 +76,105 @@ static bool attention_applies(const struct ggml_tensor * dst) {
     return false;
 }
 
-// Merged rows in order of stream, head, query; per chunk: max, sum, o [dv].
-static size_t attention_partials_size(const struct ggml_ext_attention_plan * plan) {
-    const int64_t n_rows = plan->n_streams * plan->n_groups * plan->heads * plan->n_queries;
-    return plan->n_chunks > 1 ? sizeof(float) * n_rows * plan->n_chunks * (2 + plan->dv) : 0;
+static struct ggml_ext_attention_plan attention_plan_of(const struct ggml_tensor * dst) {
+    const struct ggml_tensor * q = dst->src[0];
+    const struct ggml_tensor * k = dst->src[1];
+    const struct ggml_tensor * v = dst->src[2];
+
+    struct ggml_ext_attention_shape shape = {
+        .type_k    = k->type,
+        .type_v    = v->type,
+        .dk        = (int) k->ne[0],
+        .dv        = (int) v->ne[0],
+        .n_head    = q->ne[2],
+        .n_head_k  = k->ne[2],
+        .n_head_v  = v->ne[2],
+        .n_queries = q->ne[1],
+        .n_streams = q->ne[3],
+        .n_kv      = k->ne[1],
+    };
+    memcpy(&shape.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&shape.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&shape.cap, (const float *) dst->op_params + 2, sizeof(float));
+    return ggml_ext_attention_make_plan(&shape);
 }
 
 static size_t attention_work_size(const struct ggml_tensor * dst, int n_threads) {
-    const struct ggml_ext_attention_plan plan = ggml_ext_attention_make_plan(dst);
+    const struct ggml_ext_attention_plan plan = attention_plan_of(dst);
     struct ggml_ext_attention_scratch    scratch;
     const size_t ours = GGML_EXT_ATTENTION_ALIGNMENT + ggml_ext_attention_lay_out(&plan, NULL, &scratch) * n_threads +
-                        attention_partials_size(&plan);
+                        ggml_ext_attention_partials_size(&plan);
     // Upstream's row path, for use_ref: three rows and a cache line per thread.
     const size_t reference = sizeof(float) * (plan.dk + 2 * plan.dv + 64) * n_threads;
     return MAX(ours, reference);
 }
 
-// --- results ---
+// --- a task's tiles ---
 
-static float attention_sum16(const float * x) {
-    float sum = 0.0f;
-    for (int i = 0; i < 16; i++) {
-        sum += x[i];
-    }
-    return sum;
+// What attention_span and attention_prefetch are given.
+struct attention_cache {
+    const struct ggml_ext_attention_plan * plan;
+    const struct ggml_tensor *             k, *v;
+};
+
+static const char * attention_head_rows(const struct ggml_ext_attention_plan * plan,
+                                        const struct ggml_ext_attention_task * task, const struct ggml_tensor * x) {
+    const int64_t n_head = plan->n_groups * plan->heads;
+    return (const char *) x->data + task->group * plan->heads / (n_head / x->ne[2]) * x->nb[2] +
+           task->stream / (plan->n_streams / x->ne[3]) * x->nb[3];
 }
 
-static void attention_write_row(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst, int64_t stream,
-                                int64_t query, int64_t head, float max, float sum, const float * o) {
-    const struct ggml_tensor * sinks = dst->src[4];
-    float                      scale = 1.0f;
-    if (sinks) {
-        const float sink    = ((const float *) sinks->data)[head] * GGML_EXT_LOG2E;
-        const float new_max = MAX(max, sink);
-        scale               = exp2f(max - new_max);
-        sum                 = sum * scale + exp2f(sink - new_max);
-    }
-    scale = sum == 0.0f ? 0.0f : scale / sum;
-    float * out =
-        (float *) ((char *) dst->data + ((stream * plan->n_queries + query) * dst->ne[1] + head) * dst->nb[1]);
-    for (int i = 0; i < plan->dv; i++) {
-        out[i] = o[i] * scale;
-    }
+static struct ggml_ext_attention_span attention_span(const void * cache, const struct ggml_ext_attention_task * task,
+                                                     int64_t i) {
+    const struct attention_cache * c  = cache;
+    const int64_t                  t0 = task->begin + i * GGML_EXT_ATTENTION_TILE;
+    return (struct ggml_ext_attention_span) {
+        .k        = attention_head_rows(c->plan, task, c->k) + t0 * c->k->nb[1],
+        .v        = attention_head_rows(c->plan, task, c->v) + t0 * c->v->nb[1],
+        .k_stride = c->k->nb[1],
+        .v_stride = c->v->nb[1],
+        .n        = (int) MIN(GGML_EXT_ATTENTION_TILE, task->end - t0),
+        .column   = t0,
+    };
 }
 
-static float * attention_partial_of(const struct ggml_ext_attention_plan * plan, float * partials, int64_t row,
-                                    int64_t chunk) {
-    return partials + (row * plan->n_chunks + chunk) * (2 + plan->dv);
-}
-
-static void attention_store(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst,
-                            const struct ggml_ext_attention_task * task, const struct ggml_ext_attention_scratch * w,
-                            float * partials) {
-    for (int r = 0; r < task->n_queries * plan->heads; r++) {
-        const int64_t query = task->query + r / plan->heads;
-        const int64_t head  = task->group * plan->heads + r % plan->heads;
-        const float   sum   = attention_sum16(w->sum + (size_t) r * 16);
-        const float * o     = w->o + (size_t) r * plan->dims.dv_pad;
-        if (plan->n_chunks == 1) {
-            attention_write_row(plan, dst, task->stream, query, head, w->max[r], sum, o);
-            continue;
+// Rows of all heads, or of one, of tokens [begin, end): a head's rows are too far apart for the processor's own
+// prefetching.
+static void attention_prefetch_rows(const struct ggml_tensor * x, const char * rows, size_t size, int64_t begin,
+                                    int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+        const char * row = rows + t * x->nb[1];
+        for (size_t at = 0; at < size; at += 64) {
+            __builtin_prefetch(row + at, 0, 2);
         }
-        const int64_t row = (task->stream * plan->n_groups * plan->heads + head) * plan->n_queries + query;
-        float *       out = attention_partial_of(plan, partials, row, task->begin / plan->chunk);
-        out[0]            = w->max[r];
-        out[1]            = sum;
-        memcpy(out + 2, o, sizeof(float) * plan->dv);
+        __builtin_prefetch(row + size - 1, 0, 2);
     }
 }
 
-// Merges a row's chunks in ascending order into the first one and writes the row.
-static void attention_merge(const struct ggml_ext_attention_plan * plan, struct ggml_tensor * dst, int64_t row,
-                            float * partials) {
-    float * into = attention_partial_of(plan, partials, row, 0);
-    for (int64_t chunk = 1; chunk < plan->n_chunks; chunk++) {
-        const float * from = attention_partial_of(plan, partials, row, chunk);
-        const float   max  = MAX(into[0], from[0]);
-        if (from[1] == 0.0f) {
-            continue;
-        }
-        const float old_scale = exp2f(into[0] - max);
-        const float new_scale = exp2f(from[0] - max);
-        into[0]               = max;
-        for (int i = 1; i < 2 + plan->dv; i++) {
-            into[i] = into[i] * old_scale + from[i] * new_scale;
-        }
+// Where a thread takes a chunk's heads one after another, each tile asks for its share of the next chunk, all heads, so
+// that every line is asked for once. Otherwise for the next tile's rows of this head.
+static void attention_prefetch_tile(const struct ggml_ext_attention_plan * plan,
+                                    const struct ggml_ext_attention_task * task, const struct ggml_tensor * x,
+                                    int64_t i) {
+    if (task->next_begin == task->next_end) {
+        const int64_t next = task->begin + (i + 1) * GGML_EXT_ATTENTION_TILE;
+        attention_prefetch_rows(x, attention_head_rows(plan, task, x), ggml_row_size(x->type, x->ne[0]), next,
+                                MIN(next + GGML_EXT_ATTENTION_TILE, task->end));
+        return;
     }
-    const int64_t n_heads = plan->n_groups * plan->heads;
-    attention_write_row(plan, dst, row / plan->n_queries / n_heads, row % plan->n_queries,
-                        row / plan->n_queries % n_heads, into[0], into[1], into + 2);
+    const int64_t n_tiles = (task->end - task->begin + GGML_EXT_ATTENTION_TILE - 1) / GGML_EXT_ATTENTION_TILE;
+    const int64_t n_steps = n_tiles * plan->n_groups;
+    const int64_t step    = task->group * n_tiles + i;
+    const int64_t n       = task->next_end - task->next_begin;
+    const char *  rows    = (const char *) x->data + task->stream / (plan->n_streams / x->ne[3]) * x->nb[3];
+    attention_prefetch_rows(x, rows, x->ne[2] * x->nb[2], task->next_begin + n * step / n_steps,
+                            task->next_begin + n * (step + 1) / n_steps);
+}
+
+static void attention_prefetch(const void * cache, const struct ggml_ext_attention_task * task, int64_t i) {
+    const struct attention_cache * c = cache;
+    attention_prefetch_tile(c->plan, task, c->k, i);
+    attention_prefetch_tile(c->plan, task, c->v, i);
 }
 
 // --- all tasks ---
@@ -198,15 +207,21 @@ static void attention_compute(const struct ggml_compute_params * params, struct 
         ggml_compute_forward_flash_attn_ext(params, dst);
         return;
     }
-    const struct ggml_ext_attention_plan   plan = ggml_ext_attention_make_plan(dst);
+    const struct ggml_ext_attention_plan   plan = attention_plan_of(dst);
     const struct ggml_ext_attention_path * path = ggml_ext_attention_fastest();
     struct ggml_ext_attention_scratch      scratch;
 
-    char *       base     = (char *) GGML_PAD((uintptr_t) params->wdata, GGML_EXT_ATTENTION_ALIGNMENT);
-    const size_t size     = ggml_ext_attention_lay_out(&plan, NULL, &scratch);
-    float *      partials = (float *) (base + size * params->nth);
+    char *       base = (char *) GGML_PAD((uintptr_t) params->wdata, GGML_EXT_ATTENTION_ALIGNMENT);
+    const size_t size = ggml_ext_attention_lay_out(&plan, NULL, &scratch);
+    const struct ggml_ext_attention_result result = {
+        .dst      = dst,
+        .sinks    = dst->src[4],
+        .partials = (float *) (base + size * params->nth),
+    };
+    const struct attention_cache cache = { .plan = &plan, .k = dst->src[1], .v = dst->src[2] };
     ggml_ext_attention_lay_out(&plan, base + size * params->ith, &scratch);
-    GGML_ASSERT(params->wsize >= GGML_EXT_ATTENTION_ALIGNMENT + size * params->nth + attention_partials_size(&plan));
+    GGML_ASSERT(params->wsize >=
+                GGML_EXT_ATTENTION_ALIGNMENT + size * params->nth + ggml_ext_attention_partials_size(&plan));
 
     if (params->ith == 0) {
         attention_tell_once(dst, path);
@@ -234,18 +249,21 @@ static void attention_compute(const struct ggml_compute_params * params, struct 
                     task.next_end   = after.end;
                 }
             }
-            ggml_ext_attention_attend(&plan, path, dst, &task, &scratch);
-            attention_store(&plan, dst, &task, &scratch, partials);
+            const struct ggml_ext_attention_tiles tiles = {
+                .cache    = &cache,
+                .n        = (task.end - task.begin + GGML_EXT_ATTENTION_TILE - 1) / GGML_EXT_ATTENTION_TILE,
+                .span     = attention_span,
+                .prefetch = attention_prefetch,
+            };
+            ggml_ext_attention_attend(&plan, path, dst->src[0], dst->src[3], &task, &tiles, &scratch);
+            ggml_ext_attention_store(&plan, &task, task.begin / plan.chunk, &scratch, &result);
         }
     }
     if (plan.n_chunks == 1) {
         return;
     }
     ggml_barrier(params->threadpool);
-    const int64_t n_rows = plan.n_streams * plan.n_groups * plan.heads * plan.n_queries;
-    for (int64_t row = params->ith; row < n_rows; row += params->nth) {
-        attention_merge(&plan, dst, row, partials);
-    }
+    ggml_ext_attention_merge(&plan, &result, params->ith, params->nth);
 }
 
 const struct ggml_ext_cpu_override ggml_ext_cpu_attention = { attention_applies, attention_work_size,

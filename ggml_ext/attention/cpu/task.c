@@ -50,6 +50,7 @@ size_t ggml_ext_attention_lay_out(const struct ggml_ext_attention_plan * plan, c
     TAKE(out->max, n_rows);
     TAKE(out->sum, n_rows * 16);
     TAKE(out->o, n_rows * d->dv_pad);
+    TAKE(out->gathered, n_rows * TILE);
     TAKE(out->skip, n_rows);
     TAKE(out->s, BATCH * TILE);
     TAKE(out->alpha, BATCH);
@@ -70,39 +71,38 @@ static int attention_gcd(int64_t a, int64_t b) {
     return (int) a;
 }
 
-struct ggml_ext_attention_plan ggml_ext_attention_make_plan(const struct ggml_tensor * dst) {
-    const struct ggml_tensor *              q       = dst->src[0];
-    const struct ggml_tensor *              k       = dst->src[1];
-    const struct ggml_tensor *              v       = dst->src[2];
+struct ggml_ext_attention_plan ggml_ext_attention_make_plan(const struct ggml_ext_attention_shape * shape) {
     const struct ggml_ext_attention_setting setting = ggml_ext_attention_setting();
 
     struct ggml_ext_attention_plan plan = { 0 };
-    plan.dk                             = (int) k->ne[0];
-    plan.dv                             = (int) v->ne[0];
-    plan.smooth                         = setting.smooth && k->type == GGML_TYPE_F16;
-    plan.dims.dk_pad                    = (int) GGML_PAD(k->ne[0], GROUP);
-    plan.dims.dv_pad                    = (int) GGML_PAD(v->ne[0], GROUP);
-    plan.dims.k_groups                  = k->type == GGML_TYPE_F16 ? 1 : plan.dims.dk_pad / GROUP;
-    plan.dims.v_groups                  = v->type == GGML_TYPE_F16 ? 1 : plan.dims.dv_pad / GROUP;
-    plan.dims.planes                    = setting.mode == GGML_EXT_ATTENTION_HALF ? 2 : 1;
-    plan.heads                          = attention_gcd(q->ne[2] / k->ne[2], q->ne[2] / v->ne[2]);
-    plan.n_groups                       = q->ne[2] / plan.heads;
-    plan.n_queries                      = q->ne[1];
-    plan.n_streams                      = q->ne[3];
-    plan.n_kv                           = k->ne[1];
-    plan.block                          = MIN(plan.n_queries, MAX(1, ROWS_PER_BLOCK / plan.heads));
-    plan.n_blocks                       = (plan.n_queries + plan.block - 1) / plan.block;
-    plan.n_rows                         = (int) GGML_PAD(plan.block * plan.heads, BATCH);
-    plan.chunk                          = plan.n_kv;
-    const bool    few                   = plan.n_blocks == 1;
-    const int64_t shared                = GGML_PAD((plan.n_kv + MAX_CHUNKS - 1) / MAX_CHUNKS, TILE);
+    plan.type_k                         = shape->type_k;
+    plan.type_v                         = shape->type_v;
+    plan.dk                             = shape->dk;
+    plan.dv                             = shape->dv;
+    plan.smooth                         = setting.smooth && shape->type_k == GGML_TYPE_F16;
+    plan.dims.dk_pad                    = (int) GGML_PAD(shape->dk, GROUP);
+    plan.dims.dv_pad                    = (int) GGML_PAD(shape->dv, GROUP);
+    plan.dims.k_groups                  = shape->type_k == GGML_TYPE_F16 ? 1 : plan.dims.dk_pad / GROUP;
+    plan.dims.v_groups                  = shape->type_v == GGML_TYPE_F16 ? 1 : plan.dims.dv_pad / GROUP;
+    plan.dims.planes                    = setting.mode == GGML_EXT_ATTENTION_FULL ? 1 : 2;
+    plan.heads           = attention_gcd(shape->n_head / shape->n_head_k, shape->n_head / shape->n_head_v);
+    plan.n_groups        = shape->n_head / plan.heads;
+    plan.n_queries       = shape->n_queries;
+    plan.n_streams       = shape->n_streams;
+    plan.n_kv            = shape->n_kv;
+    plan.block           = MIN(plan.n_queries, MAX(1, ROWS_PER_BLOCK / plan.heads));
+    plan.n_blocks        = (plan.n_queries + plan.block - 1) / plan.block;
+    plan.n_rows          = (int) GGML_PAD(plan.block * plan.heads, BATCH);
+    plan.chunk           = plan.n_kv;
+    const bool    few    = plan.n_blocks == 1;
+    const int64_t shared = GGML_PAD((plan.n_kv + MAX_CHUNKS - 1) / MAX_CHUNKS, TILE);
     if (few) {
         plan.chunk = MIN(plan.n_kv, MAX(MIN_CHUNK, shared));
     }
     plan.n_chunks = (plan.n_kv + plan.chunk - 1) / plan.chunk;
-    memcpy(&plan.scale, (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&plan.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&plan.cap, (const float *) dst->op_params + 2, sizeof(float));
+    plan.scale    = shape->scale;
+    plan.max_bias = shape->max_bias;
+    plan.cap      = shape->cap;
     return plan;
 }
 
@@ -131,10 +131,9 @@ static void attention_poison(const struct ggml_ext_attention_plan * plan, struct
 }
 
 static void attention_load_queries(const struct ggml_ext_attention_plan * plan,
-                                   const struct ggml_ext_attention_path * path, const struct ggml_tensor * dst,
-                                   const struct ggml_ext_attention_task * task, struct ggml_ext_attention_scratch * w) {
-    const struct ggml_tensor *             q     = dst->src[0];
-    const struct ggml_tensor *             mask  = dst->src[3];
+                                   const struct ggml_ext_attention_path * path, const struct ggml_tensor * q,
+                                   const struct ggml_tensor * mask, const struct ggml_ext_attention_task * task,
+                                   struct ggml_ext_attention_scratch * w) {
     const struct ggml_ext_attention_dims * d     = &plan->dims;
     const int                              width = d->dk_pad / d->k_groups;
     const int                              n     = (int) task->n_queries * plan->heads;
@@ -142,13 +141,14 @@ static void attention_load_queries(const struct ggml_ext_attention_plan * plan,
     memset(w->sum, 0, sizeof(float) * 16 * n);
     memset(w->o, 0, sizeof(float) * d->dv_pad * n);
     for (int r = 0; r < n; r++) {
-        const int64_t i1 = task->query + r / plan->heads;
-        const int64_t i2 = task->group * plan->heads + r % plan->heads;
-        const float * x =
-            (const float *) ((const char *) q->data + i1 * q->nb[1] + i2 * q->nb[2] + task->stream * q->nb[3]);
-        int8_t *    c    = w->q + (size_t) r * d->dk_pad;
-        const float unit = path->quantize(plan->dk, d->dk_pad, x, c);
-        w->q_scale[r]    = unit * scale;
+        const int64_t token = ggml_ext_attention_token(plan, task, r / plan->heads);
+        const int64_t i1    = token % plan->n_queries;
+        const int64_t i2    = task->group * plan->heads + r % plan->heads;
+        const int64_t i3    = token / plan->n_queries;
+        const float * x     = (const float *) ((const char *) q->data + i1 * q->nb[1] + i2 * q->nb[2] + i3 * q->nb[3]);
+        int8_t *      c     = w->q + (size_t) r * d->dk_pad;
+        const float   unit  = path->quantize(plan->dk, d->dk_pad, x, c);
+        w->q_scale[r]       = unit * scale;
         for (int g = 0; g < d->k_groups; g++) {
             int32_t sum = 0;
             for (int i = 0; i < width; i++) {
@@ -161,34 +161,45 @@ static void attention_load_queries(const struct ggml_ext_attention_plan * plan,
                 w->q_floats[(size_t) r * d->dk_pad + i] = x[i] * scale;
             }
         }
-        w->slope[r] = attention_slope_of(plan, i2) * GGML_EXT_LOG2E;
-        w->mask_rows[r] =
-            mask ? (const ggml_fp16_t *) ((const char *) mask->data + i1 * mask->nb[1] +
-                                          i2 % mask->ne[2] * mask->nb[2] + task->stream % mask->ne[3] * mask->nb[3]) :
-                   NULL;
-        w->max[r] = -INFINITY;
+        w->slope[r]     = attention_slope_of(plan, i2) * GGML_EXT_LOG2E;
+        w->mask_rows[r] = mask ?
+                              (const ggml_fp16_t *) ((const char *) mask->data + i1 * mask->nb[1] +
+                                                     i2 % mask->ne[2] * mask->nb[2] + i3 % mask->ne[3] * mask->nb[3]) :
+                              NULL;
+        w->max[r]       = -INFINITY;
         if (isnan(unit)) {
             attention_poison(plan, w, r);
         }
     }
 }
 
-// What the mask does to n tokens from t0 on: nothing where all are 0, everything where all are -inf.
-// Returns whether any row is left.
-static bool attention_read_mask(const struct ggml_ext_attention_plan * plan,
-                                const struct ggml_ext_attention_task * task, int64_t t0, int n,
+// A span's columns of row r of the mask, adjacent; NULL where there is no mask.
+static const ggml_fp16_t * attention_columns(const struct ggml_ext_attention_span * span, int r,
+                                             struct ggml_ext_attention_scratch * w) {
+    const ggml_fp16_t * row = w->mask_rows[r];
+    if (row == NULL || span->columns == NULL) {
+        return row ? row + span->column : NULL;
+    }
+    ggml_fp16_t * gathered = w->gathered + (size_t) r * TILE;
+    for (int t = 0; t < span->n; t++) {
+        gathered[t] = row[span->columns[t]];
+    }
+    return gathered;
+}
+
+// What the mask does to a span: nothing where all are 0, everything where all are -inf. Returns whether any row is left.
+static bool attention_read_mask(int n_rows, const struct ggml_ext_attention_span * span,
                                 struct ggml_ext_attention_scratch * w) {
-    const int n_rows = (int) task->n_queries * plan->heads;
-    bool      any    = false;
+    bool any = false;
     for (int r = 0; r < n_rows; r++) {
         if (r > 0 && w->mask_rows[r] == w->mask_rows[r - 1]) {
             w->mask[r] = w->mask[r - 1];
             w->skip[r] = w->skip[r - 1];
             continue;
         }
-        const uint16_t * m    = w->mask_rows[r] ? w->mask_rows[r] + t0 : NULL;
+        const uint16_t * m    = attention_columns(span, r, w);
         uint16_t         ones = 0, others = 0;
-        for (int t = 0; m && t < n; t++) {
+        for (int t = 0; m && t < span->n; t++) {
             ones |= m[t];
             others |= m[t] ^ MASKED;
         }
@@ -200,46 +211,15 @@ static bool attention_read_mask(const struct ggml_ext_attention_plan * plan,
 }
 
 // A token whose scale is NaN or Inf makes the rows that see it NaN, as in upstream's code.
-static void attention_poison_rows(int64_t t0, int n, int n_rows, struct ggml_ext_attention_scratch * w) {
+static void attention_poison_rows(int n, int n_rows, struct ggml_ext_attention_scratch * w) {
     for (int r = 0; r < n_rows; r++) {
-        const uint16_t * mask = w->mask_rows[r] ? w->mask_rows[r] + t0 : NULL;
+        const uint16_t * mask = w->mask[r];
         for (int t = 0; t < n; t++) {
             if (w->tile.poisoned >> t & 1 && !(mask && mask[t] == MASKED)) {
                 w->sum[(size_t) r * 16] = NAN;
             }
         }
     }
-}
-
-// Rows of all heads, or of one, of tokens [begin, end): a head's rows are too far apart for the processor's own
-// prefetching.
-static void attention_prefetch_rows(const struct ggml_tensor * x, const char * rows, size_t size, int64_t begin,
-                                    int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-        const char * row = rows + t * x->nb[1];
-        for (size_t at = 0; at < size; at += 64) {
-            __builtin_prefetch(row + at, 0, 2);
-        }
-        __builtin_prefetch(row + size - 1, 0, 2);
-    }
-}
-
-// Called at tile `tile` of a task. Where a thread takes a chunk's heads one after another, each tile asks for its share
-// of the next chunk, all heads, so that every line is asked for once. Otherwise for the next tile's rows of this head.
-static void attention_prefetch(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_task * task,
-                               const struct ggml_tensor * x, const char * head_rows, int64_t t0) {
-    if (task->next_begin == task->next_end) {
-        const int64_t end = MIN(t0 + 2 * TILE, task->end);
-        attention_prefetch_rows(x, head_rows, ggml_row_size(x->type, x->ne[0]), t0 + TILE, end);
-        return;
-    }
-    const int64_t n_tiles = (task->end - task->begin + TILE - 1) / TILE;
-    const int64_t n_steps = n_tiles * plan->n_groups;
-    const int64_t step    = task->group * n_tiles + (t0 - task->begin) / TILE;
-    const int64_t n       = task->next_end - task->next_begin;
-    const char *  rows    = (const char *) x->data + task->stream / (plan->n_streams / x->ne[3]) * x->nb[3];
-    attention_prefetch_rows(x, rows, x->ne[2] * x->nb[2], task->next_begin + n * step / n_steps,
-                            task->next_begin + n * (step + 1) / n_steps);
 }
 
 static void attention_add_mean(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_scratch * w,
@@ -254,33 +234,27 @@ static void attention_add_mean(const struct ggml_ext_attention_plan * plan, cons
 }
 
 void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
-                               const struct ggml_tensor * dst, const struct ggml_ext_attention_task * task,
-                               struct ggml_ext_attention_scratch * w) {
-    const struct ggml_tensor *             q = dst->src[0];
-    const struct ggml_tensor *             k = dst->src[1];
-    const struct ggml_tensor *             v = dst->src[2];
+                               const struct ggml_tensor * q, const struct ggml_tensor * mask,
+                               const struct ggml_ext_attention_task *  task,
+                               const struct ggml_ext_attention_tiles * tiles, struct ggml_ext_attention_scratch * w) {
     const struct ggml_ext_attention_dims * d = &plan->dims;
 
-    const int64_t head   = task->group * plan->heads;
-    const char *  k_rows = (const char *) k->data + head / (q->ne[2] / k->ne[2]) * k->nb[2] +
-                          task->stream / (q->ne[3] / k->ne[3]) * k->nb[3];
-    const char * v_rows = (const char *) v->data + head / (q->ne[2] / v->ne[2]) * v->nb[2] +
-                          task->stream / (q->ne[3] / v->ne[3]) * v->nb[3];
     const float levels = d->planes == 2 ? 65535.0f : 255.0f;
     const int   n_rows = (int) task->n_queries * plan->heads;
 
-    attention_load_queries(plan, path, dst, task, w);
-    for (int64_t t0 = task->begin; t0 < task->end; t0 += TILE) {
-        const int n = (int) MIN(TILE, task->end - t0);
-        if (!attention_read_mask(plan, task, t0, n, w)) {
+    attention_load_queries(plan, path, q, mask, task, w);
+    for (int64_t i = 0; i < tiles->n; i++) {
+        const struct ggml_ext_attention_span span = tiles->span(tiles->cache, task, i);
+        if (!attention_read_mask(n_rows, &span, w)) {
             continue;
         }
-        attention_prefetch(plan, task, k, k_rows, t0);
-        attention_prefetch(plan, task, v, v_rows, t0);
-        ggml_ext_attention_load_k(path, k->type, plan->dk, n, k_rows + t0 * k->nb[1], k->nb[1], &w->tile);
-        ggml_ext_attention_load_v(path, v->type, plan->dv, n, v_rows + t0 * v->nb[1], v->nb[1], levels, &w->tile);
+        if (tiles->prefetch) {
+            tiles->prefetch(tiles->cache, task, i);
+        }
+        ggml_ext_attention_load_k(path, plan->type_k, plan->dk, span.n, span.k, span.k_stride, &w->tile);
+        ggml_ext_attention_load_v(path, plan->type_v, plan->dv, span.n, span.v, span.v_stride, levels, &w->tile);
         if (w->tile.poisoned) {
-            attention_poison_rows(t0, n, n_rows, w);
+            attention_poison_rows(span.n, n_rows, w);
         }
         for (int row = 0; row < n_rows; row += BATCH) {
             const int count = MIN(BATCH, n_rows - row);
@@ -314,7 +288,7 @@ void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, cons
             if (plan->cap != 0.0f) {
                 path->softcap(count * TILE, plan->cap * GGML_EXT_LOG2E, w->s);
             }
-            path->weights(d, &w->tile, n, &rows);
+            path->weights(d, &w->tile, span.n, &rows);
             path->accumulate(d, &w->tile, &rows);
         }
     }

@@ -27,6 +27,8 @@ extern const struct ggml_ext_cpu_op ggml_ext_cpu_scale_add;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kron;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_act_round;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_sample;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_store;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_attend;
 
 #ifdef __cplusplus
 }

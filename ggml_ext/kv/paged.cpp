@@ -1,0 +1,220 @@
+// A paged cache's blocks in the course of a context: batches, sequence operations, a graph's inputs.
+
+#include "paged.h"
+
+#include "ggml-backend.h"
+#include "llama-batch.h"
+#include "llama-cparams.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+ggml_ext_kv_paged::ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream) :
+    n_cells(n_cells), n_stream(n_stream), held(0, 0, 0), cell_of(LLAMA_MAX_SEQ) {}
+
+void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tensor * v) {
+    layer.first_list = lists;
+    names[k]         = uint32_t(layers.size());
+    names[v]         = uint32_t(layers.size());
+    block_size       = std::max(block_size, ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv).size);
+    lists += uint32_t(layer.n_head_kv);
+    layers.push_back(layer);
+}
+
+void ggml_ext_kv_paged::allocate(uint32_t blocks_per_list, bool alloc) {
+    const uint64_t n_blocks = uint64_t(blocks_per_list) * lists;
+    if (n_blocks > INT32_MAX / GGML_EXT_KV_SLOTS) {
+        throw std::runtime_error("ggml-ext: a paged KV cache of " + std::to_string(n_blocks) + " blocks, at most " +
+                                 std::to_string(INT32_MAX / GGML_EXT_KV_SLOTS) + "; lower the budget or -c");
+    }
+    context.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    blocks = ggml_new_tensor_2d(context.get(), GGML_TYPE_I8, int64_t(block_size), int64_t(n_blocks));
+    ggml_set_name(blocks, "cache_blocks");
+    const ggml_backend_buffer_type_t type = ggml_backend_cpu_buffer_type();
+    if (alloc) {
+        buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), type));
+    } else {
+        buffer.reset(ggml_backend_buft_alloc_buffer(type, 0));
+        blocks->buffer = buffer.get();
+    }
+    if (!buffer) {
+        throw std::runtime_error("ggml-ext: no memory for a paged KV cache of " +
+                                 std::to_string(ggml_nbytes(blocks) >> 20) + " MiB; lower the budget or -c");
+    }
+    held = ggml_ext_kv_pages(LLAMA_MAX_SEQ, lists, uint32_t(n_blocks));
+    held.keep_positions(static_cast<int32_t *>(blocks->data), block_size / sizeof(int32_t));
+}
+
+const ggml_ext_kv_paged::layer * ggml_ext_kv_paged::find(const ggml_tensor * name) const {
+    while (name->view_src) {
+        name = name->view_src;
+    }
+    const auto found = names.find(name);
+    return found == names.end() ? nullptr : &layers[found->second];
+}
+
+// Without tokens of several sequences a bound suffices; else, and where the bound is too high, a copy is asked.
+bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) const {
+    std::vector<uint32_t> n(LLAMA_MAX_SEQ);
+    bool                  coupled = false;
+    for (const llama_ubatch & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            coupled |= ubatch.n_seq_id[i] > 1;
+            n[ubatch.seq_id[i][0]]++;
+        }
+    }
+    uint64_t needed = 0;
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        needed += n[s] > 0 ? held.n_needed(s, n[s]) : 0;
+    }
+    if (!coupled && needed <= held.n_free()) {
+        return true;
+    }
+    ggml_ext_kv_pages copy = held;
+    copy.keep_positions(nullptr, 0);
+    std::vector<int32_t> unused(lists);
+    for (const llama_ubatch & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            if (!copy.append(ubatch.seq_id[i], ubatch.n_seq_id[i], ubatch.pos[i], unused.data())) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells) {
+    begun = true;
+    slots.resize(size_t(ubatch.n_tokens) * lists);
+    lane_of.resize(ubatch.n_tokens);
+    lanes.clear();
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id * seen = ubatch.seq_id[i];
+        const bool done = held.append(seen, ubatch.n_seq_id[i], ubatch.pos[i], slots.data() + size_t(i) * lists);
+        GGML_ASSERT(done && "ggml-ext: a paged KV cache took a batch that it has no blocks for");
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            std::vector<int32_t> & cells = cell_of[seen[j]];
+            cells.resize(std::max(cells.size(), size_t(ubatch.pos[i]) + 1), -1);
+            cells[ubatch.pos[i]] = int32_t(token_cells[i]);
+        }
+        // The first sequence's, as in upstream's mask.
+        const auto lane = std::find(lanes.begin(), lanes.end(), seen[0]);
+        lane_of[i]      = uint32_t(lane - lanes.begin());
+        if (lane == lanes.end()) {
+            lanes.push_back(seen[0]);
+        }
+    }
+}
+
+void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
+    for (llama_seq_id lane = std::max(s, 0); lane < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++lane) {
+        held.remove(uint32_t(lane), p0, p1);
+    }
+}
+
+void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
+    if (from == to) {
+        return;
+    }
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? INT32_MAX : p1;
+    if (n_stream > 1) {  // upstream copies the stream
+        held.clear(uint32_t(to));
+        cell_of[to].clear();
+        p0 = 0;
+        p1 = INT32_MAX;
+    }
+    if (!held.share(uint32_t(from), uint32_t(to), p0, p1)) {
+        GGML_ABORT("ggml-ext: a paged KV cache cannot copy positions %d .. of sequence %d into sequence %d, which has "
+                   "positions there; remove them first",
+                   p0, from, to);
+    }
+    std::vector<int32_t> &       cells = cell_of[to];
+    const std::vector<int32_t> & other = cell_of[from];
+    cells.resize(std::max(cells.size(), std::min(other.size(), size_t(p1))), -1);
+    for (size_t p = size_t(p0); p < std::min(other.size(), size_t(p1)); ++p) {
+        cells[p] = other[p];
+    }
+}
+
+void ggml_ext_kv_paged::keep(llama_seq_id s) {
+    for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ && n_stream == 1; ++lane) {
+        if (lane != s) {
+            held.clear(uint32_t(lane));
+        }
+    }
+}
+
+void ggml_ext_kv_paged::clear() {
+    for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
+        held.clear(uint32_t(lane));
+    }
+}
+
+uint32_t ggml_ext_kv_paged::n_entries() const {
+    if (!begun) {
+        return n_cells / GGML_EXT_KV_SLOTS + 1;
+    }
+    size_t most = 1;
+    for (llama_seq_id lane : lanes) {
+        for (uint32_t i = 0; i < lists; ++i) {
+            most = std::max(most, held.list(uint32_t(lane), i).size());
+        }
+    }
+    return uint32_t(most);
+}
+
+uint32_t ggml_ext_kv_paged::n_positions() const {
+    if (!begun) {
+        return n_cells;
+    }
+    size_t most = 1;
+    for (llama_seq_id lane : lanes) {
+        most = std::max(most, cell_of[lane].size());
+    }
+    return uint32_t(most);
+}
+
+void ggml_ext_kv_paged::fill_slots(int32_t * to) const {
+    std::copy(slots.begin(), slots.end(), to);
+}
+
+void ggml_ext_kv_paged::fill_table(int32_t * to, uint32_t n_lanes) const {
+    auto *  entries = reinterpret_cast<ggml_ext_kv_entry *>(to + size_t(n_lanes) * lists + 1);
+    int32_t n       = 0;
+    for (uint32_t lane = 0; lane < n_lanes; ++lane) {
+        for (uint32_t i = 0; i < lists; ++i) {
+            *to++ = n;
+            if (lane < lanes.size()) {
+                const std::vector<ggml_ext_kv_entry> & list = held.list(uint32_t(lanes[lane]), i);
+                std::copy(list.begin(), list.end(), entries + n);
+                n += int32_t(list.size());
+            }
+        }
+    }
+    *to = n;
+}
+
+void ggml_ext_kv_paged::fill_cells(int32_t * to, uint32_t n_lanes, uint32_t n_positions) const {
+    std::fill_n(to, size_t(n_lanes) * n_positions, -1);
+    for (size_t lane = 0; lane < lanes.size(); ++lane) {
+        const std::vector<int32_t> & cells = cell_of[lanes[lane]];
+        std::copy(cells.begin(), cells.end(), to + lane * n_positions);
+    }
+}
+
+void ggml_ext_kv_paged::fill_order(int32_t * to, uint32_t n_lanes) const {
+    int32_t * tokens = to + n_lanes + 1;
+    int32_t   n      = 0;
+    for (uint32_t lane = 0; lane < n_lanes; ++lane) {
+        to[lane] = n;
+        for (size_t i = 0; i < lane_of.size(); ++i) {
+            if (lane_of[i] == lane) {
+                tokens[n++] = int32_t(i);
+            }
+        }
+    }
+    to[n_lanes] = n;
+}

@@ -1,0 +1,112 @@
+// Paged storage of one KV cache: upstream's cells say which sequence has which position, and where in the mask; the
+// pages, which block holds its rows. docs/kv-cache.md explains it.
+
+#pragma once
+
+#include "ggml-cpp.h"
+#include "ggml.h"
+#include "llama.h"
+#include "pages.h"
+
+#include <cstdint>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+class llama_io_read_i;
+class llama_io_write_i;
+class llama_kv_cells;
+struct llama_ubatch;
+
+// A lane of the pages is a sequence.
+class ggml_ext_kv_paged {
+  public:
+    struct layer {
+        int32_t   dk, dv, n_head_kv;
+        ggml_type type_k, type_v;
+        uint32_t  first_list;  // of its heads'
+    };
+
+    // n_cells: of a stream.
+    ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream);
+
+    // The cache's next layer; k, v: upstream's tensors of it, which have no rows and name it.
+    void add(layer layer, const ggml_tensor * k, const ggml_tensor * v);
+
+    // Makes the pool once all layers are there. Without alloc it has its size and no memory. Throws std::runtime_error
+    // where the memory cannot be had.
+    void allocate(uint32_t blocks_per_list, bool alloc);
+
+    // The layer that a tensor, or what it is a view of, names; null: none.
+    const layer * find(const ggml_tensor * name) const;
+
+    // Whether the blocks suffice for ubatches, one after the other.
+    bool fits(const std::vector<llama_ubatch> & ubatches) const;
+
+    // Slots for a ubatch's tokens, before its graph is built; token_cells: their cells, in their order.
+    void begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells);
+
+    // The sequence operations of llama_memory_i; s < 0: each sequence.
+    void remove(llama_seq_id s, llama_pos p0, llama_pos p1);
+    void share(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1);
+    void keep(llama_seq_id s);
+    void clear();
+
+    // Rows of cells of a stream in upstream's format of a saved state, behind the cells' own part. Reading is false where
+    // the state is of another cache or the blocks do not suffice.
+    void write(llama_io_write_i & io, uint32_t stream, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) const;
+    bool read(llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
+              const std::vector<uint32_t> & restored);
+
+    // What a graph's inputs must hold: entries of the longest list and positions of the lanes of the ubatch that has
+    // begun, or of a full cache where none has.
+    uint32_t n_entries() const;
+    uint32_t n_positions() const;
+
+    // The inputs of a ubatch, as ggml_ext_kv_store and ggml_ext_kv_attend want them: slots [n_tokens][n_lists], table,
+    // cells [n_lanes][n_positions], order.
+    void fill_slots(int32_t * to) const;
+    void fill_table(int32_t * to, uint32_t n_lanes) const;
+    void fill_cells(int32_t * to, uint32_t n_lanes, uint32_t n_positions) const;
+    void fill_order(int32_t * to, uint32_t n_lanes) const;
+
+    // The graph has its inputs.
+    void end() { begun = false; }
+
+    uint32_t n_lists() const { return lists; }
+
+    size_t size() const { return ggml_nbytes(blocks); }
+
+    // Bytes of a block for each list.
+    size_t list_size() const { return block_size * lists; }
+
+    uint32_t n_layers() const { return uint32_t(layers.size()); }
+
+    ggml_tensor * pool() const { return blocks; }
+
+    const ggml_ext_kv_pages & pages() const { return held; }
+
+    const uint32_t n_cells, n_stream;
+
+  private:
+    size_t row_size(const layer & layer, bool v) const;
+    char * row(const layer & layer, bool v, int32_t slot) const;
+    bool   lay_out(const llama_kv_cells & cells, uint32_t stream, const std::vector<uint32_t> & restored,
+                   std::vector<int32_t> & slots);
+
+    std::vector<layer>                                layers;
+    std::unordered_map<const ggml_tensor *, uint32_t> names;
+    uint32_t                                          lists      = 0;
+    size_t                                            block_size = 0;  // of the largest layer
+    ggml_ext_kv_pages                                 held;
+    std::vector<std::vector<int32_t>>                 cell_of;         // [lane][position] that it holds
+    ggml_context_ptr                                  context;
+    ggml_backend_buffer_ptr                           buffer;
+    ggml_tensor *                                     blocks = nullptr;  // I8 [block, n_blocks]
+
+    // The ubatch.
+    bool                      begun = false;
+    std::vector<int32_t>      slots;    // [n_tokens][n_lists]
+    std::vector<llama_seq_id> lanes;    // that its tokens see, in the order of their first tokens
+    std::vector<uint32_t>     lane_of;  // of each token, index into lanes
+};

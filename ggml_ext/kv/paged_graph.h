@@ -1,0 +1,43 @@
+// A paged cache in a graph: rows stored and attended by our sub-ops in the place of upstream's nodes.
+
+#pragma once
+
+#include "ggml.h"
+
+#include <map>
+
+class ggml_ext_kv_paged;
+struct llama_hparams;
+struct llm_graph_params;
+
+// What the graph that this thread is building knows of paged caches; a member of ggml_ext_graph.
+class ggml_ext_kv_graph {
+  public:
+    explicit ggml_ext_kv_graph(const llm_graph_params & params) : params(params) {}
+
+    ggml_tensor * store(ggml_context * ctx, ggml_ext_kv_paged & paged, ggml_tensor * x, ggml_tensor * cells,
+                        const ggml_tensor * name, bool v);
+
+    // Null for a k of another cache.
+    ggml_tensor * attend(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * bias, ggml_tensor * mask,
+                         ggml_tensor * sinks, ggml_tensor * v_mla, float scale, const llama_hparams & hparams);
+
+    // Throws std::runtime_error where a node reads a paged cache in another way.
+    void check(const ggml_tensor * node) const;
+
+    bool used() const { return !caches.empty(); }
+
+  private:
+    struct cache {
+        ggml_tensor * slots;   // I32 [n_lists, n_tokens]
+        ggml_tensor * table;   // I32, as ggml_ext_kv_attend has it
+        ggml_tensor * cells;   // I32 [n_positions, n_lanes]
+        ggml_tensor * order;   // I32
+        ggml_tensor * stored;  // the pool behind the last store
+    };
+
+    cache & use(ggml_context * ctx, ggml_ext_kv_paged & paged);
+
+    const llm_graph_params &             params;
+    std::map<ggml_ext_kv_paged *, cache> caches;
+};

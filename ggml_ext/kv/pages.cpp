@@ -1,0 +1,157 @@
+#include "pages.h"
+
+#include <algorithm>
+#include <cassert>
+
+static constexpr uint32_t kv_slots = GGML_EXT_KV_SLOTS;
+
+ggml_ext_kv_pages::ggml_ext_kv_pages(uint32_t n_lanes, uint32_t n_lists, uint32_t n_blocks) :
+    lists_per_lane(n_lists), lists(size_t(n_lanes) * n_lists), blocks(n_blocks), free_blocks(n_blocks) {
+    for (uint32_t i = 0; i < n_blocks; ++i) {
+        free_blocks[i] = int32_t(n_blocks - 1 - i);
+    }
+}
+
+void ggml_ext_kv_pages::keep_positions(int32_t * first, size_t stride) {
+    first_position  = first;
+    position_stride = stride;
+}
+
+int32_t ggml_ext_kv_pages::take_block() {
+    if (free_blocks.empty()) {
+        return -1;
+    }
+    const int32_t block = free_blocks.back();
+    free_blocks.pop_back();
+    blocks[block] = {};
+    return block;
+}
+
+void ggml_ext_kv_pages::release(int32_t block) {
+    assert(blocks[block].references > 0);
+    if (--blocks[block].references == 0) {
+        free_blocks.push_back(block);
+    }
+}
+
+// Slots of a list's last block that its lane may still fill.
+uint32_t ggml_ext_kv_pages::room(const std::vector<ggml_ext_kv_entry> & list) const {
+    if (list.empty()) {
+        return 0;
+    }
+    const ggml_ext_kv_entry & last = list.back();
+    const uint32_t            end  = last.begin + last.count;
+    const state &             s    = blocks[last.block];
+    return s.references == 1 || s.fill == end ? kv_slots - end : 0;
+}
+
+uint64_t ggml_ext_kv_pages::n_needed(uint32_t lane, uint32_t n) const {
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < lists_per_lane; ++i) {
+        const std::vector<ggml_ext_kv_entry> & list = this->list(lane, i);
+        // Of a shared block another lane may take the room first.
+        const uint32_t free = list.empty() || blocks[list.back().block].references > 1 ? 0 : room(list);
+        sum += n > free ? (n - free + kv_slots - 1) / kv_slots : 0;
+    }
+    return sum;
+}
+
+void ggml_ext_kv_pages::show(uint32_t lane, uint32_t i, int32_t block, uint32_t slot) {
+    std::vector<ggml_ext_kv_entry> & list = runs(lane, i);
+    if (!list.empty() && list.back().block == block && list.back().begin + list.back().count == int(slot)) {
+        list.back().count++;
+    } else {
+        list.push_back({ block, uint16_t(slot), 1 });
+        blocks[block].references++;
+    }
+    blocks[block].fill = std::max(blocks[block].fill, slot + 1);
+}
+
+bool ggml_ext_kv_pages::append(const llama_seq_id * lanes, uint32_t n_lanes, llama_pos position, int32_t * slots) {
+    for (uint32_t i = 0; i < lists_per_lane; ++i) {
+        const std::vector<ggml_ext_kv_entry> & own   = list(lanes[0], i);
+        const bool                             fits  = room(own) > 0;
+        const int32_t                          block = fits ? own.back().block : take_block();
+        const uint32_t                         slot  = fits ? own.back().begin + own.back().count : 0;
+        if (block < 0) {
+            return false;
+        }
+        blocks[block].fill = slot;  // what its only lane gave up behind it can be written again
+        for (uint32_t l = 0; l < n_lanes; ++l) {
+            show(lanes[l], i, block, slot);
+        }
+        if (first_position) {
+            positions(block)[slot] = position;
+        }
+        slots[i] = int32_t(block * kv_slots + slot);
+    }
+    return true;
+}
+
+ggml_ext_kv_entry ggml_ext_kv_pages::part(const ggml_ext_kv_entry & entry, llama_pos p0, llama_pos p1) const {
+    const int32_t * begin = positions(entry.block) + entry.begin;
+    const int32_t * end   = begin + entry.count;
+    const int32_t * from  = std::lower_bound(begin, end, p0);
+    const int32_t * to    = std::lower_bound(from, end, p1);
+    return { entry.block, uint16_t(entry.begin + (from - begin)), uint16_t(to - from) };
+}
+
+void ggml_ext_kv_pages::remove(uint32_t lane, llama_pos p0, llama_pos p1) {
+    for (uint32_t i = 0; i < lists_per_lane && p0 < p1; ++i) {
+        std::vector<ggml_ext_kv_entry> &     list  = runs(lane, i);
+        const auto                           first = std::partition_point(list.begin(), list.end(),
+                                                                          [&](const ggml_ext_kv_entry & e) { return last_of(e) < p0; });
+        const std::vector<ggml_ext_kv_entry> rest(first, list.end());
+        list.erase(first, list.end());
+        for (const ggml_ext_kv_entry & entry : rest) {
+            for (const ggml_ext_kv_entry & kept : { part(entry, -1, p0), part(entry, p1, INT32_MAX) }) {
+                if (kept.count > 0) {
+                    list.push_back(kept);
+                    blocks[kept.block].references++;
+                }
+            }
+            release(entry.block);
+        }
+    }
+}
+
+bool ggml_ext_kv_pages::share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1) {
+    std::vector<std::vector<ggml_ext_kv_entry>> merged(lists_per_lane);
+    for (uint32_t i = 0; i < lists_per_lane; ++i) {
+        merged[i] = list(to, i);
+        for (const ggml_ext_kv_entry & entry : list(from, i)) {
+            const ggml_ext_kv_entry shared = part(entry, p0, p1);
+            if (shared.count > 0) {
+                merged[i].push_back(shared);
+            }
+        }
+        const auto before = [&](const ggml_ext_kv_entry & a, const ggml_ext_kv_entry & b) {
+            return first_of(a) < first_of(b);
+        };
+        std::sort(merged[i].begin(), merged[i].end(), before);
+        for (size_t j = 1; j < merged[i].size(); ++j) {
+            if (last_of(merged[i][j - 1]) >= first_of(merged[i][j])) {
+                return false;
+            }
+        }
+    }
+    for (uint32_t i = 0; i < lists_per_lane; ++i) {
+        for (const ggml_ext_kv_entry & entry : merged[i]) {
+            blocks[entry.block].references++;
+        }
+        for (const ggml_ext_kv_entry & entry : list(to, i)) {
+            release(entry.block);
+        }
+        runs(to, i) = std::move(merged[i]);
+    }
+    return true;
+}
+
+void ggml_ext_kv_pages::clear(uint32_t lane) {
+    for (uint32_t i = 0; i < lists_per_lane; ++i) {
+        for (const ggml_ext_kv_entry & entry : list(lane, i)) {
+            release(entry.block);
+        }
+        runs(lane, i).clear();
+    }
+}

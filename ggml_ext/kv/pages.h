@@ -1,0 +1,83 @@
+// Which blocks of a pool hold which tokens: lists of runs per sequence, layer and head, blocks shared by reference.
+// Knows nothing of llama.cpp. docs/kv-cache.md explains it.
+
+#pragma once
+
+#include "kv_store/block.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <vector>
+
+// A lane is what one sequence sees: n_lists lists, each of runs with rising positions. Blocks are only appended to, so
+// lanes share a block's slots by holding runs of it; a lane that goes its own way starts a block of its own. A block
+// without runs is free.
+class ggml_ext_kv_pages {
+  public:
+    ggml_ext_kv_pages(uint32_t n_lanes, uint32_t n_lists, uint32_t n_blocks);
+
+    // Where the blocks' positions are: block b's 64 at positions + b * stride (int32 units). Null: not kept, for a copy
+    // that is asked whether something fits.
+    void keep_positions(int32_t * first, size_t stride);
+
+    uint32_t n_lists() const { return lists_per_lane; }
+
+    uint32_t n_blocks() const { return uint32_t(blocks.size()); }
+
+    uint32_t n_free() const { return uint32_t(free_blocks.size()); }
+
+    // Blocks that n more tokens of a lane take at most, where no token is of several lanes.
+    uint64_t n_needed(uint32_t lane, uint32_t n) const;
+
+    // A token at `position`, behind what the lanes hold: stored once, for the first lane's lists, and seen by the others.
+    // slots[list] = block * 64 + slot. False, with nothing to rely on, where the free blocks do not suffice.
+    bool append(const llama_seq_id * lanes, uint32_t n_lanes, llama_pos position, int32_t * slots);
+
+    // Takes positions p0 .. p1 - 1 out of a lane.
+    void remove(uint32_t lane, llama_pos p0, llama_pos p1);
+
+    // Lets lane `to` see positions p0 .. p1 - 1 of lane `from`. False, with nothing changed, where `to` holds positions
+    // among those.
+    bool share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
+
+    void clear(uint32_t lane);
+
+    const std::vector<ggml_ext_kv_entry> & list(uint32_t lane, uint32_t list) const {
+        return lists[size_t(lane) * lists_per_lane + list];
+    }
+
+    // Tokens in slots `slot` .. of `block`, of one list: fills fresh blocks; the lanes get runs by `show`.
+    int32_t take_block();
+    void    show(uint32_t lane, uint32_t list, int32_t block, uint32_t slot);
+
+    int32_t * positions(int32_t block) const { return first_position + size_t(block) * position_stride; }
+
+  private:
+    struct state {
+        uint32_t references = 0;  // runs that lie in it
+        uint32_t fill       = 0;  // slots that were written
+    };
+
+    std::vector<ggml_ext_kv_entry> & runs(uint32_t lane, uint32_t list) {
+        return lists[size_t(lane) * lists_per_lane + list];
+    }
+
+    llama_pos first_of(const ggml_ext_kv_entry & entry) const { return positions(entry.block)[entry.begin]; }
+
+    llama_pos last_of(const ggml_ext_kv_entry & entry) const {
+        return positions(entry.block)[entry.begin + entry.count - 1];
+    }
+
+    // The part of a run in p0 .. p1 - 1, which may be empty.
+    ggml_ext_kv_entry part(const ggml_ext_kv_entry & entry, llama_pos p0, llama_pos p1) const;
+
+    uint32_t room(const std::vector<ggml_ext_kv_entry> & list) const;
+    void     release(int32_t block);
+
+    uint32_t                                    lists_per_lane;
+    std::vector<std::vector<ggml_ext_kv_entry>> lists;        // [n_lanes][n_lists]
+    std::vector<state>                          blocks;
+    std::vector<int32_t>                        free_blocks;  // the last is taken first
+    int32_t *                                   first_position  = nullptr;
+    size_t                                      position_stride = 0;
+};

@@ -1,0 +1,81 @@
+#include "kv_attend.h"
+
+#include "core/ext_op_new.h"
+#include "ggml-impl.h"
+#include "kv_store/block.h"
+
+#include <string.h>
+
+struct ggml_ext_kv_attend_params ggml_ext_kv_attend_params_of(const struct ggml_tensor * dst) {
+    struct ggml_ext_kv_attend_params params;
+    memcpy(&params, dst->op_params + 1, sizeof(params));
+    return params;
+}
+
+static bool kv_attend_is_row(const struct ggml_tensor * t, enum ggml_type type) {
+    return t != NULL && t->type == type && ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1;
+}
+
+static bool kv_attend_is_head(int32_t type, int32_t d) {
+    return type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size((enum ggml_type) type) > 0 && d > 0 &&
+           d % ggml_blck_size((enum ggml_type) type) == 0;
+}
+
+const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
+    const struct ggml_ext_kv_attend_params p = ggml_ext_kv_attend_params_of(dst);
+
+    const struct ggml_tensor * q     = dst->src[0];
+    const struct ggml_tensor * pool  = dst->src[1];
+    const struct ggml_tensor * table = dst->src[2];
+    const struct ggml_tensor * cells = dst->src[3];
+    const struct ggml_tensor * order = dst->src[4];
+    const struct ggml_tensor * mask  = dst->src[5];
+    const struct ggml_tensor * sinks = dst->src[6];
+    if (!kv_attend_is_head(p.type_k, p.dk) || !kv_attend_is_head(p.type_v, p.dv)) {
+        return "kv_attend: the types' blocks divide heads of dk and dv channels";
+    }
+    if (p.n_head_kv < 1 || p.first_list < 0 || p.first_list > p.n_lists - p.n_head_kv) {
+        return "kv_attend: a lane's lists hold those of the layer's heads";
+    }
+    if (q == NULL || q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || q->ne[0] != p.dk ||
+        q->ne[2] % p.n_head_kv != 0) {
+        return "kv_attend: q is F32 [dk, n_queries, n_head, n_streams] with adjacent values";
+    }
+    const struct ggml_ext_kv_block block =
+        ggml_ext_kv_block_of((enum ggml_type) p.type_k, p.dk, (enum ggml_type) p.type_v, p.dv);
+    if (!ggml_ext_kv_is_pool(pool, block.size)) {
+        return "kv_attend: the pool is I8 [block, n_blocks], contiguous, with room for the rows in a block";
+    }
+    if (!kv_attend_is_row(cells, GGML_TYPE_I32) || cells->ne[0] < 1) {
+        return "kv_attend: cells is I32 [n_positions, n_lanes], contiguous";
+    }
+    if (!kv_attend_is_row(table, GGML_TYPE_I32) || table->ne[1] != 1 || table->ne[0] < cells->ne[1] * p.n_lists + 1) {
+        return "kv_attend: table is I32 and holds an offset per list and one more";
+    }
+    if (!kv_attend_is_row(order, GGML_TYPE_I32) || ggml_nelements(order) != cells->ne[1] + 1 + q->ne[1] * q->ne[3]) {
+        return "kv_attend: order is I32 [n_lanes + 1 + n_tokens]";
+    }
+    if (mask == NULL || mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(ggml_fp16_t) || mask->ne[0] < 1 ||
+        mask->ne[1] < q->ne[1] || q->ne[2] % mask->ne[2] != 0 || q->ne[3] % mask->ne[3] != 0) {
+        return "kv_attend: mask is F16 [n_cells, >= n_queries, ...] with adjacent values";
+    }
+    if (sinks != NULL && (!kv_attend_is_row(sinks, GGML_TYPE_F32) || ggml_nelements(sinks) != q->ne[2])) {
+        return "kv_attend: sinks is F32 [n_head]";
+    }
+    return dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && dst->ne[0] == p.dv && dst->ne[1] == q->ne[2] &&
+                   dst->ne[2] == q->ne[1] && dst->ne[3] == q->ne[3] ?
+               NULL :
+               "kv_attend: the result is F32 [dv, n_head, n_queries, n_streams], contiguous";
+}
+
+struct ggml_tensor * ggml_ext_kv_attend(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * pool,
+                                        struct ggml_tensor * table, struct ggml_tensor * cells,
+                                        struct ggml_tensor * order, struct ggml_tensor * mask,
+                                        struct ggml_tensor * sinks, const struct ggml_ext_kv_attend_params * params) {
+    struct ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, params->dv, q->ne[2], q->ne[1], q->ne[3]);
+    ggml_ext_op_init(result, GGML_EXT_OP_KV_ATTEND, params, sizeof(*params));
+    struct ggml_tensor * const sources[] = { q, pool, table, cells, order, mask, sinks };
+    memcpy(result->src, sources, sizeof(sources));
+    ggml_ext_op_check(result);
+    return result;
+}

@@ -1,0 +1,54 @@
+#include "kv_store.h"
+
+#include "block.h"
+#include "core/ext_op_new.h"
+#include "ggml-impl.h"
+
+#include <string.h>
+
+struct ggml_ext_kv_store_params ggml_ext_kv_store_params_of(const struct ggml_tensor * dst) {
+    struct ggml_ext_kv_store_params params;
+    memcpy(&params, dst->op_params + 1, sizeof(params));
+    return params;
+}
+
+const char * ggml_ext_kv_store_fault(const struct ggml_tensor * dst) {
+    const struct ggml_ext_kv_store_params params = ggml_ext_kv_store_params_of(dst);
+
+    const struct ggml_tensor * pool  = dst->src[0];
+    const struct ggml_tensor * x     = dst->src[1];
+    const struct ggml_tensor * slots = dst->src[2];
+    if (x == NULL || x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || x->ne[3] != 1) {
+        return "kv_store: x is F32 [d, n_head_kv, n_tokens] with adjacent values";
+    }
+    if (params.type < 0 || params.type >= GGML_TYPE_COUNT || ggml_blck_size((enum ggml_type) params.type) <= 0 ||
+        x->ne[0] % ggml_blck_size((enum ggml_type) params.type) != 0) {
+        return "kv_store: the type's blocks divide a head of x";
+    }
+    if (params.offset < 0 ||
+        !ggml_ext_kv_is_pool(
+            pool, params.offset + GGML_EXT_KV_SLOTS * ggml_row_size((enum ggml_type) params.type, x->ne[0]))) {
+        return "kv_store: the pool is I8 [block, n_blocks], contiguous, with room for the rows in a block";
+    }
+    if (slots == NULL || slots->type != GGML_TYPE_I32 || slots->nb[0] != sizeof(int32_t) || slots->ne[0] != x->ne[1] ||
+        slots->ne[1] != x->ne[2] || slots->ne[2] != 1 || slots->ne[3] != 1) {
+        return "kv_store: slots is I32 [n_head_kv, n_tokens] with adjacent values";
+    }
+    return dst->type == GGML_TYPE_I8 && ggml_are_same_shape(dst, pool) && dst->data == pool->data ?
+               NULL :
+               "kv_store: the result is a view of the pool";
+}
+
+struct ggml_tensor * ggml_ext_kv_store(struct ggml_context * ctx, struct ggml_tensor * pool, struct ggml_tensor * x,
+                                       struct ggml_tensor * slots, struct ggml_tensor * cells, enum ggml_type type,
+                                       int offset) {
+    struct ggml_tensor *                  result = ggml_view_tensor(ctx, pool);
+    const struct ggml_ext_kv_store_params params = { type, offset };
+    ggml_ext_op_init(result, GGML_EXT_OP_KV_STORE, &params, sizeof(params));
+    result->src[0] = pool;
+    result->src[1] = x;
+    result->src[2] = slots;
+    result->src[3] = cells;
+    ggml_ext_op_check(result);
+    return result;
+}
