@@ -99,6 +99,7 @@ static std::shared_ptr<ggml_ext_kv> kv_open_window(std::vector<llama_kv_cells> &
     ext->sink   = llama_pos(setting.sink);
     ext->recent = llama_pos(setting.recent);
     ext->n_seq  = sequences;
+    ext->cells  = &cells;
     return ext;
 }
 

@@ -88,7 +88,8 @@ ggml_tensor * ggml_ext_kv_attention(ggml_context * ctx, ggml_tensor * q, ggml_te
                                     ggml_tensor * bias, ggml_tensor * mask, ggml_tensor * sinks, ggml_tensor * v_mla,
                                     float scale, const llama_hparams & hparams, int il);
 
-// Rows of cells of a saved state, in the place of upstream's; write is false where the cache is not paged.
+// Rows of cells of a saved state, in the place of upstream's; write is false where the cache is not paged. Where read is
+// false it empties `restored`, which upstream's caller owns.
 bool ggml_ext_kv_write(const ggml_ext_kv * ext, llama_io_write_i & io, uint32_t stream,
                        const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
 bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,

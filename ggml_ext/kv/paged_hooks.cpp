@@ -3,6 +3,7 @@
 #include "budget.h"
 #include "hooks.h"
 #include "llama-batch.h"
+#include "llama-impl.h"
 #include "paged_graph.h"
 #include "transform/hooks.h"
 
@@ -73,5 +74,15 @@ bool ggml_ext_kv_write(const ggml_ext_kv * ext, llama_io_write_i & io, uint32_t 
 
 bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
                       const std::vector<uint32_t> & restored) {
-    return ext.paged->read(io, cells, stream, restored);
+    bool done = false;
+    try {
+        done = ext.paged->read(io, cells, stream, restored);
+    } catch (const std::exception & error) {
+        LLAMA_LOG_ERROR("%s: ggml-ext: %s\n", __func__, error.what());
+    }
+    if (!done) {
+        // Upstream's caller, whose vector it is, then zeroes the rows of these cells, which its tensors do not have.
+        const_cast<std::vector<uint32_t> &>(restored).clear();
+    }
+    return done;
 }

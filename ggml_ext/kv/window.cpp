@@ -59,8 +59,8 @@ void ggml_ext_kv_begin(llama_kv_cache & cache, const llama_ubatch & ubatch,
         return;
     }
     ext.evicts = true;
-    for (llama_seq_id s = 0; s < llama_seq_id(cache.get_n_seq_max()); ++s) {
-        const ggml_ext_kv_spent spent(&ext, cache.get_cells(s), ubatch);
+    for (llama_seq_id s = 0; s < llama_seq_id(ext.cells->size() * ext.n_seq); ++s) {
+        const ggml_ext_kv_spent spent(&ext, (*ext.cells)[ext.n_seq == 1 ? s : 0], ubatch);
         if (spent.first_kept(s) > ext.sink) {
             cache.seq_rm(s, ext.sink, spent.first_kept(s));
         }
@@ -68,27 +68,32 @@ void ggml_ext_kv_begin(llama_kv_cache & cache, const llama_ubatch & ubatch,
     ext.evicts = false;
 }
 
-// The first position of the contiguous run at a sequence's end; -1 for an empty sequence.
-static llama_pos kv_end_run(const llama_kv_cells & cells, llama_seq_id s) {
-    const auto & positions = cells.seq_pos_get(s);
-    llama_pos    begin     = -1;
-    for (auto it = positions.rbegin(); it != positions.rend(); ++it) {
-        if (begin >= 0 && it->first < begin - 1) {
-            break;
+// A sequence's positions, rising.
+static std::vector<llama_pos> kv_positions(const llama_kv_cells & cells, llama_seq_id s) {
+    std::vector<llama_pos> positions;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (!cells.is_empty(i) && cells.seq_has(i, s)) {
+            positions.push_back(cells.pos_get(i));
         }
-        begin = it->first;
+    }
+    std::sort(positions.begin(), positions.end());
+    return positions;
+}
+
+// The first position of the contiguous run at the end of a sequence's positions, which are not empty.
+static llama_pos kv_end_run(const std::vector<llama_pos> & positions) {
+    llama_pos begin = positions.back();
+    for (auto it = positions.rbegin(); it != positions.rend() && *it >= begin - 1; ++it) {
+        begin = *it;
     }
     return begin;
 }
 
-// The first position that is missing in a sequence; 0 for an empty one.
-static llama_pos kv_first_gap(const llama_kv_cells & cells, llama_seq_id s) {
-    llama_pos next = std::max(0, cells.seq_pos_min(s));
-    for (const auto & [position, cell] : cells.seq_pos_get(s)) {
-        if (position > next) {
-            break;
-        }
-        next = position + 1;
+// The first position that is missing, from the first one on.
+static llama_pos kv_first_gap(const std::vector<llama_pos> & positions) {
+    llama_pos next = positions.front();
+    for (auto it = positions.begin(); it != positions.end() && *it <= next; ++it) {
+        next = *it + 1;
     }
     return next;
 }
@@ -98,7 +103,8 @@ static bool kv_removable(const llama_kv_cells & cells, llama_seq_id s, llama_pos
     if (p0 >= end || p1 <= begin || (p0 <= begin && p1 >= end)) {
         return true;
     }
-    return p1 >= end && (p0 <= kv_first_gap(cells, s) || p0 >= kv_end_run(cells, s));
+    const std::vector<llama_pos> positions = kv_positions(cells, s);
+    return p1 >= end && (p0 <= kv_first_gap(positions) || p0 >= kv_end_run(positions));
 }
 
 bool ggml_ext_kv_remove(ggml_ext_kv & ext, const std::vector<llama_kv_cells> & cells, llama_seq_id s, llama_pos p0,
@@ -122,5 +128,9 @@ bool ggml_ext_kv_remove(ggml_ext_kv & ext, const std::vector<llama_kv_cells> & c
 
 llama_pos ggml_ext_kv_pos_min(const ggml_ext_kv & ext, const llama_kv_cells & cells, llama_seq_id s) {
     const llama_pos begin = cells.seq_pos_min(s);
-    return ext.paged || begin < 0 || kv_first_gap(cells, s) > cells.seq_pos_max(s) ? begin : kv_end_run(cells, s);
+    if (ext.paged || begin < 0) {
+        return begin;
+    }
+    const std::vector<llama_pos> positions = kv_positions(cells, s);
+    return kv_first_gap(positions) > positions.back() ? begin : kv_end_run(positions);
 }

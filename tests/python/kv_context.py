@@ -85,6 +85,26 @@ class Context:
         """llama_memory_seq_pos_min."""
         return int(self.api.llama_memory_seq_pos_min(self.memory, sequence))
 
+    def pos_max(self, sequence: int = 0) -> int:
+        """llama_memory_seq_pos_max."""
+        return int(self.api.llama_memory_seq_pos_max(self.memory, sequence))
+
+    def copy(self, source: int, target: int, p0: int = -1, p1: int = -1) -> None:
+        """llama_memory_seq_cp."""
+        self.api.llama_memory_seq_cp(self.memory, source, target, p0, p1)
+
+    def save_all(self) -> bytes:
+        """The state of the whole context."""
+        size = self.api.llama_state_get_size(self.context)
+        data = (ctypes.c_uint8 * size)()
+        used = self.api.llama_state_get_data(self.context, data, size)
+        return bytes(data)[:used]
+
+    def restore_all(self, state: bytes) -> bool:
+        """Whether the whole context's state was taken."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return bool(self.api.llama_state_set_data(self.context, data, len(state)))
+
     def save(self, sequence: int = 0) -> bytes:
         """The state of a sequence."""
         size = self.api.llama_state_seq_get_size(self.context, sequence)

@@ -207,7 +207,7 @@ def test_states(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "line"),
     [
-        ("budget=101%", "is 'budget=101%'; set it to off, or budget=25%"),
+        ("budget=101%", "is 'budget=101%'; set it to off; paged"),
         ("budget=0", "is 'budget=0'"),
         ("25%", "is '25%'"),
         ("budget=25%,policy=best", "is 'budget=25%,policy=best'"),
