@@ -16,9 +16,12 @@ static bool kv_attend_is_row(const struct ggml_tensor * t, enum ggml_type type) 
     return t != NULL && t->type == type && ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
+#define MAX_HEAD 1024  // as attention over a cache has it
+
 static bool kv_attend_is_head(int32_t type, int32_t d) {
-    return type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size((enum ggml_type) type) > 0 && d > 0 &&
-           d % ggml_blck_size((enum ggml_type) type) == 0;
+    return (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q5_0 || type == GGML_TYPE_Q4_0 || type == GGML_TYPE_IQ4_NL ||
+            type == GGML_TYPE_F16) &&
+           d > 0 && d <= MAX_HEAD && d % ggml_blck_size((enum ggml_type) type) == 0;
 }
 
 const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
@@ -32,7 +35,8 @@ const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
     const struct ggml_tensor * mask  = dst->src[5];
     const struct ggml_tensor * sinks = dst->src[6];
     if (!kv_attend_is_head(p.type_k, p.dk) || !kv_attend_is_head(p.type_v, p.dv)) {
-        return "kv_attend: the types' blocks divide heads of dk and dv channels";
+        return "kv_attend: K and V are q8_0, q5_0, q4_0, iq4_nl or f16, of at most 1024 channels that their blocks "
+               "divide";
     }
     if (p.n_head_kv < 1 || p.first_list < 0 || p.first_list > p.n_lists - p.n_head_kv) {
         return "kv_attend: a lane's lists hold those of the layer's heads";
@@ -44,7 +48,7 @@ const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
     const struct ggml_ext_kv_block block =
         ggml_ext_kv_block_of((enum ggml_type) p.type_k, p.dk, (enum ggml_type) p.type_v, p.dv);
     if (!ggml_ext_kv_is_pool(pool, block.size)) {
-        return "kv_attend: the pool is I8 [block, n_blocks], contiguous, with room for the rows in a block";
+        return "kv_attend: the pool is I8 [block, n_blocks], contiguous, blocks of a multiple of 64 bytes that the rows fit in";
     }
     if (!kv_attend_is_row(cells, GGML_TYPE_I32) || cells->ne[0] < 1) {
         return "kv_attend: cells is I32 [n_positions, n_lanes], contiguous";

@@ -42,7 +42,7 @@ struct ggml_ext_kv_entry {
 
 static inline bool ggml_ext_kv_is_pool(const struct ggml_tensor * t, size_t block_size) {
     return t != NULL && t->type == GGML_TYPE_I8 && ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1 &&
-           (size_t) t->ne[0] >= block_size;
+           t->ne[0] % 64 == 0 && (size_t) t->ne[0] >= block_size;
 }
 
 #ifdef __cplusplus
