@@ -12,7 +12,7 @@
 #include <string>
 
 ggml_ext_kv_paged::ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream) :
-    n_cells(n_cells), n_stream(n_stream), held(0, 0, 0), cell_of(LLAMA_MAX_SEQ) {}
+    n_cells(n_cells), n_stream(n_stream), held(0, 0, 0), prefixes(LLAMA_MAX_SEQ), cell_of(LLAMA_MAX_SEQ) {}
 
 void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tensor * v) {
     layer.first_list = lists;
@@ -56,7 +56,8 @@ const ggml_ext_kv_paged::layer * ggml_ext_kv_paged::find(const ggml_tensor * nam
 }
 
 // Without tokens of several sequences a bound suffices; else, and where the bound is too high, a copy is asked.
-bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) const {
+bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) {
+    merge();
     std::vector<uint32_t> n(LLAMA_MAX_SEQ);
     bool                  coupled = false;
     for (const llama_ubatch & ubatch : ubatches) {
@@ -85,7 +86,32 @@ bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) const {
     return true;
 }
 
+// The blocks that the last ubatch has filled, once it is computed.
+void ggml_ext_kv_paged::merge() {
+    if (computed && kind > 0) {
+        for (const token & token : tokens) {
+            prefixes.add(uint32_t(token.lane), token.position, token.id, kind);
+        }
+        for (const llama_seq_id lane : lanes) {
+            prefixes.merge(uint32_t(lane), held);
+        }
+    }
+    tokens.clear();
+    computed = false;
+}
+
+uint32_t ggml_ext_kv_paged::number_of(const std::vector<uint64_t> & kind) {
+    return kind.empty() ? 0 : kinds.emplace(kind, uint32_t(kinds.size()) + 1).first->second;
+}
+
+void ggml_ext_kv_paged::end(uint32_t kind) {
+    begun      = false;
+    computed   = true;
+    this->kind = kind;
+}
+
 void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells) {
+    merge();
     begun = true;
     slots.resize(size_t(ubatch.n_tokens) * lists);
     lane_of.resize(ubatch.n_tokens);
@@ -98,6 +124,9 @@ void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uin
             std::vector<int32_t> & cells = cell_of[seen[j]];
             cells.resize(std::max(cells.size(), size_t(ubatch.pos[i]) + 1), -1);
             cells[ubatch.pos[i]] = int32_t(token_cells[i]);
+            if (ubatch.token) {
+                tokens.push_back({ seen[j], ubatch.pos[i], ubatch.token[i] });
+            }
         }
         // The first sequence's, as in upstream's mask.
         const auto lane = std::find(lanes.begin(), lanes.end(), seen[0]);
@@ -109,8 +138,10 @@ void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uin
 }
 
 void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
+    merge();
     for (llama_seq_id lane = std::max(s, 0); lane < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++lane) {
         held.remove(uint32_t(lane), p0, p1);
+        prefixes.cut(uint32_t(lane), p0);
     }
 }
 
@@ -118,10 +149,12 @@ void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, 
     if (from == to) {
         return;
     }
+    merge();
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? INT32_MAX : p1;
     if (n_stream > 1) {  // upstream copies the stream
         held.clear(uint32_t(to));
+        prefixes.cut(uint32_t(to), 0);
         cell_of[to].clear();
         p0 = 0;
         p1 = INT32_MAX;
@@ -131,6 +164,7 @@ void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, 
                    "positions there; remove them first",
                    p0, from, to);
     }
+    prefixes.copy(uint32_t(from), uint32_t(to), p0, p1);
     std::vector<int32_t> &       cells = cell_of[to];
     const std::vector<int32_t> & other = cell_of[from];
     cells.resize(std::max(cells.size(), std::min(other.size(), size_t(p1))), -1);
@@ -142,15 +176,13 @@ void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, 
 void ggml_ext_kv_paged::keep(llama_seq_id s) {
     for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ && n_stream == 1; ++lane) {
         if (lane != s) {
-            held.clear(uint32_t(lane));
+            remove(lane, 0, INT32_MAX);
         }
     }
 }
 
 void ggml_ext_kv_paged::clear() {
-    for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
-        held.clear(uint32_t(lane));
-    }
+    remove(-1, 0, INT32_MAX);
 }
 
 uint32_t ggml_ext_kv_paged::n_entries() const {

@@ -7,8 +7,10 @@
 #include "ggml.h"
 #include "llama.h"
 #include "pages.h"
+#include "prefixes.h"
 
 #include <cstdint>
+#include <map>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -41,7 +43,7 @@ class ggml_ext_kv_paged {
     const layer * find(const ggml_tensor * name) const;
 
     // Whether the blocks suffice for ubatches, one after the other.
-    bool fits(const std::vector<llama_ubatch> & ubatches) const;
+    bool fits(const std::vector<llama_ubatch> & ubatches);
 
     // Slots for a ubatch's tokens, before its graph is built; token_cells: their cells, in their order.
     void begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells);
@@ -70,8 +72,11 @@ class ggml_ext_kv_paged {
     void fill_cells(int32_t * to, uint32_t n_lanes, uint32_t n_positions) const;
     void fill_order(int32_t * to, uint32_t n_lanes) const;
 
-    // The graph has its inputs.
-    void end() { begun = false; }
+    // The graph has its inputs. Graphs of one kind compute the same rows from the same tokens; kind 0 promises nothing.
+    void end(uint32_t kind);
+
+    // The number of a kind by what makes it; 0 for nothing.
+    uint32_t number_of(const std::vector<uint64_t> & kind);
 
     uint32_t n_lists() const { return lists; }
 
@@ -89,6 +94,7 @@ class ggml_ext_kv_paged {
     const uint32_t n_cells, n_stream;
 
   private:
+    void   merge();
     size_t row_size(const layer & layer, bool v) const;
     char * row(const layer & layer, bool v, int32_t slot) const;
     bool   lay_out(const llama_kv_cells & cells, uint32_t stream, const std::vector<uint32_t> & restored,
@@ -99,7 +105,8 @@ class ggml_ext_kv_paged {
     uint32_t                                          lists      = 0;
     size_t                                            block_size = 0;  // of the largest layer
     ggml_ext_kv_pages                                 held;
-    std::vector<std::vector<int32_t>>                 cell_of;         // [lane][position] that it holds
+    ggml_ext_kv_prefixes                              prefixes;
+    std::vector<std::vector<int32_t>>                 cell_of;  // [lane][position] that it holds
     ggml_context_ptr                                  context;
     ggml_backend_buffer_ptr                           buffer;
     ggml_tensor *                                     blocks = nullptr;  // I8 [block, n_blocks]
@@ -109,4 +116,16 @@ class ggml_ext_kv_paged {
     std::vector<int32_t>      slots;    // [n_tokens][n_lists]
     std::vector<llama_seq_id> lanes;    // that its tokens see, in the order of their first tokens
     std::vector<uint32_t>     lane_of;  // of each token, index into lanes
+
+    struct token {
+        llama_seq_id lane;
+        llama_pos    position;
+        llama_token  id;
+    };
+
+    std::vector<token> tokens;  // of the ubatch and of each of their sequences, none where it has none
+    bool               computed = false;
+    uint32_t           kind     = 0;
+
+    std::map<std::vector<uint64_t>, uint32_t> kinds;
 };

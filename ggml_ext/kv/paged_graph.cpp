@@ -1,11 +1,15 @@
 #include "paged_graph.h"
 
 #include "core/ext_op.h"
+#include "llama-adapter.h"
 #include "llama-graph.h"
 #include "llama-hparams.h"
 #include "paged.h"
+#include "transform/hooks.h"
 
 #include <algorithm>
+#include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,10 +23,33 @@ uint32_t lanes_of(const llama_ubatch & ubatch) {
     return std::max(1u, ubatch.n_seqs_unq);
 }
 
+// What beside its tokens the rows of a graph depend on; empty where that can change without a new graph.
+std::vector<uint64_t> kind_of(const llm_graph_params & params) {
+    for (uint32_t il = 0; params.cvec && il < params.hparams.n_layer(); ++il) {
+        if (params.cvec->tensor_for(int(il))) {
+            return {};
+        }
+    }
+    std::vector<uint64_t> kind = { params.cparams.causal_attn };
+    if (params.loras) {
+        std::map<uint64_t, float> adapters;
+        for (const auto & [adapter, scale] : *params.loras) {
+            adapters[ggml_ext_llama_adapter_number(*adapter)] = scale;
+        }
+        for (const auto & [adapter, scale] : adapters) {
+            uint32_t bits;
+            std::memcpy(&bits, &scale, sizeof(bits));
+            kind.insert(kind.end(), { adapter, bits });
+        }
+    }
+    return kind;
+}
+
 class kv_input : public llm_graph_input_i {
   public:
-    kv_input(ggml_ext_kv_paged & paged, uint32_t n_tokens, uint32_t n_lanes) :
-        paged(paged), n_tokens(n_tokens), n_lanes(n_lanes), n_entries(GGML_PAD(paged.n_entries(), entries_step)),
+    kv_input(ggml_ext_kv_paged & paged, uint32_t kind, uint32_t n_tokens, uint32_t n_lanes) :
+        paged(paged), kind(kind), n_tokens(n_tokens), n_lanes(n_lanes),
+        n_entries(GGML_PAD(paged.n_entries(), entries_step)),
         n_positions(GGML_PAD(paged.n_positions(), positions_step)) {}
 
     void make(ggml_context * ctx) {
@@ -43,7 +70,7 @@ class kv_input : public llm_graph_input_i {
         set(table, [&](int32_t * to) { paged.fill_table(to, n_lanes); });
         set(cells, [&](int32_t * to) { paged.fill_cells(to, n_lanes, n_positions); });
         set(order, [&](int32_t * to) { paged.fill_order(to, n_lanes); });
-        paged.end();
+        paged.end(kind);
     }
 
     bool can_reuse(const llm_graph_params & params) override {
@@ -65,7 +92,7 @@ class kv_input : public llm_graph_input_i {
     }
 
     ggml_ext_kv_paged & paged;
-    const uint32_t      n_tokens, n_lanes, n_entries, n_positions;
+    const uint32_t      kind, n_tokens, n_lanes, n_entries, n_positions;
 };
 
 }  // namespace
@@ -75,7 +102,8 @@ ggml_ext_kv_graph::cache & ggml_ext_kv_graph::use(ggml_context * ctx, ggml_ext_k
     if (found != caches.end()) {
         return found->second;
     }
-    auto input = std::make_unique<kv_input>(paged, params.ubatch.n_tokens, lanes_of(params.ubatch));
+    auto input = std::make_unique<kv_input>(paged, paged.number_of(kind_of(params)), params.ubatch.n_tokens,
+                                            lanes_of(params.ubatch));
     input->make(ctx);
     cache & made = caches[&paged];
     made         = { input->slots, input->table, input->cells, input->order, paged.pool() };

@@ -23,13 +23,14 @@ int32_t ggml_ext_kv_pages::take_block() {
     }
     const int32_t block = free_blocks.back();
     free_blocks.pop_back();
-    blocks[block] = {};
+    blocks[block].fill = 0;
     return block;
 }
 
 void ggml_ext_kv_pages::release(int32_t block) {
     assert(blocks[block].references > 0);
     if (--blocks[block].references == 0) {
+        blocks[block].generation++;
         free_blocks.push_back(block);
     }
 }
@@ -76,6 +77,7 @@ bool ggml_ext_kv_pages::append(const llama_seq_id * lanes, uint32_t n_lanes, lla
         if (block < 0) {
             return false;
         }
+        blocks[block].generation += slot < blocks[block].fill;
         blocks[block].fill = slot;  // what its only lane gave up behind it can be written again
         for (uint32_t l = 0; l < n_lanes; ++l) {
             show(lanes[l], i, block, slot);
@@ -154,4 +156,17 @@ void ggml_ext_kv_pages::clear(uint32_t lane) {
         }
         runs(lane, i).clear();
     }
+}
+
+bool ggml_ext_kv_pages::is_whole(uint32_t lane, uint32_t i, size_t run) const {
+    const std::vector<ggml_ext_kv_entry> & list = this->list(lane, i);
+    return run < list.size() && list[run].begin == 0 && list[run].count == kv_slots &&
+           first_of(list[run]) == llama_pos(run * kv_slots) && last_of(list[run]) == first_of(list[run]) + 63;
+}
+
+void ggml_ext_kv_pages::replace(uint32_t lane, uint32_t i, size_t run, int32_t block) {
+    ggml_ext_kv_entry & entry = runs(lane, i)[run];
+    blocks[block].references++;
+    release(entry.block);
+    entry.block = block;
 }

@@ -42,6 +42,15 @@ class ggml_ext_kv_pages {
 
     void clear(uint32_t lane);
 
+    // Whether run i of a list is the whole block of positions 64 i .. 64 i + 63.
+    bool is_whole(uint32_t lane, uint32_t list, size_t i) const;
+
+    // Lets run i, a whole block, be another one.
+    void replace(uint32_t lane, uint32_t list, size_t i, int32_t block);
+
+    // Changes whenever a block's tokens are others than they were, and with its being free.
+    uint32_t generation(int32_t block) const { return blocks[block].generation; }
+
     const std::vector<ggml_ext_kv_entry> & list(uint32_t lane, uint32_t list) const {
         return lists[size_t(lane) * lists_per_lane + list];
     }
@@ -56,6 +65,7 @@ class ggml_ext_kv_pages {
     struct state {
         uint32_t references = 0;  // runs that lie in it
         uint32_t fill       = 0;  // slots that were written
+        uint32_t generation = 0;
     };
 
     std::vector<ggml_ext_kv_entry> & runs(uint32_t lane, uint32_t list) {

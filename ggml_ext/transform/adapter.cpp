@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -194,7 +196,21 @@ bool uncovered(const ggml_ext_model & ext, const std::string & name) {
 
 }  // namespace
 
+// An adapter may lie where one lay that was freed, so its address does not name it.
+static std::mutex                                     adapters_lock;
+static std::map<const llama_adapter_lora *, uint64_t> adapter_numbers;
+static uint64_t                                       n_adapters = 0;
+
+uint64_t ggml_ext_llama_adapter_number(const llama_adapter_lora & adapter) {
+    const std::lock_guard<std::mutex> lock(adapters_lock);
+    return adapter_numbers.at(&adapter);
+}
+
 void ggml_ext_llama_adapter(const llama_model & model, llama_adapter_lora & adapter) {
+    {
+        const std::lock_guard<std::mutex> lock(adapters_lock);
+        adapter_numbers[&adapter] = ++n_adapters;
+    }
     const ggml_ext_model * ext = model.ggml_ext.get();
     if (!ext || ext->transform == "none") {
         return;

@@ -5,6 +5,7 @@
 
 #include "ggml.h"
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <set>
@@ -102,6 +103,9 @@ bool ggml_ext_llama_fixes_k(const llama_model & model, ggml_type type_k);
 // once its tensors have their data. Throws std::runtime_error, which names the tensor, where the file does not
 // record what was folded into that matrix.
 void ggml_ext_llama_adapter(const llama_model & model, llama_adapter_lora & adapter);
+
+// Which of all adapters that this process has loaded it is.
+uint64_t ggml_ext_llama_adapter_number(const llama_adapter_lora & adapter);
 
 // For a KV cache's saved state, in front of it: the digest of the model's transforms, nothing for a model without
 // any. Reading throws std::runtime_error unless the digest is the model's own.

@@ -51,6 +51,7 @@ class Context:
             if before is not None:
                 os.environ["GGML_EXT_KV"] = before
         self.log = log_lines()
+        self._adapters: dict[Path, Any] = {}
         self.memory = self.api.llama_get_memory(self.context) if self.context else None
 
     def decode(self, tokens: Sequence[int], first: int = 0, sequence: int = 0) -> NDArray[np.float32]:
@@ -92,6 +93,17 @@ class Context:
     def copy(self, source: int, target: int, p0: int = -1, p1: int = -1) -> None:
         """llama_memory_seq_cp."""
         self.api.llama_memory_seq_cp(self.memory, source, target, p0, p1)
+
+    def adapt(self, adapter: Path, scale: float) -> None:
+        """LoRA adapter of what follows."""
+        if adapter not in self._adapters:
+            self._adapters[adapter] = self.api.llama_adapter_lora_init(
+                self.model._model, str(adapter).encode()
+            )
+            assert self._adapters[adapter], log_lines()
+        pointers = (self.api.llama_adapter_lora_p_ctypes * 1)(self._adapters[adapter])
+        scales = (ctypes.c_float * 1)(scale)
+        assert self.api.llama_set_adapters_lora(self.context, pointers, 1, scales) == 0
 
     def save_all(self) -> bytes:
         """The state of the whole context."""

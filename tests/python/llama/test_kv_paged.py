@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fold_files as folds
 import server_files
 from arch_models import ArchModel
 from ggml_ext.runtime.llama import log_lines
@@ -281,3 +282,84 @@ def test_the_server(
             )
     assert answers[0] == answers[1]
     assert "ggml-ext: paged: " in log.read_text()
+
+
+PREFIX = 192  # three blocks of 64
+
+
+def _two(path: Path, kv: str, **options: object) -> Context:
+    values: dict[str, object] = {"n_seq": 3, "unified": True, "n_ctx": 1536}
+    return _open(path, kv, **(values | options))
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_equal_beginnings_are_stored_once(llama: Path, unified: bool) -> None:
+    """Three requests of four blocks, three of them common, in a pool of nine; the logits of a cache that has
+    room for all."""
+    requests = [[*_tokens(PREFIX), *_tokens(20, seed=s + 1)] for s in range(3)]
+    results = []
+    for kv in ("off", "paged,budget=192"):
+        with _two(llama, kv, unified=unified, n_ctx=1536 if unified else 512) as context:
+            results.append([_read(context, request, 0, s) for s, request in enumerate(requests)])
+            results[-1] += [context.decode([3], PREFIX + 20, s) for s in range(3)]
+    for plain, paged in zip(*results, strict=True):
+        assert _close(paged, plain)
+
+
+def _leaves_room(context: Context, tokens: Sequence[int]) -> bool:
+    """Whether sequence 1 leaves room for a third one beside sequence 0."""
+    _read(context, tokens, 0, 1)
+    context.decode([1], len(tokens), 1)
+    return context.try_decode([(t, i, 2) for i, t in enumerate(_tokens(PREFIX, seed=9))]) == 0
+
+
+def test_what_is_not_equal_is_not_shared(llama: Path) -> None:
+    """One token of the first block, the order of blocks, a beginning that is cut and read anew."""
+    tokens = _tokens(PREFIX)
+    kv = "paged,budget=192"  # 9 blocks per list
+    with _two(llama, kv) as paged:
+        _read(paged, tokens)
+        assert _leaves_room(paged, tokens)
+    for other in ([*tokens[:5], tokens[5] + 1, *tokens[6:]], [*tokens[64:128], *tokens[:64], *tokens[128:]]):
+        with _two(llama, kv) as paged:
+            _read(paged, tokens)
+            assert not _leaves_room(paged, other)
+    with _two(llama, kv) as paged:
+        _read(paged, tokens)
+        paged.remove(0, 10)
+        changed = [*tokens[:10], *_tokens(PREFIX - 10, seed=4)]
+        _read(paged, changed[10:], 10)
+        assert not _leaves_room(paged, tokens)
+        assert _close(paged.decode([1], PREFIX, 0), _alone(llama, [*changed, 1]))
+
+
+def _alone(path: Path, tokens: Sequence[int]) -> NDArray[np.float32]:
+    with _two(path, "off") as plain:
+        return _read(plain, tokens)
+
+
+def test_a_shared_beginning_outlives_its_first_reader(llama: Path) -> None:
+    tokens = _tokens(PREFIX)
+    with _two(llama, "paged,budget=192") as paged:
+        for s in (0, 1):
+            _read(paged, tokens, 0, s)
+            paged.decode([1], PREFIX, s)
+        paged.remove(0, 0)
+        _read(paged, _tokens(PREFIX, seed=5), 0, 0)  # takes what became free
+        assert _close(paged.decode([2], PREFIX + 1, 1), _alone(llama, [*tokens, 1, 2]))
+        paged.remove(1, 70)  # into the shared part
+        _read(paged, tokens[70:100], 70, 1)
+        assert _close(paged.decode([2], 100, 1), _alone(llama, [*tokens[:100], 2]))
+
+
+def test_adapters_make_other_rows(llama: Path, tmp_path: Path) -> None:
+    """The same tokens under an adapter are other rows, under the same one the same."""
+    tokens = _tokens(PREFIX)
+    shapes = {"blk.0.attn_k.weight": (256, 256), "blk.0.ffn_down.weight": (256, 384)}
+    adapter = folds.write_adapter(tmp_path / "a.gguf", shapes)
+    for before, after, room in ((0.0, 1.0, False), (1.0, 1.0, True), (1.0, 0.5, False)):
+        with _two(llama, "paged,budget=192") as paged:
+            paged.adapt(adapter, before)
+            _read(paged, tokens)
+            paged.adapt(adapter, after)
+            assert _leaves_room(paged, tokens) == room, (before, after)
