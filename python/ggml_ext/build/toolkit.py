@@ -162,15 +162,16 @@ _NO_CHECKPOINTS = ["--ctx-checkpoints", "0"]
 
 
 def run_tool(name: str, arguments: Sequence[str], *, kv: str | None = None) -> NoReturn:
-    """Becomes the patched llama.cpp tool `name`, ``kv``: with this budget of its KV cache.
+    """Becomes the patched llama.cpp tool `name`, ``kv``: with this budget of its KV cache, or a paged one.
 
     Raises GgmlExtError, naming the tools that exist.
     """
     program = tools.find(name)
     environment = tools.environment()
     if kv is not None:
-        environment["GGML_EXT_KV"] = CacheTypes.of("f16", "f16", kv).setting
-        if program.name == "llama-server":
+        cache = CacheTypes.of("f16", "f16", kv)
+        environment["GGML_EXT_KV"] = cache.setting
+        if program.name == "llama-server" and not cache.paged:
             arguments = [*_NO_CHECKPOINTS, *arguments]
     try:
         os.execve(program, [str(program), *arguments], environment)

@@ -16,7 +16,7 @@ NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
 
-_BUDGET = re.compile(r"\d+%?(,(sink|recent)=\d+)*")
+_BUDGET = re.compile(r"paged(,\d+[%KMG]?)?|\d+%?(,(sink|recent)=\d+)*")
 
 _UBATCH = 64
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
@@ -25,7 +25,7 @@ of them see more than the first."""
 
 class CacheTypes(NamedTuple):
     """Types of K and V. All but llama.cpp's own choice, f16, run with flash attention, which V needs. ``kv``:
-    the budget of GGML_EXT_KV (docs/kv-cache.md), "25%"; empty: what the environment says."""
+    the budget of GGML_EXT_KV (docs/kv-cache.md), "25%", or "paged"; empty: what the environment says."""
 
     k: str = "f16"
     v: str = "f16"
@@ -35,7 +35,9 @@ class CacheTypes(NamedTuple):
     def of(cls, k: str, v: str, kv: str | None = None) -> CacheTypes:
         """Raises GgmlExtError for a type that a cache cannot have, and for what is no budget."""
         if kv is not None and not _BUDGET.fullmatch(kv):
-            raise GgmlExtError(f"--kv {kv}: no budget; write 25% of the context or 4096 cells per sequence")
+            raise GgmlExtError(
+                f"--kv {kv}: no budget; write 25% of the context, 4096 cells per sequence, paged, or paged,2G"
+            )
         for option, name in (("-ctk", k), ("-ctv", v)):
             if name.lower() not in NAMES:
                 raise GgmlExtError(f"{option} {name}: no type of a cache; use one of {', '.join(NAMES)}")
@@ -58,12 +60,17 @@ class CacheTypes(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The value of GGML_EXT_KV for a budget."""
-        return f"budget={self.kv}"
+        """The value of GGML_EXT_KV."""
+        return self.kv.replace(",", ",budget=") if self.paged else f"budget={self.kv}"
+
+    @property
+    def paged(self) -> bool:
+        """Whether the cache's rows are in blocks, none of which are evicted."""
+        return self.kv.startswith("paged")
 
     def ubatch(self, wanted: int) -> int:
         """Tokens of a ubatch, at most ``wanted``."""
-        return min(wanted, _UBATCH) if self.kv else wanted
+        return min(wanted, _UBATCH) if self.kv and not self.paged else wanted
 
     @contextmanager
     def budget(self) -> Iterator[None]:
@@ -90,7 +97,7 @@ class CacheTypes(NamedTuple):
 
     def __str__(self) -> str:
         types = self.k if self.k == self.v else f"K {self.k}, V {self.v}"
-        return f"{types}, budget {self.kv}" if self.kv else types
+        return f"{types}, {self.kv if self.paged else f'budget {self.kv}'}" if self.kv else types
 
 
 PLAIN = CacheTypes()

@@ -81,6 +81,19 @@ def test_a_budget_of_cells(tmp_path: Path) -> None:
         perplexity(model, text, ctx=1024, cache=too_small)
 
 
+def test_a_paged_cache(tmp_path: Path) -> None:
+    """Nothing is evicted: what the cache's types cost, no more."""
+    make_model(tmp_path / "base.gguf")
+    model, text = tmp_path / "base.gguf", tmp_path / "text.txt"
+    text.write_text(text_of(3000))
+    plain, paged = (CacheTypes.of("f16", "f16", kv) for kv in (None, "paged"))
+    rows = compare(model, [model], text, ctx=256, rounds=0, layers=0, cache=paged)
+    assert 0 <= rows[1]["kld"] < 1e-3
+    assert ", KV cache f16, paged (the base's f16)" in report.markdown(rows, threads=None, rounds=0)
+    scores = [perplexity(model, text, ctx=256, cache=cache).ppl for cache in (plain, paged)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-2)
+
+
 def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], str | None]] = []
 
@@ -89,12 +102,18 @@ def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(2, "not in a test")
 
     monkeypatch.setattr(os, "execve", execve)
-    for tool, kv in (("llama-server", "25%"), ("llama-cli", "4096,sink=32"), ("llama-server", None)):
+    for tool, kv in (
+        ("llama-server", "25%"),
+        ("llama-cli", "4096,sink=32"),
+        ("llama-server", "paged,2G"),
+        ("llama-server", None),
+    ):
         with pytest.raises(GgmlExtError, match="cannot start"):
             run_tool(tool, ["-m", "x"], kv=kv)
     assert seen == [
         (["--ctx-checkpoints", "0", "-m", "x"], "budget=25%"),
         (["-m", "x"], "budget=4096,sink=32"),
+        (["-m", "x"], "paged,budget=2G"),
         (["-m", "x"], None),
     ]
 
@@ -124,7 +143,8 @@ def test_types_are_those_of_llama_cpp(repo_root: Path) -> None:
     assert sorted(name.strip() for name in listed.replace("\n", " ").split(",")) == sorted(NAMES)
     assert CacheTypes.of("F16", "iq4_nl").ids == (1, 20)
     assert CacheTypes.of("f16", "q8_0", "25%,sink=4").setting == "budget=25%,sink=4"
-    for wrong in ("", "x", "25%,", "25%,window=3", "-1"):
+    assert CacheTypes.of("f16", "q8_0", "paged").setting == "paged"
+    for wrong in ("", "x", "25%,", "25%,window=3", "-1", "2G", "paged,sink=4", "pagedX"):
         with pytest.raises(GgmlExtError, match=f"--kv {wrong}: no budget; write 25% of the context"):
             CacheTypes.of("f16", "f16", wrong)
     with pytest.raises(GgmlExtError, match=r"-ctv q3_k: no type of a cache; use one of f32, f16"):
