@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -250,17 +249,18 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def retriever(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """An untrained model of the retrieval model's script, with its vocabulary of whole words."""
-    script = pytest.importorskip("torch") and runpy.run_path(
-        str(repo_root / "scripts/train_retrieval_model.py")
-    )
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained retrieval model, with its vocabulary of whole words."""
+    torch = pytest.importorskip("torch")
+    from devtools.retrieval_model.export import write_gguf
+    from devtools.retrieval_model.model import Retriever, Shape
+    from devtools.retrieval_model.vocabulary import Vocabulary
+
     path = tmp_path_factory.mktemp("retriever") / "untrained.gguf"
-    words = script["Vocabulary"]()
-    shape = script["Shape"](hidden=64, layers=1, heads=2, kv_heads=1, ffn=64)
-    model = script["Retriever"](shape, len(words.tokens))
-    script["nn"].init.normal_(model.blk[0].attn_output.weight)  # else it begins with no use of its cache
-    script["write_gguf"](path, model, words)
+    words = Vocabulary()
+    model = Retriever(Shape(hidden=64, layers=1, heads=2, kv_heads=1, ffn=64), len(words.tokens))
+    torch.nn.init.normal_(model.blk[0].attn_output.weight)  # else it begins with no use of its cache
+    write_gguf(path, model, words)
     return path
 
 
