@@ -18,6 +18,7 @@ from eval_models import make_model, text_of
 from ggml_ext.cli.entry import app
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.measure import proportion, retrieval
+from ggml_ext.measure.subjects import Subject
 from ggml_ext.measure.tasks import filler, templates
 from ggml_ext.measure.tasks.cases import NEEDLE_SHARE, Case, Spec, make_case
 from ggml_ext.measure.tasks.filler import Filler
@@ -227,7 +228,7 @@ def test_rows_gate_by_the_base_and_pair_the_cases(tiny: Path) -> None:
             spec.task == "chain" and spec.length == 64 and spec.seed > 0
         )
         own["right"][i] = base["right"][i] and spec.depth > 0.5
-    subject = retrieval.Subject(tiny, PLAIN)
+    subject = Subject(tiny, PLAIN)
     row = retrieval.make_row(subject, specs, own, base, is_base=False)
     counted = [(cell["task"], cell["length"]) for cell in row["cells"] if cell["counted"]]
     assert counted == [("list", 64), ("list", 128)]
@@ -317,7 +318,9 @@ def test_an_interrupted_run_goes_on(retriever: Path, monkeypatch: pytest.MonkeyP
         (["--task", "retrieval", "--lengths", "64"], 1, "the made text: length 64: too short for the task"),
         (["--task", "retrieval", "-f", "TEXT"], 1, "text.txt: the text has 12 tokens, fewer than the 512"),
         (["--task", "retrieval", "--ctx", "512"], 2, "is not for --task"),
+        (["--task", "retrieval", "--report", "r.md"], 2, "Invalid value for --report: is not for --task"),
         (["--lengths", "512", "-f", "TEXT"], 2, "needs --task retrieval"),
+        (["--question-with-text", "-f", "TEXT"], 2, "for --question-with-text: needs --task retrieval"),
         ([], 2, "is needed without --task"),
     ],
 )
