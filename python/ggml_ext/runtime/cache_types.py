@@ -15,7 +15,6 @@ from ggml_ext.core.errors import GgmlExtError
 NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
-
 _BUDGET = re.compile(r"\d+%?(,(sink|recent)=\d+)*")
 
 _UBATCH = 64
@@ -33,7 +32,10 @@ class CacheTypes(NamedTuple):
 
     @classmethod
     def of(cls, k: str, v: str, kv: str | None = None) -> CacheTypes:
-        """Raises GgmlExtError for a type that a cache cannot have, and for what is no budget."""
+        """The cache that a command's options name, in small letters.
+
+        Raises GgmlExtError for a type that a cache cannot have, and for what is no budget.
+        """
         if kv is not None and not _BUDGET.fullmatch(kv):
             raise GgmlExtError(f"--kv {kv}: no budget; write 25% of the context or 4096 cells per sequence")
         for option, name in (("-ctk", k), ("-ctv", v)):
@@ -48,7 +50,7 @@ class CacheTypes(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, int]:
-        """The same of enum ggml_type."""
+        """The types of K and V as values of enum ggml_type."""
         return int(GGMLQuantizationType[self.k.upper()]), int(GGMLQuantizationType[self.v.upper()])
 
     @property
@@ -58,11 +60,11 @@ class CacheTypes(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The value of GGML_EXT_KV for a budget."""
+        """The value of GGML_EXT_KV, of a cache with a budget."""
         return f"budget={self.kv}"
 
     def ubatch(self, wanted: int) -> int:
-        """Tokens of a ubatch, at most ``wanted``."""
+        """Tokens of a ubatch: ``wanted``, fewer with a budget."""
         return min(wanted, _UBATCH) if self.kv else wanted
 
     @contextmanager
