@@ -18,6 +18,7 @@ from ggml_ext.cli.shared import (
     ThreadsOption,
     bound_threads,
     print_table,
+    wrote,
 )
 
 
@@ -27,10 +28,12 @@ class Task(str, Enum):
     retrieval = "retrieval"
 
 
-def _given(context: typer.Context, *options: str) -> str | None:
-    """The first of the ``options`` of a command that stands on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in options}
-    return next((name for name, source in sources.items() if source and source.name == "COMMANDLINE"), None)
+def _refuse(context: typer.Context, parameters: Sequence[str], reason: str) -> None:
+    """Wrong usage if an option of one of the ``parameters`` stands on the command line."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in parameters and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(reason, param_hint=parameter.opts[-1])
 
 
 def compare(
@@ -75,8 +78,7 @@ def compare(
     """Size, perplexity, KL divergence, top-1 agreement and speed of models against a base."""
     bound_threads(threads)
     if task is not None:
-        if (name := _given(context, "ctx", "rounds", "layers", "report_out")) is not None:
-            raise typer.BadParameter("is not for --task", param_hint=f"--{name.removesuffix('_out')}")
+        _refuse(context, ["ctx", "rounds", "layers", "report_out"], "is not for --task")
         _retrieval(
             base,
             models,
@@ -93,9 +95,7 @@ def compare(
             plot_out=plot_out,
         )
         return
-    if (name := _given(context, "lengths", "depths", "cases", "together")) is not None:
-        option = "question-with-text" if name == "together" else name
-        raise typer.BadParameter("needs --task retrieval", param_hint=f"--{option}")
+    _refuse(context, ["lengths", "depths", "cases", "together"], "needs --task retrieval")
     if text is None:
         raise typer.BadParameter("is needed without --task", param_hint="-f")
     from ggml_ext.measure import loss, report
@@ -110,9 +110,8 @@ def compare(
             line = loss.summary(row, name)
             if line is not None:
                 print(line)
-        written = [str(path) for path in (json_out, report_out, plot_out) if path is not None]
-        wrote = f"; wrote {', '.join(written)}" if written else ""
-        print(f"compared {len(models)} models with {base}{wrote}", flush=True)
+        summary = f"compared {len(models)} models with {base}"
+        print("; ".join([summary, *wrote(json_out, report_out, plot_out)]), flush=True)
 
     run_compare(
         base,
@@ -147,16 +146,15 @@ def _retrieval(
     plot_out: Path | None,
 ) -> None:
     """Judge the models, print the table and the lines below it."""
-    from ggml_ext.measure import retrieval, retrieval_report
+    from ggml_ext.measure import report, retrieval, retrieval_report
     from ggml_ext.runtime.cache_types import CacheTypes
 
-    def deliver(rows: list[retrieval.Row]) -> None:
+    def deliver(rows: list[report.Row]) -> None:
         print_table(retrieval_report.table(rows))
         for line in retrieval_report.summaries(rows):
             print(line)
-        written = [str(path) for path in (json_out, plot_out) if path is not None]
-        if written:
-            print(f"wrote {', '.join(written)}", flush=True)
+        for line in wrote(json_out, plot_out):
+            print(line, flush=True)
 
     retrieval.judge(
         base,

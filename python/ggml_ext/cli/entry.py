@@ -34,6 +34,7 @@ from ggml_ext.cli.shared import (
     ThreadsOption,
     bound_threads,
     print_table,
+    wrote,
 )
 from ggml_ext.core.errors import GgmlExtError, one_line
 from ggml_ext.core.signals import Terminated, as_interrupts
@@ -195,7 +196,7 @@ def bench(
     if json_out is not None:
         write_json(json_out, rows)
     print_table(report.speed_table(rows))
-    print(f"measured {len(models)} models in {rounds} rounds" + (f"; wrote {json_out}" if json_out else ""))
+    print("; ".join([f"measured {len(models)} models in {rounds} rounds", *wrote(json_out)]))
 
 
 @app.command()

@@ -98,3 +98,9 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     console.print(table)
+
+
+def wrote(*outputs: Path | None) -> list[str]:
+    """The line that names the ``outputs``; none where no file was asked for."""
+    named = ", ".join(str(path) for path in outputs if path is not None)
+    return [f"wrote {named}"] if named else []

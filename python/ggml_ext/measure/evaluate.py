@@ -12,20 +12,16 @@ whatever the length of the text. Finished windows are journalled: an interrupted
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.core.errors import GgmlExtError
-from ggml_ext.core.outputs import identity
 from ggml_ext.core.progress import Advance, track
-from ggml_ext.gguf.shards import named_parts
 from ggml_ext.measure.journal import Journal
 from ggml_ext.measure.scoring import (
     SCORE,
@@ -40,23 +36,13 @@ from ggml_ext.measure.scoring import (
     score,
 )
 from ggml_ext.measure.standard_error import Interval, TextErrors
+from ggml_ext.measure.subjects import Journalled, Subject, check_vocabulary, read_text
 from ggml_ext.measure.windows import Scratch, decode_windows, make_plan
 from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 from ggml_ext.runtime.llama import Model, interruptible
 
 FORMAT = 2
 """Version of what the journal holds; raise it when scores change their meaning."""
-
-
-class Subject(NamedTuple):
-    """A model that is scored, and the types of its KV cache."""
-
-    path: Path
-    cache: CacheTypes
-
-    def facts(self) -> list[Any]:
-        """What its scores depend on, for a journal."""
-        return [[identity(part) for part in named_parts(self.path) if part.exists()], *self.cache]
 
 
 @dataclass(frozen=True)
@@ -93,19 +79,7 @@ class PerplexityResult:
     ctx: int
 
 
-def read_text(path: Path) -> tuple[bytes, str]:
-    """The text without one final line feed, as llama.cpp's tools read it, and the file's SHA-256.
-
-    Raises GgmlExtError.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise GgmlExtError(f"{path}: {error.strerror}; name a text file that can be read") from error
-    return data.removesuffix(b"\n"), hashlib.sha256(data).hexdigest()
-
-
-class Evaluation:
+class Evaluation(Journalled):
     """Scores a base model and others over a text. Use it in ``with``."""
 
     def __init__(
@@ -142,20 +116,14 @@ class Evaluation:
             )
         self.windows = self._tokens[: self.n_windows * ctx].reshape(self.n_windows, ctx)
         for path in models:
-            self._check_vocabulary(path)
-        self._journal = Journal(
-            {
-                "format": FORMAT,
-                "base": self.base.facts(),
-                "text": self.text_sha256,
-                "ctx": ctx,
-            },
-            self.plan.rows,
-        )
+            with Model(path, weights=False) as model:
+                check_vocabulary(model, model.tokenize(self._text), base, self._n_vocab, self._tokens)
+        facts = {"format": FORMAT, "base": self.base.facts(), "text": self.text_sha256, "ctx": ctx}
+        super().__init__(Journal(facts, self.plan.rows))
 
     def _done(self, subject: Subject) -> int:
         """Windows of ``subject`` that are scored, from the first one on."""
-        return len(self._journal.windows(subject.facts()))
+        return len(self._records(subject))
 
     def run(self) -> list[Result]:
         """Score everything that the journal lacks. Results: the base, then the models in their order."""
@@ -218,7 +186,6 @@ class Evaluation:
         """Score windows begin..stop of ``subject``, which ``model`` is, and journal those that are new."""
         plan = self.plan
         model.start(n_ctx=self.ctx, n_seq=plan.n_seq, n_batch=plan.n_seq * plan.step, cache=subject.cache)
-        facts = subject.facts()
         scores = np.zeros(plan.rows, SCORE)
         for window, row, logits in decode_windows(model, self.windows, plan, begin, stop):
             end = row + len(logits)
@@ -236,16 +203,8 @@ class Evaluation:
                     raise GgmlExtError(
                         f"{model.path}: gives NaN or infinite logits (window {window + 1}); make it anew"
                     )
-                self._journal.append(facts, scores.copy())
+                self._keep(subject, scores.copy())
                 advance(self.ctx)
-
-    def _check_vocabulary(self, path: Path) -> None:
-        """Raise GgmlExtError unless ``path`` loads and cuts the text into the base's tokens."""
-        with Model(path, weights=False) as model:
-            if model.n_vocab != self._n_vocab or not np.array_equal(model.tokenize(self._text), self._tokens):
-                raise GgmlExtError(
-                    f"{path}: its vocabulary is not that of {self.base.path}; compare models of one tokenizer"
-                )
 
     def _results(self) -> list[Result]:
         """What the journal's scores come to."""
@@ -265,17 +224,7 @@ class Evaluation:
 
     def _scores(self, subject: Subject) -> NDArray[np.void]:
         """All scored positions of ``subject``, in the order of the text."""
-        return np.concatenate(self._journal.windows(subject.facts()))
-
-    def finish(self) -> None:
-        """Forget the journal: the results have been delivered."""
-        self._journal.finish()
-
-    def __enter__(self) -> Evaluation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.__exit__(None, None, None)
+        return np.concatenate(self._records(subject))
 
 
 def perplexity(

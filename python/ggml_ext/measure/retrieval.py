@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,19 +25,17 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.outputs import check_outputs, write_json
 from ggml_ext.core.progress import Advance, track
 from ggml_ext.measure import retrieval_report
-from ggml_ext.measure.evaluate import Subject, read_text
 from ggml_ext.measure.journal import Journal
 from ggml_ext.measure.proportion import Share, difference, mean, share
-from ggml_ext.measure.report import require_matplotlib
+from ggml_ext.measure.report import Row, require_matplotlib
 from ggml_ext.measure.scoring import score
+from ggml_ext.measure.subjects import Journalled, Subject, check_vocabulary, read_text
 from ggml_ext.measure.tasks.cases import Case, Spec, Tokenize, make_case
 from ggml_ext.measure.tasks.filler import Filler, made_sentences, text_sentences
 from ggml_ext.measure.tasks.templates import HELD_OUT, TASKS
 from ggml_ext.measure.windows import BATCH_TOKENS
 from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 from ggml_ext.runtime.llama import Model
-
-Row = dict[str, Any]
 
 FORMAT = 1
 """Version of what the journal holds; raise it when scores change their meaning."""
@@ -49,8 +46,6 @@ GATE = 0.9
 RECORD = np.dtype([("right", "?"), ("nats", "<f8")])
 """One answered case: whether all tokens are right, and their mean -ln p."""
 
-LENGTHS, DEPTHS, CASES = (512, 1024, 2048), 5, 4
-
 _MADE_SEED = 20  # of the made language's text, another than those of training
 
 
@@ -59,9 +54,9 @@ class Grid:
     """``lengths`` in tokens; ``depths``: number of places, in the middles of as many equal parts of the text;
     ``cases`` of every task at every length and depth."""
 
-    lengths: tuple[int, ...] = LENGTHS
-    depths: int = DEPTHS
-    cases: int = CASES
+    lengths: tuple[int, ...]
+    depths: int
+    cases: int
 
     @property
     def places(self) -> list[float]:
@@ -138,7 +133,7 @@ def answer(model: Model, case: Case, batch: int, *, together: bool = False) -> N
     return np.array([(np.array_equal(found.argmax(axis=1), wanted), nats)], RECORD)
 
 
-class Judgement:
+class Judgement(Journalled):
     """Asks a base and models the same cases. Use it in ``with``."""
 
     def __init__(
@@ -167,12 +162,9 @@ class Judgement:
             with Model(path, weights=False) as model:
                 # Cases are in the order of their lengths.
                 again = _tokens(make_cases(model, text, shortest))
-                if model.n_vocab != n_vocab or not np.array_equal(again, tokens[: len(again)]):
-                    raise GgmlExtError(
-                        f"{path}: its vocabulary is not that of {base}; compare models of one tokenizer"
-                    )
+                check_vocabulary(model, again, base, n_vocab, tokens[: len(again)])
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-        self._journal = Journal({"retrieval": FORMAT, "cases": digest, "together": together}, 1, RECORD)
+        super().__init__(Journal({"retrieval": FORMAT, "cases": digest, "together": together}, 1, RECORD))
 
     def run(self) -> list[NDArray[np.void]]:
         """RECORDs [cases] of the base, then of every model; those that the journal lacks are asked."""
@@ -191,9 +183,6 @@ class Judgement:
                     self._ask(subject, advance)
         return [np.concatenate(self._records(subject)) for subject in subjects]
 
-    def _records(self, subject: Subject) -> list[NDArray[np.void]]:
-        return self._journal.windows(subject.facts())
-
     def _ask(self, subject: Subject, advance: Advance) -> None:
         """Answer the cases that ``subject`` lacks, with a context of each length."""
         outputs = max(int(case.answers.sum()) for case in self.cases)
@@ -205,18 +194,8 @@ class Judgement:
                     started, batch = length, min(BATCH_TOKENS, length)
                     model.check_ctx(length, "--lengths")
                     model.start(n_ctx=length, n_seq=1, n_batch=batch, n_outputs=outputs, cache=subject.cache)
-                self._journal.append(subject.facts(), answer(model, case, batch, together=self.together))
+                self._keep(subject, answer(model, case, batch, together=self.together))
                 advance(_length(case))
-
-    def finish(self) -> None:
-        """Forget the journal: the results have been delivered."""
-        self._journal.finish()
-
-    def __enter__(self) -> Judgement:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.__exit__(None, None, None)
 
 
 def _tokens(cases: Sequence[Case]) -> NDArray[np.int32]:

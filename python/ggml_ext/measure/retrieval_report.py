@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from ggml_ext.core.atomic import atomic_path
-from ggml_ext.measure.report import caches, number, short_names
+from ggml_ext.measure.report import Row, caches, number, short_names
 from ggml_ext.runtime.cache_types import CacheTypes
-
-Row = dict[str, Any]
 
 NOT_COUNTED = "not counted"
 

@@ -15,8 +15,10 @@ from ggml_ext.core.errors import GgmlExtError
 NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
-
 _BUDGET = re.compile(r"paged(,\d+[%KMG]?)?|\d+%?(,(sink|recent)=\d+)*")
+=======
+_BUDGET = re.compile(r"\d+%?(,(sink|recent)=\d+)*")
+>>>>>>> main
 
 _UBATCH = 64
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
@@ -33,7 +35,10 @@ class CacheTypes(NamedTuple):
 
     @classmethod
     def of(cls, k: str, v: str, kv: str | None = None) -> CacheTypes:
-        """Raises GgmlExtError for a type that a cache cannot have, and for what is no budget."""
+        """The cache that a command's options name, in small letters.
+
+        Raises GgmlExtError for a type that a cache cannot have, and for what is no budget.
+        """
         if kv is not None and not _BUDGET.fullmatch(kv):
             raise GgmlExtError(
                 f"--kv {kv}: no budget; write 25% of the context, 4096 cells per sequence, paged, or paged,2G"
@@ -50,7 +55,7 @@ class CacheTypes(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, int]:
-        """The same of enum ggml_type."""
+        """The types of K and V as values of enum ggml_type."""
         return int(GGMLQuantizationType[self.k.upper()]), int(GGMLQuantizationType[self.v.upper()])
 
     @property
@@ -60,7 +65,8 @@ class CacheTypes(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The value of GGML_EXT_KV."""
+<<<<<<< HEAD
+        """The value of GGML_EXT_KV, of a cache with ``kv``."""
         return self.kv.replace(",", ",budget=") if self.paged else f"budget={self.kv}"
 
     @property
@@ -69,7 +75,7 @@ class CacheTypes(NamedTuple):
         return self.kv.startswith("paged")
 
     def ubatch(self, wanted: int) -> int:
-        """Tokens of a ubatch, at most ``wanted``."""
+        """Tokens of a ubatch: ``wanted``, fewer with a budget."""
         return min(wanted, _UBATCH) if self.kv and not self.paged else wanted
 
     @contextmanager

@@ -274,8 +274,7 @@ class Model:
         ``observer``: addresses of a ggml_backend_sched_eval_callback and of its user data, which the caller
         keeps alive as long as the context. ``ends``: asked between the nodes of the graph; where it says so
         ``run`` ends early. ``exact``: float32 cache, no flash attention, and one micro-batch per decode.
-        ``n_outputs``: most outputs of a decode, 0 for all. ``cache``: other types of the KV
-        cache than llama.cpp's own, its budget.
+        ``n_outputs``: most outputs of a decode, 0 for all. ``cache``: types and budget of the KV cache.
         """
         self.check_ctx(n_ctx)
         self._end_context()

@@ -15,9 +15,8 @@ from ggml_ext.measure.tasks.templates import STATEMENTS, TASKS, Needles, Templat
 NEEDLE_SHARE = 16
 """Statements take at most this part of the text, so that keeping them is no matter of bytes."""
 
-_POOL_SHARE = (
-    0.7  # of the sentences: those that surely stay in the text when statements have taken their room
-)
+_POOL_SHARE = 0.7
+"""Of the sentences: those that surely stay in the text when statements have taken their room."""
 
 Tokenize = Callable[[str], NDArray[np.int32]]
 """Tokens [n] of a text, BOS first where the model wants one."""

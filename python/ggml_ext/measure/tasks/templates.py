@@ -34,6 +34,8 @@ STATEMENTS: Mapping[str, tuple[int, int]] = {
 class Template:
     """``statement`` with the fields {thing}, {name}, {value}; ``question`` ends where the answer begins.
 
+    A value that stands there twice is one that small models give exactly: what they get wrong of a value said
+    once is a word that seldom follows the one before it.
     A chain's value is the next name. What a chain asks with next is the statement again, up to its value.
     """
 
@@ -42,7 +44,7 @@ class Template:
 
     @property
     def again(self) -> str:
-        """The statement up to its value."""
+        """The statement up to its first value."""
         return self.statement.partition(" {value}")[0]
 
 
@@ -96,8 +98,11 @@ TRAINING: Mapping[str, tuple[Template, ...]] = {
 
 HELD_OUT: Mapping[str, tuple[Template, ...]] = {
     PASS_KEY: (
-        Template("The pass key is: {value}.", "What is the pass key? The pass key is:"),
-        Template("Remember this answer: {value}.", "What was the answer? Remember this answer:"),
+        Template("The pass key is: {value}. Remember: {value}.", "What is the pass key? The pass key is:"),
+        Template(
+            "Remember this answer: {value}. Remember: {value}.",
+            "What was the answer? Remember this answer:",
+        ),
     ),
     SEVERAL_KEYS: _KEYED_HELD_OUT,
     DISTRACTORS: _KEYED_HELD_OUT,
@@ -110,7 +115,8 @@ HELD_OUT: Mapping[str, tuple[Template, ...]] = {
         Template("A letter of {name} speaks of {value}.", "A letter of {name} speaks of"),
     ),
 }
-"""What models are judged on."""
+"""What models are judged on. The made language, and so the retrieval model's vocabulary, has the words of all
+wordings: others would ask for another training."""
 
 
 def template_words(template: Template) -> set[str]:
