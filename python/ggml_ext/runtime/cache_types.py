@@ -16,9 +16,6 @@ NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
 _BUDGET = re.compile(r"paged(,\d+[%KMG]?)?|\d+%?(,(sink|recent)=\d+)*")
-=======
-_BUDGET = re.compile(r"\d+%?(,(sink|recent)=\d+)*")
->>>>>>> main
 
 _UBATCH = 64
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
@@ -65,7 +62,6 @@ class CacheTypes(NamedTuple):
 
     @property
     def setting(self) -> str:
-<<<<<<< HEAD
         """The value of GGML_EXT_KV, of a cache with ``kv``."""
         return self.kv.replace(",", ",budget=") if self.paged else f"budget={self.kv}"
 
