@@ -161,7 +161,7 @@ void ggml_ext_kv_pages::clear(uint32_t lane) {
 bool ggml_ext_kv_pages::is_whole(uint32_t lane, uint32_t i, size_t run) const {
     const std::vector<ggml_ext_kv_entry> & list = this->list(lane, i);
     return run < list.size() && list[run].begin == 0 && list[run].count == kv_slots &&
-           first_of(list[run]) == llama_pos(run * kv_slots) && last_of(list[run]) == first_of(list[run]) + 63;
+           first_of(list[run]) == llama_pos(run * kv_slots);
 }
 
 void ggml_ext_kv_pages::replace(uint32_t lane, uint32_t i, size_t run, int32_t block) {

@@ -42,7 +42,7 @@ class ggml_ext_kv_pages {
 
     void clear(uint32_t lane);
 
-    // Whether run i of a list is the whole block of positions 64 i .. 64 i + 63.
+    // Whether run i of a list is a whole block, from position 64 i on.
     bool is_whole(uint32_t lane, uint32_t list, size_t i) const;
 
     // Lets run i, a whole block, be another one.

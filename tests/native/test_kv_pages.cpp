@@ -163,7 +163,12 @@ void test_a_shared_prefix_is_stored_once() {
         walk.share(0, lane, 0, INT32_MAX);
     }
     CHECK(N_BLOCKS - walk.pages.n_free() == 3 * N_LISTS, "%u free", walk.pages.n_free());
-    // The first to go on fills the open block, the others start their own.
+    // The first to go on fills the open block, the others start their own; which of them is not known beforehand.
+    uint64_t needed = 0;
+    for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+        needed += walk.pages.n_needed(lane, 1);
+    }
+    CHECK(needed >= (N_LANES - 1) * N_LISTS, "%d blocks needed at most", int(needed));
     for (llama_seq_id lane = 0; lane < llama_seq_id(N_LANES); ++lane) {
         walk.append({ lane }, 1);
     }
