@@ -98,13 +98,31 @@ def test_kinds_of_weights_are_counted_over_models() -> None:
     assert "| r | 1 | 1 |  |  |  | 1 f32 |  |  |  |  |" in lines
 
 
-def test_single_models_leave_the_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is there is not done again."""
-    (tmp_path / "models").mkdir()
+def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done is not done again, but for a failure and, without --steps, a search that was cut short.
+    With names the page is left alone."""
     log, page = tmp_path / "results.jsonl", tmp_path / "page.md"
-    log.write_text(json.dumps(asdict(RESULTS[0])) + "\n")
-    arguments = ["one-dense", "--folder", tmp_path, "-o", page]
-    monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, arguments)])
-    S["main"]()
-    assert S["load"](log) == {"one-dense": RESULTS[0]}
+    there = [RESULTS[0], result("cut-dense", {}, steps=2), result("bad-dense", {}, "failed")]
+
+    def done(*arguments: str) -> list[tuple[str, int]]:
+        """Models that were converted, and steps of their search."""
+        (tmp_path / "models").mkdir(exist_ok=True)
+        log.write_text("".join(json.dumps(asdict(its)) + "\n" for its in there))
+        calls: list[tuple[str, int]] = []
+
+        def run(model: Path, text: Path, steps: int) -> Any:
+            calls.append((model.stem, steps))
+            return result(model.stem, {}, steps=steps)
+
+        monkeypatch.setitem(S["main"].__globals__, "run", run)
+        names = [its.model for its in there]
+        monkeypatch.setattr(
+            "sys.argv", [str(SCRIPT), *names, "--folder", str(tmp_path), "-o", str(page), *arguments]
+        )
+        S["main"]()
+        assert S["load"](log)["bad-dense"].error == ""
+        return calls
+
+    assert done("--steps", "2") == [("bad-dense", 2)]
+    assert done() == [("cut-dense", 0), ("bad-dense", 0)]
     assert not page.exists()
