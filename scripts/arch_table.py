@@ -27,7 +27,8 @@ HEAD = """\
 
 What the observer finds in llama.cpp's graphs of tiny random models: of every architecture that upstream's
 `test-llama-archs` can save, `<architecture>-dense` or `<architecture>-moe`, and of Gemma 4.
-`scripts/arch_table.py` writes this file; a test compares it with the graphs.
+`scripts/arch_table.py` writes this file; a test compares it with the graphs. What `flat4` does to each is in
+[flat4 on every architecture](architectures-flat4.md).
 
 - *Sites*: activations that matrices read, the output head's included. *Matrices*: the weights that read them,
   embeddings that are the head too among them; a stack of experts or of heads is one.

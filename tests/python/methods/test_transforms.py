@@ -185,6 +185,19 @@ def test_stored_factors_stay_within_the_budget(budget: float | None, n: int, nam
             assert 16 * stored_values(transform) <= budget * n_weights(site)
 
 
+@pytest.mark.parametrize("n", [64, 63])
+@pytest.mark.parametrize("activation", [A4, ActivationSpec()])
+def test_a_site_without_parameters_keeps_its_start(n: int, activation: ActivationSpec) -> None:
+    """No fold and no budget: there is an implicit Hadamard matrix, of an odd n nothing, and no gradient."""
+    site, stats = random_sites.plain(n, seed=3, foldable=False)
+    wanted = TransformRequest(
+        "flatquant", {m.tensor: "f16" for m in site.linears}, activation, budget_bits=0.0
+    )
+    transform = transforms.solve(site, stats, wanted)
+    assert (transform.hadamard, stored_values(transform)) == (64 if n == 64 else 0, 0)
+    assert transform.notes["loss"] == transform.notes["loss_start"]
+
+
 def test_a_block_shares_its_budget() -> None:
     """The sites' shares must add up to the block's, use most of it, and each buy the structure it was made
     for."""

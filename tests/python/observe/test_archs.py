@@ -11,7 +11,9 @@ import runpy
 import shutil
 import string
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,12 @@ import pytest
 from arch_models import BYTES_PER_TOKEN, NAMES, WRITTEN, ArchModel
 from fold_probe import fold_all
 from ggml_ext.convert import convert
+from ggml_ext.core.registry import FLOAT_TYPES
 from ggml_ext.gguf import imatrix
 from ggml_ext.gguf.source import open_gguf
+from ggml_ext.methods.rounding import grid
 from ggml_ext.observe.sites import from_json
-from ggml_ext.runtime import tools
+from ggml_ext.runtime import native, tools
 from ggml_ext.runtime.llama import Model
 from ggml_ext.types import rules
 from observed import Float, ObservedModel, SiteSums
@@ -155,6 +159,31 @@ def test_the_committed_table(model: ArchModel, observed: Observed, repo_root: Pa
     line = row(model.name, observed.table, open_gguf(model.path))
     committed = (repo_root / "docs" / "architectures.md").read_text().splitlines()
     assert line in committed, "write it anew with scripts/arch_table.py"
+
+
+def test_the_committed_page_of_flat4(model: ArchModel, observed: Observed, repo_root: Path) -> None:
+    """What the graph and the types leave no choice about: how many matrices are rounded how."""
+    table, source = from_json(observed.table), open_gguf(model.path)
+    asked = replace(rules.compile_rules("fq4", [], []), no_matrices=table.no_matrices)
+    choices = rules.choose([t.shape for t in source.tensors], source.arch, asked, native.block_size)
+    types = {choice.name: choice.target for choice in choices}
+    counts: Counter[str] = Counter()
+    for tensor in source.tensors:
+        if re.fullmatch(r"blk\..*\.weight", tensor.name) and sum(n > 1 for n in tensor.dims) > 1:
+            if types[tensor.name] in FLOAT_TYPES:
+                counts["float"] += 1
+            elif table.site_of(tensor.name) is None:
+                counts["nearest"] += 1
+            else:
+                counts["gptq" if grid.supports(types[tensor.name]) else "imatrix"] += 1
+    page = (repo_root / "docs" / "architectures-flat4.md").read_text()
+    if counts["nearest"] or counts["imatrix"]:
+        cells = [counts.total(), *(counts[its] for its in ("gptq", "float", "imatrix", "nearest"))]
+        expected = re.escape(f"| {model.name} | {' | '.join(str(cell or '') for cell in cells)} |")
+    else:
+        floats = f" ({counts['float']})" if counts["float"] else ""
+        expected = rf"(^|\s){re.escape(f'{model.name} {counts.total()}{floats}')}[,.]"
+    assert re.search(expected, page), "write it anew with scripts/arch_flat4.py"
 
 
 def test_every_matrix_of_a_block_has_a_site_or_a_reason(model: ArchModel, observed: Observed) -> None:

@@ -30,7 +30,8 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
     """Minimises the closed-form loss with Adam, from Hadamard factors after a SmoothQuant diagonal or none.
 
     Returns the best of the iterates looked at whose stored factors have condition numbers of at most
-    MAX_CONDITION; the start is one of them. The identity if the moments are too singular for the start.
+    MAX_CONDITION; the start is one of them, and the only one where nothing is stored or folded (an implicit
+    Hadamard matrix has no parameters). The identity if the moments are too singular for the start.
     notes: "loss_start", "loss", "condition" (the largest of a factor), "rejected" (iterates that were
     ill-conditioned).
     """
@@ -41,12 +42,13 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
         return with_best_clip(identity(site.n), site, stats, request)
     first, rejected = lowest, 0
     factors = Factors(site, best)
+    steps = request.steps if factors.parameters else 0
     groups: list[dict[str, Any]] = [{"params": list(factors.parameters.values()), "lr": _FACTOR_RATE}]
     if request.clips:
         groups.append({"params": [clip], "lr": _CLIP_RATE})
     optimiser = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(request.steps, 1))
-    for step in range(1, request.steps + 1):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    for step in range(1, steps + 1):
         optimiser.zero_grad()
         try:
             loss.surrogate(factors, clip.sigmoid()).backward()
@@ -54,7 +56,7 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
             break
         optimiser.step()
         schedule.step()
-        if step == request.steps or step % max(1, request.steps // _CHECKS) == 0:
+        if step == steps or step % max(1, steps // _CHECKS) == 0:
             candidate = factors.transform()
             if condition(candidate) > MAX_CONDITION:
                 rejected += 1
