@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ HOME = {
         "ggml_mul_mat_id(ctx0, w, ggml_ext_llama_input": "llm_graph_context::build_lora_mm_id(",
         "ggml_ext_llama_query": "llm_graph_context::build_attn_mha(",
         "ggml_ext_llama_attention": "llm_graph_context::build_attn_mha(",
+        "ggml_ext_kv_attention": "llm_graph_context::build_attn_mha(",
     },
     "src/llama-kv-cache-iswa.cpp": {
         "if (!res) { return false; }": "llama_kv_cache_iswa::seq_rm(",
@@ -49,7 +52,19 @@ HOME = {
     },
     "src/llama-kv-cache.cpp": {
         "ggml_ext_kv_open(": "llama_kv_cache::llama_kv_cache(",
+        "ggml_ext_kv_pool(": "llama_kv_cache::llama_kv_cache(",
+        "ggml_ext_kv_clear(": "llama_kv_cache::clear(",
         "ggml_ext_kv_remove(": "llama_kv_cache::seq_rm(",
+        "ggml_ext_kv_share(": "llama_kv_cache::seq_cp(",
+        "ggml_ext_kv_keep(": "llama_kv_cache::seq_keep(",
+        "ggml_ext_kv_sizes(": "llama_kv_cache::memory_breakdown(",
+        "ggml_ext_kv_fits(": "llama_kv_cache::prepare(",
+        "{ return k; }": "llama_kv_cache::get_k(",
+        "{ return v; }": "llama_kv_cache::get_v(",
+        "ggml_ext_kv_store_k(": "llama_kv_cache::cpy_k(",
+        "ggml_ext_kv_store_v(": "llama_kv_cache::cpy_v(",
+        "ggml_ext_kv_write(": "llama_kv_cache::state_write_data(",
+        "ggml_ext_kv_read(": "llama_kv_cache::state_read_data(",
         "ggml_ext_kv_pos_min(": "llama_kv_cache::seq_pos_min(",
         "ggml_ext_kv_spent spent": "llama_kv_cache::find_slot(",
         "spent(cells, idx)": "llama_kv_cache::find_slot(",
@@ -138,3 +153,40 @@ def test_patches_apply_to_every_pinned_release(version: str, patches: Path, tmp_
         assert {part: home in home_of(text, part) for part, home in hooks.items()} == dict.fromkeys(
             hooks, True
         )
+
+
+# Files that are compiled as one, and parsed as often as headers make it necessary.
+UNITS = {
+    "kv": ["ggml_ext/kv/*.cpp"],
+    "transform": ["ggml_ext/transform/[!m]*.cpp", "ggml_ext/observe/moments.cpp"],
+    "walk": ["ggml_ext/observe/walk.cpp"],
+    "upstream": [
+        f"src/llama-{name}.cpp" for name in ("kv-cache", "kv-cache-iswa", "graph", "model", "adapter")
+    ],
+}
+
+
+@pytest.mark.parametrize("version", sorted(upstream.PINNED.keys() - {upstream.DEFAULT_VERSION}))
+def test_sources_fit_every_pinned_release(
+    version: str, patches: Path, repo_root: Path, tmp_path: Path
+) -> None:
+    """llama.cpp's inner classes change from one release to the next: what we use of them is in all."""
+    tree = tmp_path / "llama.cpp"
+    upstream.prepare(tree, patches=patches, version=version)
+    folders = [tree / "src", tree / "include", tree / "ggml/include", tree / "ggml/src"]
+    folders += [repo_root / "ggml_ext", repo_root / "ggml_ext/include", repo_root / "ggml_ext/hooks"]
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-fsyntax-only",
+        "-w",
+        *(f"-I{f}" for f in folders),
+    ]
+    for name, patterns in UNITS.items():
+        root = tree if name == "upstream" else repo_root
+        files = sorted(path for pattern in patterns for path in root.glob(pattern))
+        assert len(files) >= len(patterns)
+        unit = tmp_path / f"{name}.cpp"
+        unit.write_text("".join(f'#include "{path}"\n' for path in files))
+        done = subprocess.run([*command, unit], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:2000]
