@@ -104,6 +104,12 @@ def _reason(default: str) -> str:
     return default
 
 
+def _reason_with(remedy: str) -> str:
+    """The same with a remedy, where it has none of its own: what our code says has one behind a semicolon."""
+    reason = _reason("no reason given")
+    return reason if reason.startswith("ggml-ext: ") and "; " in reason else f"{reason}; {remedy}"
+
+
 @cache
 def _abort_callback(api: Any) -> Any:
     return api.ggml_abort_callback(lambda _data: _interrupted.is_set())
@@ -194,7 +200,7 @@ class Model:
             self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise GgmlExtError(
-                f"{path}: llama.cpp cannot load it: {_reason('no reason given')}; make the file anew"
+                f"{path}: llama.cpp cannot load it: {_reason_with('make the file anew')}"
             )
         self.vocab = self._api.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
@@ -305,7 +311,7 @@ class Model:
         if not self._context:
             raise GgmlExtError(
                 f"{self.path}: llama.cpp cannot make a context of {n_seq} x {n_ctx} tokens: "
-                f"{_reason('no reason given')}; try a smaller --ctx"
+                f"{_reason_with('try a smaller --ctx')}"
             )
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
 
