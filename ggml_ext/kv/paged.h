@@ -89,8 +89,6 @@ class ggml_ext_kv_paged {
 
     ggml_tensor * pool() const { return blocks; }
 
-    const ggml_ext_kv_pages & pages() const { return held; }
-
     const uint32_t n_cells, n_stream;
 
   private:
