@@ -164,11 +164,14 @@ void ggml_ext_kv_add_layer(ggml_ext_kv & ext, uint32_t il, const ggml_tensor * k
 void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
     ggml_ext_kv_paged &         paged   = *ext.paged;
     const ggml_ext_kv_setting & setting = kv_current->setting;
-    const uint64_t              cells   = uint64_t(paged.n_cells) * paged.n_stream;
+    if (paged.n_lists() == 0) {
+        return;  // a hybrid model may have no layer with attention
+    }
+    const uint64_t cells = uint64_t(paged.n_cells) * paged.n_stream;
     // With all of the cells to itself each sequence may leave a block open.
-    const uint64_t              open    = paged.n_stream == 1 ? kv_current->n_seq_max - 1 : 0;
-    const uint64_t              full    = (cells + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS + open;
-    uint64_t                    n       = full;
+    const uint64_t open  = paged.n_stream == 1 ? kv_current->n_seq_max - 1 : 0;
+    const uint64_t full  = (cells + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS + open;
+    uint64_t       n     = full;
     if (setting.bytes > 0) {
         n = setting.bytes / paged.list_size();
     } else if (setting.share > 0 || setting.tokens > 0) {

@@ -5,6 +5,7 @@
 #include "ggml-backend.h"
 #include "llama-batch.h"
 #include "llama-cparams.h"
+#include "llama-impl.h"
 
 #include <algorithm>
 #include <cstring>
@@ -55,9 +56,33 @@ const ggml_ext_kv_paged::layer * ggml_ext_kv_paged::find(const ggml_tensor * nam
     return found == names.end() ? nullptr : &layers[found->second];
 }
 
+// Whether each sequence's positions rise and are small enough for tables by position.
+static bool kv_positions_fit(const std::vector<llama_ubatch> & ubatches) {
+    std::vector<llama_pos> last(LLAMA_MAX_SEQ, -1);
+    for (const llama_ubatch & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                const llama_seq_id s = ubatch.seq_id[i][j];
+                if (ubatch.pos[i] <= last[s] || ubatch.pos[i] >= GGML_EXT_KV_POSITIONS) {
+                    LLAMA_LOG_ERROR(
+                        "%s: ggml-ext: position %d of sequence %d: in a paged KV cache positions rise and are "
+                        "below %d\n",
+                        __func__, ubatch.pos[i], s, GGML_EXT_KV_POSITIONS);
+                    return false;
+                }
+                last[s] = ubatch.pos[i];
+            }
+        }
+    }
+    return true;
+}
+
 // Without tokens of several sequences a bound suffices; else, and where the bound is too high, a copy is asked.
 bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) {
     merge();
+    if (!kv_positions_fit(ubatches)) {
+        return false;
+    }
     std::vector<uint32_t> n(LLAMA_MAX_SEQ);
     bool                  coupled = false;
     for (const llama_ubatch & ubatch : ubatches) {
@@ -125,7 +150,7 @@ void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uin
             cells.resize(std::max(cells.size(), size_t(ubatch.pos[i]) + 1), -1);
             cells[ubatch.pos[i]] = int32_t(token_cells[i]);
             if (ubatch.token) {
-                tokens.push_back({ seen[j], ubatch.pos[i], ubatch.token[i] });
+                tokens.push_back({ i, seen[j], ubatch.pos[i], ubatch.token[i] });
             }
         }
         // The first sequence's, as in upstream's mask.
@@ -137,8 +162,17 @@ void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uin
     }
 }
 
+// Nothing is merged yet: upstream removes a ubatch whose graph failed or was aborted, so what is taken out of the last
+// one counts as never computed, in each of its token's sequences.
 void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
-    merge();
+    std::vector<bool> gone(lane_of.size());
+    for (const token & token : tokens) {
+        if ((s < 0 || token.lane == s) && token.position >= p0 && token.position < p1) {
+            gone[token.index] = true;
+        }
+    }
+    tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const token & token) { return gone[token.index]; }),
+                 tokens.end());
     for (llama_seq_id lane = std::max(s, 0); lane < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++lane) {
         held.remove(uint32_t(lane), p0, p1);
         prefixes.cut(uint32_t(lane), p0);

@@ -15,6 +15,9 @@
 #include <utility>
 #include <vector>
 
+// A sequence's positions are below: each has an entry in tables.
+constexpr llama_pos GGML_EXT_KV_POSITIONS = 1 << 24;
+
 class llama_io_read_i;
 class llama_io_write_i;
 class llama_kv_cells;
@@ -80,7 +83,7 @@ class ggml_ext_kv_paged {
 
     uint32_t n_lists() const { return lists; }
 
-    size_t size() const { return ggml_nbytes(blocks); }
+    size_t size() const { return blocks ? ggml_nbytes(blocks) : 0; }
 
     // Bytes of a block for each list.
     size_t list_size() const { return block_size * lists; }
@@ -116,6 +119,7 @@ class ggml_ext_kv_paged {
     std::vector<uint32_t>     lane_of;  // of each token, index into lanes
 
     struct token {
+        uint32_t     index;  // in the ubatch
         llama_seq_id lane;
         llama_pos    position;
         llama_token  id;

@@ -23,14 +23,18 @@ uint32_t lanes_of(const llama_ubatch & ubatch) {
     return std::max(1u, ubatch.n_seqs_unq);
 }
 
-// What beside its tokens the rows of a graph depend on; empty where that can change without a new graph.
+// What beside the tokens up to it a row depends on; empty where that can change without a new graph, and where rows
+// depend on later tokens.
 std::vector<uint64_t> kind_of(const llm_graph_params & params) {
+    if (!params.cparams.causal_attn || params.cparams.warmup) {
+        return {};
+    }
     for (uint32_t il = 0; params.cvec && il < params.hparams.n_layer(); ++il) {
         if (params.cvec->tensor_for(int(il))) {
             return {};
         }
     }
-    std::vector<uint64_t> kind = { params.cparams.causal_attn };
+    std::vector<uint64_t> kind = { 0 };  // not empty without adapters
     if (params.loras) {
         std::map<uint64_t, float> adapters;
         for (const auto & [adapter, scale] : *params.loras) {

@@ -66,7 +66,14 @@ bool ggml_ext_kv_paged::lay_out(const llama_kv_cells & cells, uint32_t stream, c
     const llama_seq_id first = n_stream > 1 ? llama_seq_id(stream) : 0;
     const llama_seq_id last  = n_stream > 1 ? first : LLAMA_MAX_SEQ - 1;
     const uint32_t     n     = uint32_t(restored.size());
-    const uint32_t     need  = (n + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    for (uint32_t cell : restored) {
+        if (cells.pos_get(cell) >= GGML_EXT_KV_POSITIONS) {
+            LLAMA_LOG_ERROR("%s: ggml-ext: the state has position %d, a paged KV cache takes positions below %d\n",
+                            __func__, cells.pos_get(cell), GGML_EXT_KV_POSITIONS);
+            return false;
+        }
+    }
+    const uint32_t need = (n + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
     if (uint64_t(need) * lists > held.n_free()) {
         LLAMA_LOG_ERROR("%s: ggml-ext: %u of the pool's blocks are free, the state takes %llu\n", __func__,
                         held.n_free(), (unsigned long long) need * lists);

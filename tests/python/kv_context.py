@@ -112,6 +112,13 @@ class Context:
         used = self.api.llama_state_get_data(self.context, data, size)
         return bytes(data)[:used]
 
+    def stop_after(self, calls: int | None) -> None:
+        """Graphs are aborted when they have asked so often whether to go on; None: no more."""
+        kind = self.api.llama_set_abort_callback.argtypes[1]
+        asked = iter(range(calls or 0))
+        self._stop = kind() if calls is None else kind(lambda _data: next(asked, None) is None)
+        self.api.llama_set_abort_callback(self.context, self._stop, None)
+
     def restore_all(self, state: bytes) -> bool:
         """Whether the whole context's state was taken."""
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)

@@ -284,6 +284,46 @@ def test_the_server(
     assert "ggml-ext: paged: " in log.read_text()
 
 
+def test_positions_that_have_no_place(llama: Path) -> None:
+    """Two tokens of one position, which upstream takes, and positions that no table can be made for."""
+    with _open(llama) as paged, _open(llama, "off") as plain:
+        entries = [(5, 0, 0), (6, 1, 0), (7, 1, 0)]
+        assert plain.try_decode(entries) == 0
+        assert paged.try_decode(entries) == 1
+        assert any("position 1 of sequence 0: in a paged KV cache positions rise" in s for s in log_lines())
+        last = 2**24 - 1
+        assert paged.try_decode([(5, last, 0), (6, last + 1, 0)]) == 1
+        assert paged.try_decode([(5, last, 0)]) == 0
+        assert paged.remove(0, 0)
+        assert plain.remove(0, 0)
+        assert plain.try_decode([(5, 2**30, 0)]) == 0
+        assert not paged.restore(plain.save())
+        _read(paged, _tokens(70))
+
+
+def test_every_other_architecture(architectures: dict[str, ArchModel]) -> None:
+    """Equal bits, or a context that is refused in one line."""
+    tokens, refused = _tokens(104), []
+    for name in sorted(architectures):
+        logits = []
+        with _open(architectures[name].path, "off", n_ctx=256, batch=32, ubatch=32) as plain:
+            if not plain.context:
+                continue  # heads that q8_0 does not divide, other attention
+            logits.append(
+                [_read(plain, tokens[:97]), *(plain.decode([t], 97 + i) for i, t in enumerate(tokens[97:]))]
+            )
+        with _open(architectures[name].path, n_ctx=256, batch=32, ubatch=32) as paged:
+            if not paged.context:
+                assert any("GGML_EXT_KV: " in line for line in paged.log), name
+                refused.append(name)
+                continue
+            logits.append(
+                [_read(paged, tokens[:97]), *(paged.decode([t], 97 + i) for i, t in enumerate(tokens[97:]))]
+            )
+        assert np.array_equal(*logits), name
+    assert len(refused) < 30, refused
+
+
 PREFIX = 192  # three blocks of 64
 
 
@@ -363,3 +403,32 @@ def test_adapters_make_other_rows(llama: Path, tmp_path: Path) -> None:
             _read(paged, tokens)
             paged.adapt(adapter, after)
             assert _leaves_room(paged, tokens) == room, (before, after)
+
+
+def test_rows_of_an_aborted_graph_are_not_shared(llama: Path) -> None:
+    """They are removed, but in a block whose beginning stays."""
+    tokens, results = _tokens(64), []
+    for kv in ("off", "paged"):
+        with _two(llama, kv) as context:
+            _read(context, tokens[:32])
+            context.stop_after(12)
+            assert context.try_decode([(t, 32 + i, 0) for i, t in enumerate(tokens[32:])]) == 2
+            context.stop_after(None)
+            assert context.pos_max() == 31
+            results.append([_read(context, tokens, 0, 1), context.decode([5], 64, 1)])
+            results[-1] += [_read(context, tokens[32:], 32), context.decode([5], 64)]
+    for plain, paged in zip(*results, strict=True):
+        assert _close(paged, plain)
+
+
+def test_rows_that_see_later_tokens_are_not_shared(llama: Path) -> None:
+    results = []
+    for kv in ("off", "paged"):
+        with _two(llama, kv, ubatch=128, batch=128) as context:
+            context.api.llama_set_causal_attn(context.context, False)
+            for s in (0, 1):
+                _read(context, [*_tokens(64), *_tokens(40, seed=s + 1)], 0, s)
+            context.api.llama_set_causal_attn(context.context, True)
+            results.append([context.decode([3], 104, s) for s in (0, 1)])
+    for plain, paged in zip(*results, strict=True):
+        assert _close(paged, plain)
