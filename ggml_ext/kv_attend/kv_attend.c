@@ -48,7 +48,8 @@ const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
     const struct ggml_ext_kv_block block =
         ggml_ext_kv_block_of((enum ggml_type) p.type_k, p.dk, (enum ggml_type) p.type_v, p.dv);
     if (!ggml_ext_kv_is_pool(pool, block.size)) {
-        return "kv_attend: the pool is I8 [block, n_blocks], contiguous, blocks of a multiple of 64 bytes that the rows fit in";
+        return "kv_attend: the pool is I8 [block, n_blocks], contiguous, blocks of a multiple of 64 bytes that the "
+               "rows fit in";
     }
     if (!kv_attend_is_row(cells, GGML_TYPE_I32) || cells->ne[0] < 1) {
         return "kv_attend: cells is I32 [n_positions, n_lanes], contiguous";

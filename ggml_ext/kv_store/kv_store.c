@@ -28,7 +28,8 @@ const char * ggml_ext_kv_store_fault(const struct ggml_tensor * dst) {
     if (params.offset < 0 ||
         !ggml_ext_kv_is_pool(
             pool, params.offset + GGML_EXT_KV_SLOTS * ggml_row_size((enum ggml_type) params.type, x->ne[0]))) {
-        return "kv_store: the pool is I8 [block, n_blocks], contiguous, blocks of a multiple of 64 bytes that the rows fit in";
+        return "kv_store: the pool is I8 [block, n_blocks], contiguous, blocks of a multiple of 64 bytes that the rows "
+               "fit in";
     }
     if (slots == NULL || slots->type != GGML_TYPE_I32 || slots->nb[0] != sizeof(int32_t) || slots->ne[0] != x->ne[1] ||
         slots->ne[1] != x->ne[2] || slots->ne[2] != 1 || slots->ne[3] != 1) {

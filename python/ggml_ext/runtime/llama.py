@@ -199,9 +199,7 @@ class Model:
         with interruptible():
             self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise GgmlExtError(
-                f"{path}: llama.cpp cannot load it: {_reason_with('make the file anew')}"
-            )
+            raise GgmlExtError(f"{path}: llama.cpp cannot load it: {_reason_with('make the file anew')}")
         self.vocab = self._api.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = self._api.llama_model_n_layer(self._model)
