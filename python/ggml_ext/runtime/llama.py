@@ -93,21 +93,15 @@ def log_lines() -> list[str]:
     return [line for _, line in _log]
 
 
-def _reason(default: str) -> str:
-    """The first error line in llama.cpp's log without the name of the C function before it."""
-    for level, line in _log:
-        if level == LOG_ERROR and line.strip():
-            head, sep, tail = line.strip().partition(": ")
-            return (tail if sep and head.isidentifier() else line.strip()).removeprefix(
-                "error loading model: "
-            )
-    return default
-
-
-def _reason_with(remedy: str) -> str:
-    """The same with a remedy, where it has none of its own: what our code says has one behind a semicolon."""
-    reason = _reason("no reason given")
-    return reason if reason.startswith("ggml-ext: ") and "; " in reason else f"{reason}; {remedy}"
+def _reason(remedy: str = "") -> str:
+    """The first error line in llama.cpp's log without the name of the C function before it, and ``remedy``
+    where it has none of its own: what our code says has one behind a semicolon."""
+    errors = (line.strip() for level, line in _log if level == LOG_ERROR and line.strip())
+    line = next(errors, "no reason given")
+    head, sep, tail = line.partition(": ")
+    reason = (tail if sep and head.isidentifier() else line).removeprefix("error loading model: ")
+    own = not remedy or (reason.startswith("ggml-ext: ") and "; " in reason)
+    return reason if own else f"{reason}; {remedy}"
 
 
 @cache
@@ -199,7 +193,7 @@ class Model:
         with interruptible():
             self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise GgmlExtError(f"{path}: llama.cpp cannot load it: {_reason_with('make the file anew')}")
+            raise GgmlExtError(f"{path}: llama.cpp cannot load it: {_reason('make the file anew')}")
         self.vocab = self._api.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = self._api.llama_model_n_layer(self._model)
@@ -309,7 +303,7 @@ class Model:
         if not self._context:
             raise GgmlExtError(
                 f"{self.path}: llama.cpp cannot make a context of {n_seq} x {n_ctx} tokens: "
-                f"{_reason_with('try a smaller --ctx')}"
+                f"{_reason('try a smaller --ctx')}"
             )
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
 
@@ -376,9 +370,7 @@ class Model:
             status = self._api.llama_decode(self._context, batch)
             self._api.llama_synchronize(self._context)
         if status not in (0, ended):
-            raise GgmlExtError(
-                f"{self.path}: llama.cpp cannot decode ({status}): {_reason('no reason given')}"
-            )
+            raise GgmlExtError(f"{self.path}: llama.cpp cannot decode ({status}): {_reason()}")
 
     def _end_context(self) -> None:
         if self._batch is not None:
