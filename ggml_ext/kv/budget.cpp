@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -34,7 +35,7 @@ struct kv_scope {
     uint32_t            n_ubatch  = 0;
 };
 
-thread_local const kv_scope * kv_current = nullptr;
+thread_local std::optional<kv_scope> kv_current;
 
 [[noreturn]] void kv_refuse(const std::string & reason) {
     throw std::runtime_error("ggml-ext: environment variable GGML_EXT_KV: " + reason);
@@ -53,22 +54,24 @@ ggml_ext_kv_scope::ggml_ext_kv_scope(const llama_model & model, const llama_cpar
     }
     const std::string arch = model.arch_name();
     if (std::find(std::begin(other_memories), std::end(other_memories), arch) != std::end(other_memories)) {
-        kv_refuse("a cache of architecture " + arch + " cannot have a budget; unset it");
+        kv_refuse("a cache of architecture " + arch + " cannot have a budget or be paged; unset it");
     }
     if (model.hparams.n_pos_per_embd() > 1) {
-        kv_refuse("positions of several dimensions (architecture " + arch + ") cannot have a budget; unset it");
+        kv_refuse("positions of several dimensions (architecture " + arch +
+                  ") cannot have a budget or be paged; unset it");
     }
-    // Upstream's server counts a sliding window as lost in front of a cut.
-    scope.setting.recent = std::max(scope.setting.recent, model.hparams.n_swa + 1);
-    scope.model          = &model;
-    scope.n_seq_max      = cparams.n_seq_max;
-    scope.n_ubatch       = cparams.n_ubatch;
-    kv_current           = new kv_scope(scope);
+    if (!scope.setting.paged) {
+        // Upstream's server counts a sliding window as lost in front of a cut.
+        scope.setting.recent = std::max(scope.setting.recent, model.hparams.n_swa + 1);
+    }
+    scope.model     = &model;
+    scope.n_seq_max = cparams.n_seq_max;
+    scope.n_ubatch  = cparams.n_ubatch;
+    kv_current      = scope;
 }
 
 ggml_ext_kv_scope::~ggml_ext_kv_scope() {
-    delete kv_current;
-    kv_current = nullptr;
+    kv_current.reset();
 }
 
 // Policy window: fewer cells.
@@ -139,7 +142,7 @@ static std::shared_ptr<ggml_ext_kv> kv_open_paged(ggml_type type_k, ggml_type ty
         return nullptr;
     }
     auto ext   = std::make_shared<ggml_ext_kv>();
-    ext->paged = std::make_unique<ggml_ext_kv_paged>(kv_size, n_stream);
+    ext->paged = std::make_unique<ggml_ext_kv_paged>(kv_size, n_stream, kv_current->setting, kv_current->n_seq_max);
     kv_size    = 1;
     return ext;
 }
@@ -161,6 +164,14 @@ void ggml_ext_kv_add_layer(ggml_ext_kv & ext, uint32_t il, const ggml_tensor * k
                    k, v);
 }
 
+static std::string kv_policy(const ggml_ext_kv_setting & setting) {
+    if (setting.policy == ggml_ext_kv_policy::keep) {
+        return "nothing is evicted";
+    }
+    return std::string("policy ") + (setting.policy == ggml_ext_kv_policy::norm ? "norm" : "random") + ", sink " +
+           std::to_string(setting.sink) + ", recent " + std::to_string(setting.recent) + " stay";
+}
+
 void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
     ggml_ext_kv_paged &         paged   = *ext.paged;
     const ggml_ext_kv_setting & setting = kv_current->setting;
@@ -179,16 +190,23 @@ void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
             setting.share > 0 ? setting.share * double(cells) : double(setting.tokens) * double(kv_current->n_seq_max);
         n = uint64_t(std::ceil(tokens / GGML_EXT_KV_SLOTS));
     }
-    n                    = std::min(n, full);
-    const uint64_t least = (kv_current->n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    n                       = std::min(n, full);
+    const uint32_t n_ubatch = kv_current->n_ubatch;
+    // With eviction a ubatch of several sequences is sure to fit: each opens a block of its own.
+    const uint64_t stays    = paged.evicts() ? paged.least_blocks() + std::min(kv_current->n_seq_max, n_ubatch) - 1 : 0;
+    const uint64_t least    = stays + (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
     if (n < least) {
-        kv_refuse("a budget of " + std::to_string(n) + " blocks of 64 tokens is less than " + std::to_string(least) +
-                  " for -ub " + std::to_string(kv_current->n_ubatch) + "; raise it or lower -ub");
+        kv_refuse(
+            "a budget of " + std::to_string(n) + " blocks of 64 tokens is less than " + std::to_string(least) +
+            " for -ub " + std::to_string(n_ubatch) +
+            (stays ? ", sinks and recent tokens of " + std::to_string(kv_current->n_seq_max) + " sequences" : "") +
+            "; raise it or lower -ub");
     }
     paged.allocate(uint32_t(n), !kv_current->model->hparams.no_alloc);
     LLAMA_LOG_WARN(
         "%s: ggml-ext: paged: %.2f MiB, %llu blocks of 64 tokens for each of %u heads, room for %llu of %llu "
-        "tokens; nothing is evicted\n",
+        "tokens; %s\n",
         __func__, double(paged.size()) / 1024 / 1024, (unsigned long long) n, paged.n_lists(),
-        (unsigned long long) std::min(n * GGML_EXT_KV_SLOTS, cells), (unsigned long long) cells);
+        (unsigned long long) std::min(n * GGML_EXT_KV_SLOTS, cells), (unsigned long long) cells,
+        kv_policy(setting).c_str());
 }

@@ -12,15 +12,18 @@
 #include <stdexcept>
 #include <string>
 
-ggml_ext_kv_paged::ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream) :
-    n_cells(n_cells), n_stream(n_stream), held(0, 0, 0), prefixes(LLAMA_MAX_SEQ), cell_of(LLAMA_MAX_SEQ) {}
+ggml_ext_kv_paged::ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream, const ggml_ext_kv_setting & rule,
+                                     uint32_t n_seq) :
+    n_cells(n_cells), n_stream(n_stream), rule(rule), n_seq(n_seq), held(0, 0, 0), prefixes(LLAMA_MAX_SEQ),
+    cell_of(LLAMA_MAX_SEQ) {}
 
 void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tensor * v) {
     layer.first_list = lists;
     names[k]         = uint32_t(layers.size());
     names[v]         = uint32_t(layers.size());
-    block_size       = std::max(block_size, ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv).size);
+    block_size       = std::max(block_size, block_of(layer).size);
     lists += uint32_t(layer.n_head_kv);
+    layer_of.resize(lists, uint32_t(layers.size()));
     layers.push_back(layer);
 }
 
@@ -83,6 +86,9 @@ bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) {
     if (!kv_positions_fit(ubatches)) {
         return false;
     }
+    if (evicts()) {
+        return std::all_of(ubatches.begin(), ubatches.end(), [&](const llama_ubatch & u) { return can_fit(u); });
+    }
     std::vector<uint32_t> n(LLAMA_MAX_SEQ);
     bool                  coupled = false;
     for (const llama_ubatch & ubatch : ubatches) {
@@ -137,6 +143,9 @@ void ggml_ext_kv_paged::end(uint32_t kind) {
 
 void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells) {
     merge();
+    if (evicts() && most_blocks(ubatch, true) > held.n_free() && !make_room(most_blocks(ubatch, false))) {
+        GGML_ABORT("ggml-ext: a paged KV cache took a batch that it cannot make room for");
+    }
     begun = true;
     slots.resize(size_t(ubatch.n_tokens) * lists);
     lane_of.resize(ubatch.n_tokens);

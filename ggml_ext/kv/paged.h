@@ -8,6 +8,7 @@
 #include "llama.h"
 #include "pages.h"
 #include "prefixes.h"
+#include "setting.h"
 
 #include <cstdint>
 #include <map>
@@ -32,8 +33,8 @@ class ggml_ext_kv_paged {
         uint32_t  first_list;  // of its heads'
     };
 
-    // n_cells: of a stream.
-    ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream);
+    // n_cells: of a stream; rule: which slots go where blocks are short; n_seq: sequences.
+    ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream, const ggml_ext_kv_setting & rule, uint32_t n_seq);
 
     // The cache's next layer; k, v: upstream's tensors of it, which have no rows and name it.
     void add(layer layer, const ggml_tensor * k, const ggml_tensor * v);
@@ -57,8 +58,8 @@ class ggml_ext_kv_paged {
     void keep(llama_seq_id s);
     void clear();
 
-    // Rows of cells of a stream in upstream's format of a saved state, behind the cells' own part. Reading is false where
-    // the state is of another cache or the blocks do not suffice.
+    // Rows of cells of a stream of a saved state, behind the cells' own part: in upstream's format, or in our own where
+    // slots can be missing. Reading is false where the state is of another cache or the blocks do not suffice.
     void write(llama_io_write_i & io, uint32_t stream, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) const;
     bool read(llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
               const std::vector<uint32_t> & restored);
@@ -83,6 +84,18 @@ class ggml_ext_kv_paged {
 
     uint32_t n_lists() const { return lists; }
 
+    // Whether slots go where blocks are short, and whether by a score that the graph stores behind their rows.
+    bool evicts() const { return rule.policy != ggml_ext_kv_policy::keep; }
+
+    bool scored() const { return rule.policy == ggml_ext_kv_policy::norm; }
+
+    // Blocks of each list that stay whatever comes.
+    uint32_t least_blocks() const;
+
+    ggml_ext_kv_block block_of(const layer & layer) const {
+        return ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv, scored());
+    }
+
     size_t size() const { return blocks ? ggml_nbytes(blocks) : 0; }
 
     // Bytes of a block for each list.
@@ -95,13 +108,29 @@ class ggml_ext_kv_paged {
     const uint32_t n_cells, n_stream;
 
   private:
-    void   merge();
-    size_t row_size(const layer & layer, bool v) const;
-    char * row(const layer & layer, bool v, int32_t slot) const;
-    bool   lay_out(const llama_kv_cells & cells, uint32_t stream, const std::vector<uint32_t> & restored,
-                   std::vector<int32_t> & slots);
+    void     merge();
+    uint64_t most_blocks(const llama_ubatch & ubatch, bool with_room) const;
+    bool     can_fit(const llama_ubatch & ubatch) const;
+    bool     make_room(uint64_t wanted);
+    size_t   row_size(const layer & layer, bool v) const;
+    char *   row(const layer & layer, bool v, int32_t slot) const;
+    float *  score(const layer & layer, int32_t slot) const;
+    void     move(uint32_t list, int32_t from, int32_t to) const;
 
+    std::pair<uint32_t, uint32_t>     lanes_of(uint32_t stream) const;
+    std::vector<int32_t>              slots_of(uint32_t list, uint32_t stream, const std::vector<int32_t> & index,
+                                               size_t count) const;
+    std::vector<std::vector<int32_t>> lay_out(const llama_kv_cells & cells, uint32_t stream,
+                                              const std::vector<uint32_t> &              restored,
+                                              const std::vector<std::vector<uint32_t>> & present);
+    void write_present(llama_io_write_i & io, std::vector<std::vector<int32_t>> & slots) const;
+    bool read_present(llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
+                      const std::vector<uint32_t> & restored);
+
+    const ggml_ext_kv_setting                         rule;
+    const uint32_t                                    n_seq;
     std::vector<layer>                                layers;
+    std::vector<uint32_t>                             layer_of;  // of a list
     std::unordered_map<const ggml_tensor *, uint32_t> names;
     uint32_t                                          lists      = 0;
     size_t                                            block_size = 0;  // of the largest layer

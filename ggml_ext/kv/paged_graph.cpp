@@ -118,12 +118,16 @@ ggml_ext_kv_graph::cache & ggml_ext_kv_graph::use(ggml_context * ctx, ggml_ext_k
 ggml_tensor * ggml_ext_kv_graph::store(ggml_context * ctx, ggml_ext_kv_paged & paged, ggml_tensor * x,
                                        ggml_tensor * cells, const ggml_tensor * name, bool v) {
     const ggml_ext_kv_paged::layer & layer = *paged.find(name);
-    const ggml_ext_kv_block          block = ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv);
+    const ggml_ext_kv_block          block = paged.block_of(layer);
     cache &                          c     = use(ctx, paged);
     ggml_tensor *                    slots =
         ggml_view_2d(ctx, c.slots, layer.n_head_kv, c.slots->ne[1], c.slots->nb[1], layer.first_list * sizeof(int32_t));
     c.stored =
         ggml_ext_kv_store(ctx, c.stored, x, slots, cells, v ? layer.type_v : layer.type_k, int(v ? block.v : block.k));
+    if (paged.scored() && !v) {
+        ggml_tensor * score = ggml_scale(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, ggml_cont(ctx, key))), -1.0f);
+        c.stored            = ggml_ext_kv_store(ctx, c.stored, score, slots, cells, GGML_TYPE_F32, int(block.score));
+    }
     return c.stored;
 }
 

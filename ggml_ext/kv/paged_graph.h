@@ -27,6 +27,9 @@ class ggml_ext_kv_graph {
 
     bool used() const { return !caches.empty(); }
 
+    // K's heads that are stored next, before a learned transform, which changes their norms.
+    ggml_tensor * key = nullptr;
+
   private:
     struct cache {
         ggml_tensor * slots;   // I32 [n_lists, n_tokens]

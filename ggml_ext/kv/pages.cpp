@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <unordered_map>
 
 static constexpr uint32_t kv_slots = GGML_EXT_KV_SLOTS;
 
@@ -169,4 +170,46 @@ void ggml_ext_kv_pages::replace(uint32_t lane, uint32_t i, size_t run, int32_t b
     blocks[block].references++;
     release(entry.block);
     entry.block = block;
+}
+
+std::vector<int32_t> ggml_ext_kv_pages::blocks_of(uint32_t i) const {
+    std::vector<int32_t> order;
+    std::vector<bool>    seen(blocks.size());
+    for (uint32_t lane = 0; lane < n_lanes(); ++lane) {
+        for (const ggml_ext_kv_entry & entry : list(lane, i)) {
+            if (!seen[entry.block]) {
+                order.push_back(entry.block);
+                seen[entry.block] = true;
+            }
+        }
+    }
+    return order;
+}
+
+void ggml_ext_kv_pages::pack(uint32_t i, const std::vector<int32_t> & order, const std::vector<int32_t> & target) {
+    std::unordered_map<int32_t, uint32_t> index;
+    for (uint32_t b = 0; b < order.size(); ++b) {
+        index[order[b]] = b;
+        blocks[order[b]].references++;  // while runs change
+    }
+    for (uint32_t lane = 0; lane < n_lanes(); ++lane) {
+        const std::vector<ggml_ext_kv_entry> before = std::move(runs(lane, i));
+        runs(lane, i).clear();
+        for (const ggml_ext_kv_entry & entry : before) {
+            for (uint32_t slot = entry.begin; slot < uint32_t(entry.begin + entry.count); ++slot) {
+                const int32_t to = target[index[entry.block] * kv_slots + slot];
+                if (to >= 0) {
+                    show(lane, i, order[to / int32_t(kv_slots)], uint32_t(to) % kv_slots);
+                }
+            }
+            release(entry.block);
+        }
+    }
+    const int32_t n = int32_t(std::count_if(target.begin(), target.end(), [](int32_t to) { return to >= 0; }));
+    for (uint32_t b = 0; b < order.size(); ++b) {
+        state & block = blocks[order[b]];
+        block.fill    = uint32_t(std::clamp(n - int32_t(b * kv_slots), 0, int32_t(kv_slots)));
+        block.generation++;
+        release(order[b]);
+    }
 }

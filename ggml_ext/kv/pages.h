@@ -6,6 +6,7 @@
 #include "kv_store/block.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -21,6 +22,8 @@ class ggml_ext_kv_pages {
     void keep_positions(int32_t * first, size_t stride);
 
     uint32_t n_lists() const { return lists_per_lane; }
+
+    uint32_t n_lanes() const { return uint32_t(lists.size() / std::max(1u, lists_per_lane)); }
 
     uint32_t n_blocks() const { return uint32_t(blocks.size()); }
 
@@ -41,6 +44,13 @@ class ggml_ext_kv_pages {
     bool share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
 
     void clear(uint32_t lane);
+
+    // The blocks of a list, each once, in the order in which lanes hold them.
+    std::vector<int32_t> blocks_of(uint32_t list) const;
+
+    // Lanes see a list's slots elsewhere, after these were moved: slot i of all of `order`, which is blocks_of(list), is
+    // now slot target[i] of them, -1: gone. Targets are 0, 1, ... in the order of the slots that stay.
+    void pack(uint32_t list, const std::vector<int32_t> & order, const std::vector<int32_t> & target);
 
     // Whether run i of a list is a whole block, from position 64 i on.
     bool is_whole(uint32_t lane, uint32_t list, size_t i) const;

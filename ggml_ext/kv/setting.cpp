@@ -47,7 +47,11 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
     if (key == "budget") {
         return kv_budget(value, setting);
     }
-    if (setting.paged) {
+    if (key == "policy" && setting.paged) {
+        setting.policy = value == "norm" ? ggml_ext_kv_policy::norm : ggml_ext_kv_policy::random;
+        return value == "norm" || value == "random";
+    }
+    if (setting.paged && setting.policy == ggml_ext_kv_policy::keep) {
         return false;  // nothing is evicted
     }
     if (key == "sink") {

@@ -4,18 +4,22 @@
 
 #include <cstdint>
 
-#define GGML_EXT_KV_VALUES                                                         \
-    "off; paged, with ,budget=50% ,budget=TOKENS or ,budget=4G; or budget=25% or " \
-    "budget=TOKENS with ,policy=window ,sink=N ,recent=N"
+#define GGML_EXT_KV_VALUES                                                                                            \
+    "off; paged, with ,budget=50% ,budget=TOKENS or ,budget=4G, and with ,policy=norm or ,policy=random and ,sink=N " \
+    ",recent=N; or budget=25% or budget=TOKENS with ,policy=window ,sink=N ,recent=N"
+
+// What goes where blocks are short: nothing; of each list the slots of the largest keys; any.
+enum class ggml_ext_kv_policy { keep, norm, random };
 
 struct ggml_ext_kv_setting {
-    bool     on     = false;
-    bool     paged  = false;
-    double   share  = 0;   // of the context's cells
-    uint32_t tokens = 0;   // per sequence
-    uint64_t bytes  = 0;   // of a paged cache; with none of the three it is as large as upstream's
-    uint32_t sink   = 16;  // first tokens of a sequence that stay
-    uint32_t recent = 64;  // latest tokens that stay whatever comes
+    bool               on     = false;
+    bool               paged  = false;
+    double             share  = 0;  // of the context's cells
+    uint32_t           tokens = 0;  // per sequence
+    uint64_t           bytes  = 0;  // of a paged cache; with none of the three it is as large as upstream's
+    ggml_ext_kv_policy policy = ggml_ext_kv_policy::keep;  // of a paged cache
+    uint32_t           sink   = 16;                        // first tokens of a sequence that stay
+    uint32_t           recent = 64;                        // latest tokens that stay whatever comes
 };
 
 // Reads the value of GGML_EXT_KV; null is off. False where it is none of GGML_EXT_KV_VALUES.

@@ -46,7 +46,7 @@ const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
         return "kv_attend: q is F32 [dk, n_queries, n_head, n_streams] with adjacent values";
     }
     const struct ggml_ext_kv_block block =
-        ggml_ext_kv_block_of((enum ggml_type) p.type_k, p.dk, (enum ggml_type) p.type_v, p.dv);
+        ggml_ext_kv_block_of((enum ggml_type) p.type_k, p.dk, (enum ggml_type) p.type_v, p.dv, false);
     if (!ggml_ext_kv_is_pool(pool, block.size)) {
         return "kv_attend: the pool is I8 [block, n_blocks], contiguous, blocks of a multiple of 64 bytes that the "
                "rows fit in";

@@ -15,22 +15,24 @@ extern "C" {
 
 #define GGML_EXT_KV_SLOTS 64  // tokens of a block
 
-// An int32 position per slot comes first; then K's rows, adjacent, in the order of the slots; then V's. Each part starts
-// at a multiple of 64 bytes.
+// An int32 position per slot comes first; then K's rows, adjacent, in the order of the slots; then V's; then, where
+// slots can be evicted by it, an F32 score per slot. Each part starts at a multiple of 64 bytes.
 struct ggml_ext_kv_block {
     size_t k_row, v_row;  // of one slot
     size_t k, v;          // where their rows begin
+    size_t score;         // where the scores would begin
     size_t size;
 };
 
 static inline struct ggml_ext_kv_block ggml_ext_kv_block_of(enum ggml_type type_k, int64_t dk, enum ggml_type type_v,
-                                                            int64_t dv) {
+                                                            int64_t dv, bool scored) {
     struct ggml_ext_kv_block block;
     block.k_row = ggml_row_size(type_k, dk);
     block.v_row = ggml_row_size(type_v, dv);
     block.k     = GGML_EXT_KV_SLOTS * sizeof(int32_t);
     block.v     = block.k + GGML_EXT_KV_SLOTS * block.k_row;
-    block.size  = block.v + GGML_EXT_KV_SLOTS * block.v_row;
+    block.score = block.v + GGML_EXT_KV_SLOTS * block.v_row;
+    block.size  = block.score + (scored ? GGML_EXT_KV_SLOTS * sizeof(float) : 0);
     return block;
 }
 

@@ -2,6 +2,7 @@
 // of attention. They take the place of upstream's Hadamard rotation, and act where that acts.
 
 #include "core/ext_op.h"
+#include "kv/paged_graph.h"
 #include "llama-arch.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -90,7 +91,11 @@ void ggml_ext_graph::check_caches(const ggml_tensor * node) const {
 
 ggml_tensor * ggml_ext_llama_store_k(ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache, int il) {
     ggml_ext_graph * graph = ggml_ext_graph::current();
-    return graph ? graph->store_k(ctx, x, cache, il) : x;
+    if (!graph) {
+        return x;
+    }
+    graph->kv->key = x;
+    return graph->store_k(ctx, x, cache, il);
 }
 
 ggml_tensor * ggml_ext_llama_store_v(ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache, int il) {

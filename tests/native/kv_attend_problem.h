@@ -52,7 +52,7 @@ inline double error(const std::vector<float> & a, const std::vector<float> & b) 
 
 struct Problem {
     explicit Problem(const Case & c, unsigned seed) :
-        c(c), random(seed), block(ggml_ext_kv_block_of(c.type_k, c.dk, c.type_v, c.dv)),
+        c(c), random(seed), block(ggml_ext_kv_block_of(c.type_k, c.dk, c.type_v, c.dv, false)),
         ctx(ggml_init({ size_t(256) << 20, nullptr, false }), ggml_free) {
         make_lists();
         make_tensors();

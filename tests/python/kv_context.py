@@ -67,12 +67,20 @@ class Context:
 
     def try_decode(self, entries: Sequence[tuple[int, int, int]]) -> int:
         """llama_decode's status."""
+        return self.try_decode_shared(
+            [(token, position, [sequence]) for token, position, sequence in entries]
+        )
+
+    def try_decode_shared(self, entries: Sequence[tuple[int, int, Sequence[int]]]) -> int:
+        """llama_decode's status, for tokens of several sequences each."""
         n = len(entries)
-        batch = self.api.llama_batch_init(n, 0, 1)
+        batch = self.api.llama_batch_init(n, 0, max(len(sequences) for _, _, sequences in entries))
         batch.n_tokens = n
-        for i, (token, position, sequence) in enumerate(entries):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, i == n - 1
+        for i, (token, position, sequences) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, len(sequences)
+            for j, sequence in enumerate(sequences):
+                batch.seq_id[i][j] = sequence
+            batch.logits[i] = i == n - 1
         try:
             return int(self.api.llama_decode(self.context, batch))
         finally:

@@ -46,7 +46,8 @@ static struct kv_attend_op kv_attend_of(const struct ggml_tensor * dst) {
     op.entries              = (const struct ggml_ext_kv_entry *) (op.offsets + n_offsets);
     op.n_entries            = (dst->src[2]->ne[0] - n_offsets) / 2;
     op.tokens               = op.starts + op.n_lanes + 1;
-    op.block = ggml_ext_kv_block_of((enum ggml_type) op.p.type_k, op.p.dk, (enum ggml_type) op.p.type_v, op.p.dv);
+    op.block =
+        ggml_ext_kv_block_of((enum ggml_type) op.p.type_k, op.p.dk, (enum ggml_type) op.p.type_v, op.p.dv, false);
 
     const struct ggml_ext_attention_shape shape = {
         .type_k    = (enum ggml_type) op.p.type_k,

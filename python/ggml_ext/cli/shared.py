@@ -50,7 +50,9 @@ CacheVOption = Annotated[
 KvOption = Annotated[
     str | None,
     typer.Option(
-        "--kv", metavar="BUDGET", help="Cells of the KV cache: 25% of the context, or 4096; or paged."
+        "--kv",
+        metavar="BUDGET",
+        help="Cells of the KV cache: 25% of the context, or 4096; or paged, or paged,25%,policy=norm.",
     ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]

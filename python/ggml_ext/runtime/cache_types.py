@@ -15,7 +15,8 @@ from ggml_ext.core.errors import GgmlExtError
 NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
-_BUDGET = re.compile(r"paged(,\d+[%KMG]?)?|\d+%?(,(sink|recent)=\d+)*")
+_STAYS = r"(,(sink|recent)=\d+)*"
+_BUDGET = re.compile(rf"paged(,\d+[%KMG]?)?(,policy=(norm|random){_STAYS})?|\d+%?{_STAYS}")
 
 _UBATCH = 64
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
@@ -38,7 +39,8 @@ class CacheTypes(NamedTuple):
         """
         if kv is not None and not _BUDGET.fullmatch(kv):
             raise GgmlExtError(
-                f"--kv {kv}: no budget; write 25% of the context, 4096 cells per sequence, paged, or paged,2G"
+                f"--kv {kv}: no budget; write 25% of the context, 4096 cells per sequence, paged, paged,2G, "
+                "or paged,25%,policy=norm"
             )
         for option, name in (("-ctk", k), ("-ctv", v)):
             if name.lower() not in NAMES:
@@ -63,16 +65,21 @@ class CacheTypes(NamedTuple):
     @property
     def setting(self) -> str:
         """The value of GGML_EXT_KV, of a cache with ``kv``."""
-        return self.kv.replace(",", ",budget=") if self.paged else f"budget={self.kv}"
+        return re.sub(r",(?=\d)", ",budget=", self.kv) if self.paged else f"budget={self.kv}"
 
     @property
     def paged(self) -> bool:
-        """Whether the cache's rows are in blocks, none of which are evicted."""
+        """Whether the cache's rows are in blocks."""
         return self.kv.startswith("paged")
 
+    @property
+    def evicts(self) -> bool:
+        """Whether the cache forgets what it has no room for."""
+        return bool(self.kv) and (not self.paged or "policy=" in self.kv)
+
     def ubatch(self, wanted: int) -> int:
-        """Tokens of a ubatch: ``wanted``, fewer with a budget."""
-        return min(wanted, _UBATCH) if self.kv and not self.paged else wanted
+        """Tokens of a ubatch: ``wanted``, fewer where there is eviction."""
+        return min(wanted, _UBATCH) if self.evicts else wanted
 
     @contextmanager
     def budget(self) -> Iterator[None]:

@@ -94,6 +94,19 @@ def test_a_paged_cache(tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], rel=1e-2)
 
 
+def test_a_paged_cache_that_evicts(tmp_path: Path) -> None:
+    make_model(tmp_path / "base.gguf")
+    model, text = tmp_path / "base.gguf", tmp_path / "text.txt"
+    text.write_text(text_of(3000))
+    cache = CacheTypes.of("f16", "f16", "paged,25%,policy=norm")
+    rows = compare(model, [model], text, ctx=1024, layers=0, cache=cache)
+    assert rows[1]["kld"] > 1e-6
+    assert rows[1]["pp_tps"] is None
+    too_small = CacheTypes.of("f16", "f16", "paged,64,policy=norm")
+    with pytest.raises(GgmlExtError, match=r"a budget of 2 blocks of 64 tokens is less than 5 for -ub 64"):
+        perplexity(model, text, ctx=1024, cache=too_small)
+
+
 def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], str | None]] = []
 
@@ -106,6 +119,7 @@ def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("llama-server", "25%"),
         ("llama-cli", "4096,sink=32"),
         ("llama-server", "paged,2G"),
+        ("llama-server", "paged,25%,policy=norm"),
         ("llama-server", None),
     ):
         with pytest.raises(GgmlExtError, match="cannot start"):
@@ -114,6 +128,7 @@ def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--ctx-checkpoints", "0", "-m", "x"], "budget=25%"),
         (["-m", "x"], "budget=4096,sink=32"),
         (["-m", "x"], "paged,budget=2G"),
+        (["-m", "x"], "paged,budget=25%,policy=norm"),
         (["-m", "x"], None),
     ]
 
@@ -144,7 +159,26 @@ def test_types_are_those_of_llama_cpp(repo_root: Path) -> None:
     assert CacheTypes.of("F16", "iq4_nl").ids == (1, 20)
     assert CacheTypes.of("f16", "q8_0", "25%,sink=4").setting == "budget=25%,sink=4"
     assert CacheTypes.of("f16", "q8_0", "paged").setting == "paged"
-    for wrong in ("", "x", "25%,", "25%,window=3", "-1", "2G", "paged,sink=4", "pagedX"):
+    assert CacheTypes.of("f16", "q8_0", "paged,policy=random").setting == "paged,policy=random"
+    evicts = CacheTypes.of("f16", "q8_0", "paged,512,policy=norm,sink=4,recent=32")
+    assert evicts.setting == "paged,budget=512,policy=norm,sink=4,recent=32"
+    assert [CacheTypes("f16", "f16", kv).ubatch(512) for kv in ("", "paged,25%", "25%", evicts.kv)] == [
+        512,
+        512,
+        64,
+        64,
+    ]
+    for wrong in (
+        "",
+        "x",
+        "25%,",
+        "25%,window=3",
+        "-1",
+        "2G",
+        "paged,sink=4",
+        "pagedX",
+        "paged,policy=window",
+    ):
         with pytest.raises(GgmlExtError, match=f"--kv {wrong}: no budget; write 25% of the context"):
             CacheTypes.of("f16", "f16", wrong)
     with pytest.raises(GgmlExtError, match=r"-ctv q3_k: no type of a cache; use one of f32, f16"):

@@ -1,0 +1,26 @@
+// Eviction by head: which slots of a pool go when blocks are short. Knows nothing of llama.cpp. docs/kv-cache.md has the
+// rule.
+
+#pragma once
+
+#include "pages.h"
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+struct ggml_ext_kv_eviction {
+    uint32_t sink;    // first positions of a sequence that stay
+    uint32_t recent;  // latest ones that stay
+    double floor;  // share of an even split, in whole blocks, that no list goes below; 1: lists stay as long as others
+
+    // Of a slot of a list, block * 64 + place: the lowest go first.
+    std::function<float(uint32_t list, int32_t slot)>            score;
+    // A slot's rows, score and position become another one's. Slots move downwards in their list only.
+    std::function<void(uint32_t list, int32_t from, int32_t to)> move;
+};
+
+// Takes slots out of all lists until `wanted` blocks are free: those of the lowest scores, wherever they are, but no sinks
+// and recent positions of any lane, and no more of a list than its floor allows. Lanes that share a slot lose it together.
+// What stays is packed. False, with nothing changed, where that does not suffice.
+bool ggml_ext_kv_evict(ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t wanted);

@@ -1,0 +1,232 @@
+// Eviction by head against its rule, over random sequences that share, part and are cut: what is needed stays, the lowest
+// scores go first wherever they are, no list falls below its floor, sharers lose the same tokens, the blocks asked for
+// are free, and what stays is found where the runs say it is.
+
+#include "check.h"
+#include "kv/evict.h"
+#include "kv/pages.h"
+
+#include <map>
+#include <random>
+#include <set>
+#include <vector>
+
+namespace {
+
+constexpr uint32_t N_LANES = 4, N_LISTS = 3, N_BLOCKS = 60, SLOTS = GGML_EXT_KV_SLOTS, SINK = 4, RECENT = 20;
+
+struct Token {
+    int   name;
+    float score;
+
+    bool operator==(const Token & other) const { return name == other.name; }
+};
+
+using Lane = std::map<llama_pos, Token>;
+
+struct Walk {
+    ggml_ext_kv_pages              pages{ N_LANES, N_LISTS, N_BLOCKS };
+    std::vector<int32_t>           positions = std::vector<int32_t>(N_BLOCKS * SLOTS, -1);
+    std::vector<Token>             stored    = std::vector<Token>(N_BLOCKS * SLOTS);
+    std::vector<std::vector<Lane>> lanes     = std::vector<std::vector<Lane>>(N_LANES, std::vector<Lane>(N_LISTS));
+    std::mt19937                   random;
+    int                            next = 0;
+    ggml_ext_kv_eviction           rule{ SINK, RECENT, 0.2, {}, {} };
+
+    explicit Walk(unsigned seed) : random(seed) {
+        pages.keep_positions(positions.data(), SLOTS);
+        rule.score = [this](uint32_t, int32_t slot) { return stored[slot].score; };
+        rule.move  = [this](uint32_t, int32_t from, int32_t to) {
+            CHECK(to / int32_t(SLOTS) != from / int32_t(SLOTS) || to < from, "a slot moved upwards");
+            stored[to]    = stored[from];
+            positions[to] = positions[from];
+        };
+    }
+
+    uint32_t below(uint32_t n) { return random() % n; }
+
+    llama_pos end_of(uint32_t lane) const {
+        llama_pos end = 0;
+        for (const Lane & list : lanes[lane]) {
+            end = std::max(end, list.empty() ? 0 : list.rbegin()->first + 1);
+        }
+        return end;
+    }
+
+    void append(uint32_t lane, uint32_t n) {
+        for (llama_pos position = end_of(lane); n > 0; --n, ++position) {
+            if (pages.n_needed(lane, 1) > pages.n_free()) {
+                return;
+            }
+            const llama_seq_id id = llama_seq_id(lane);
+            int32_t            slots[N_LISTS];
+            CHECK(pages.append(&id, 1, position, slots), "append");
+            for (uint32_t list = 0; list < N_LISTS; ++list) {
+                // Whole numbers, so that there are equals; a list of its own range, so that floors count.
+                const Token token           = { next++, float(below(50) + 10 * list) };
+                stored[slots[list]]         = token;
+                lanes[lane][list][position] = token;
+            }
+        }
+    }
+
+    void remove(uint32_t lane, llama_pos p0, llama_pos p1) {
+        pages.remove(lane, p0, p1);
+        for (Lane & list : lanes[lane]) {
+            list.erase(list.lower_bound(p0), list.lower_bound(std::max(p0, p1)));
+        }
+    }
+
+    void copy(uint32_t from, uint32_t to) {
+        if (from != to) {
+            remove(to, 0, INT32_MAX);
+            CHECK(pages.share(from, to, 0, INT32_MAX), "copy");
+            lanes[to] = lanes[from];
+        }
+    }
+
+    Lane found(uint32_t lane, uint32_t list) const {
+        Lane result;
+        int  last = -1;
+        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            for (int i = run.begin; i < run.begin + run.count; ++i) {
+                const int position = pages.positions(run.block)[i];
+                CHECK(position > last, "positions do not rise");
+                last             = position;
+                result[position] = stored[run.block * int(SLOTS) + i];
+            }
+        }
+        return result;
+    }
+
+    void check(const char * step) const {
+        for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+            for (uint32_t list = 0; list < N_LISTS; ++list) {
+                CHECK(found(lane, list) == lanes[lane][list], "%s: lane %u list %u", step, lane, list);
+            }
+        }
+    }
+
+    void evict(uint32_t wanted) {
+        const uint32_t free_before = pages.n_free();
+        const bool     done        = ggml_ext_kv_evict(pages, rule, wanted);
+        if (!done) {
+            check("refused");
+            CHECK(pages.n_free() == free_before, "refused and changed");
+            CHECK(!possible(wanted), "refused %u of %u blocks", wanted, N_BLOCKS);
+            return;
+        }
+        CHECK(pages.n_free() >= wanted, "%u free, %u wanted", pages.n_free(), wanted);
+        compare(wanted);
+    }
+
+    static bool needed(const Lane & list, llama_pos position) {
+        return position < llama_pos(SINK) || position > list.rbegin()->first - llama_pos(RECENT);
+    }
+
+    // By name: tokens of a list, and those that some lane needs.
+    void names(uint32_t list, std::map<int, float> & all, std::set<int> & keep) const {
+        for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+            for (const auto & [position, token] : lanes[lane][list]) {
+                all[token.name] = token.score;
+                if (needed(lanes[lane][list], position)) {
+                    keep.insert(token.name);
+                }
+            }
+        }
+    }
+
+    size_t least(uint32_t wanted) const { return size_t(rule.floor * (N_BLOCKS - wanted) / N_LISTS) * SLOTS; }
+
+    bool possible(uint32_t wanted) const {
+        uint32_t blocks = 0;
+        for (uint32_t list = 0; list < N_LISTS; ++list) {
+            std::map<int, float> all;
+            std::set<int>        keep;
+            names(list, all, keep);
+            const size_t n = std::max(keep.size(), std::min(all.size(), least(wanted)));
+            blocks += uint32_t((n + SLOTS - 1) / SLOTS);
+        }
+        return blocks + wanted <= N_BLOCKS;
+    }
+
+    void compare(uint32_t wanted) {
+        float highest_gone = -1, lowest_left = 1e9f;
+        for (uint32_t list = 0; list < N_LISTS; ++list) {
+            std::map<int, float> all;
+            std::set<int>        keep, left;
+            names(list, all, keep);
+            for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+                Lane now = found(lane, list);
+                for (const auto & [position, token] : now) {
+                    left.insert(token.name);
+                }
+            }
+            const size_t floor = std::min(all.size(), least(wanted));
+            CHECK(left.size() >= floor, "list %u keeps %zu of at least %zu", list, left.size(), floor);
+            for (const auto & [name, score] : all) {
+                CHECK(left.count(name) || !keep.count(name), "a token that is needed went");
+                if (!left.count(name)) {
+                    highest_gone = std::max(highest_gone, score);
+                } else if (!keep.count(name) && left.size() > floor) {
+                    lowest_left = std::min(lowest_left, score);
+                }
+            }
+            for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+                Lane expected;
+                for (const auto & [position, token] : lanes[lane][list]) {
+                    if (left.count(token.name)) {
+                        expected[position] = token;
+                    }
+                }
+                CHECK(found(lane, list) == expected, "lane %u list %u lost what another lane kept", lane, list);
+                lanes[lane][list] = expected;
+            }
+        }
+        CHECK(highest_gone <= lowest_left, "a score of %.0f went, one of %.0f stayed", highest_gone, lowest_left);
+    }
+};
+
+void test_random_walks() {
+    for (unsigned seed = 1; seed <= 10 && check_failures == 0; ++seed) {
+        Walk walk(seed);
+        for (int i = 0; i < 250 && check_failures == 0; ++i) {
+            const uint32_t lane = walk.below(N_LANES);
+            switch (walk.below(7)) {
+                case 0:
+                    walk.remove(lane, llama_pos(walk.below(uint32_t(walk.end_of(lane)) + 1)), INT32_MAX);
+                    break;
+                case 1:
+                    walk.copy(lane, walk.below(N_LANES));
+                    break;
+                case 2:
+                case 3:
+                    walk.evict(walk.below(N_BLOCKS / 2));
+                    break;
+                default:
+                    walk.append(lane, walk.below(300));
+            }
+            walk.check("walk");
+        }
+    }
+}
+
+// A list whose scores are all lower loses more, down to its floor.
+void test_lists_differ() {
+    Walk walk(1);
+    walk.append(0, 500);
+    walk.evict(40);
+    std::vector<size_t> n;
+    for (const Lane & list : walk.lanes[0]) {
+        n.push_back(list.size());
+    }
+    CHECK(n[0] < n[2] && n[0] + n[1] + n[2] > 19 * SLOTS, "%zu %zu %zu of 20 blocks", n[0], n[1], n[2]);
+}
+
+}  // namespace
+
+int main() {
+    test_lists_differ();
+    test_random_walks();
+    return check_done();
+}

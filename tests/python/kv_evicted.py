@@ -1,0 +1,173 @@
+"""A Llama of one layer and what it computes when each KV head sees positions of its own: numpy's word on a
+cache that evicts. K and V of one layer do not depend on what was evicted before."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH, FFN, HEADS, KV_HEADS, HEAD, VOCABULARY = 64, 96, 4, 2, 32, 1024
+_EPSILON, _BASE = 1e-5, 10000.0
+_MARKER = b"GGXE"
+SLOTS = 64
+
+Floats = NDArray[np.float64]
+
+
+def _norm(x: Floats, weight: Floats) -> Floats:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + _EPSILON) * weight
+
+
+def _rope(x: Floats, positions: NDArray[np.int64]) -> Floats:
+    """Pairs of neighbours are turned, as llama.cpp has it for Llama; x: [n_tokens, n_heads, HEAD]."""
+    angle = positions[:, None] * _BASE ** (-np.arange(0, HEAD, 2) / HEAD)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+
+
+def different_tokens(n: int, seed: int = 0) -> list[int]:
+    """None twice, since equal ones have keys of one norm."""
+    return np.random.default_rng(seed).permutation(VOCABULARY)[:n].tolist()  # type: ignore[no-any-return]
+
+
+class OneLayer:
+    """``write`` makes the file; ``logits`` is what it computes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+
+        def matrix(rows: int, columns: int) -> NDArray[np.float32]:
+            return (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+
+        self.tensors = {
+            "token_embd": random.standard_normal((VOCABULARY, WIDTH)).astype(np.float32),
+            "output": matrix(VOCABULARY, WIDTH),
+            "output_norm": random.uniform(0.5, 1.5, WIDTH).astype(np.float32),
+            "blk.0.attn_norm": random.uniform(0.5, 1.5, WIDTH).astype(np.float32),
+            "blk.0.ffn_norm": random.uniform(0.5, 1.5, WIDTH).astype(np.float32),
+            "blk.0.attn_q": 2 * matrix(HEADS * HEAD, WIDTH),
+            "blk.0.attn_k": 2 * matrix(KV_HEADS * HEAD, WIDTH),
+            "blk.0.attn_v": matrix(KV_HEADS * HEAD, WIDTH),
+            "blk.0.attn_output": 2 * matrix(WIDTH, HEADS * HEAD),
+            "blk.0.ffn_gate": matrix(FFN, WIDTH),
+            "blk.0.ffn_up": matrix(FFN, WIDTH),
+            "blk.0.ffn_down": matrix(WIDTH, FFN),
+        }
+
+    def write(self, path: Path) -> Path:
+        """As GGUF in F32."""
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(1)
+        writer.add_context_length(1 << 16)
+        writer.add_embedding_length(WIDTH)
+        writer.add_feed_forward_length(FFN)
+        writer.add_head_count(HEADS)
+        writer.add_head_count_kv(KV_HEADS)
+        writer.add_rope_dimension_count(HEAD)
+        writer.add_key_length(HEAD)
+        writer.add_value_length(HEAD)
+        writer.add_layer_norm_rms_eps(_EPSILON)
+        writer.add_vocab_size(VOCABULARY)
+        writer.add_tokenizer_model("no_vocab")
+        for name, values in self.tensors.items():
+            writer.add_tensor(f"{name}.weight", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    def _weight(self, name: str) -> Floats:
+        return self.tensors[name].astype(np.float64)
+
+    def _heads(self, name: str, x: Floats, n: int) -> Floats:
+        return (x @ self._weight(f"blk.0.attn_{name}").T).reshape(len(x), n, HEAD)
+
+    def keys(self, tokens: Sequence[int]) -> Floats:
+        """[n_tokens, KV_HEADS, HEAD], of positions 0, 1, ..."""
+        x = _norm(self._weight("token_embd")[list(tokens)], self._weight("blk.0.attn_norm"))
+        return _rope(self._heads("k", x, KV_HEADS), np.arange(len(tokens)))
+
+    def logits(self, tokens: Sequence[int], seen: Sequence[Sequence[int]]) -> Floats:
+        """Of the last token, whose query sees positions ``seen[head]`` of each KV head."""
+        embedded = self._weight("token_embd")[list(tokens)]
+        x = _norm(embedded, self._weight("blk.0.attn_norm"))
+        values = self._heads("v", x, KV_HEADS)
+        keys = self.keys(tokens)
+        query = _rope(self._heads("q", x[-1:], HEADS), np.array([len(tokens) - 1]))[0]
+        out = []
+        for head in range(HEADS):
+            group = head * KV_HEADS // HEADS
+            at = list(seen[group])
+            score = keys[at, group] @ query[head] / np.sqrt(HEAD)
+            weight = np.exp(score - score.max())
+            out.append(weight @ values[at, group] / weight.sum())
+        y = embedded[-1] + self._weight("blk.0.attn_output") @ np.concatenate(out)
+        z = _norm(y, self._weight("blk.0.ffn_norm"))
+        gate = self._weight("blk.0.ffn_gate") @ z
+        gated = gate / (1 + np.exp(-gate)) * (self._weight("blk.0.ffn_up") @ z)
+        y = y + self._weight("blk.0.ffn_down") @ gated
+        result: Floats = self._weight("output") @ _norm(y, self._weight("output_norm"))
+        return result
+
+
+@dataclass
+class Kept:
+    """What a sequence's saved state holds: of each list the positions, and the scores of policy norm."""
+
+    positions: list[list[int]]
+    scores: list[list[float]]
+
+
+def kept(state: bytes, n_lists: int = KV_HEADS) -> Kept:
+    """Reads a sequence's state of one layer. docs/kv-cache.md has the format; in front of it llama.cpp has a
+    number of cells and for each of them position, 1 and the sequence, 12 bytes."""
+    marker = state.index(_MARKER)
+    counts = [n for n in range(marker // 12) if state[marker - 12 * n - 4 :][:4] == struct.pack("<I", n)]
+    n_cells = counts[-1]
+    cells = [struct.unpack_from("<i", state, marker - 12 * (n_cells - i))[0] for i in range(n_cells)]
+    at = marker + len(_MARKER)
+    policy, n_layer = struct.unpack_from("<2I", state, at)
+    assert n_layer == 1
+    at += 8
+    found: list[NDArray[np.float64]] = []  # positions and scores of a list
+    for _ in range(n_lists):
+        (n,) = struct.unpack_from("<I", state, at)
+        index = struct.unpack_from(f"<{n}I", state, at + 4)
+        found.append(np.array([[cells[i] for i in index], [0.0] * n]))
+        at += 4 + 4 * n
+    end = len(state)
+    for some in reversed(found if policy == 1 else []):
+        end -= 4 * some.shape[1]
+        some[1] = np.frombuffer(state, "<f4", some.shape[1], end)
+    found = [some[:, np.argsort(some[0])] for some in found]
+    return Kept([some[0].astype(int).tolist() for some in found], [some[1].tolist() for some in found])
+
+
+def simulate(
+    norms: Floats, ubatches: Sequence[int], *, blocks: int, sink: int = 16, recent: int = 64
+) -> list[list[int]]:
+    """The positions that policy norm leaves a lone sequence in each list, after ``ubatches`` tokens came one
+    after the other; norms: of keys [n_tokens, n_lists]."""
+    lists: list[list[int]] = [[] for _ in range(norms.shape[1])]
+    position = 0
+    for count in ubatches:
+        for index, held in enumerate(lists):
+            room = -len(held) % SLOTS
+            needed = max(0, -(-(count - room) // SLOTS))
+            if needed > blocks - -(-len(held) // SLOTS):
+                most = (blocks - -(-count // SLOTS)) * SLOTS
+                loose = [p for p in held if sink <= p < held[-1] + 1 - recent]
+                loose.sort(key=lambda p: -norms[p, index])
+                gone = set(loose[: max(0, len(held) - most)])
+                held[:] = [p for p in held if p not in gone]
+            held.extend(range(position, position + count))
+        position += count
+    return lists
