@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import transform_files
 from arch_models import ArchModel
 from ggml_ext.runtime.llama import log_lines
 from kv_context import Context
-from kv_evicted import KV_HEADS, OneLayer, different_tokens, kept, simulate
+from kv_evicted import HEAD, KV_HEADS, OneLayer, different_tokens, kept, simulate
 from kv_paged import F16, Q8_0, close, open_cache, random_tokens, read
 
 LAYER = OneLayer()
@@ -64,6 +65,19 @@ def test_norm_keeps_the_smallest_keys(path: Path, ubatch: int, prompt: int, thre
             for head, some in enumerate(found.positions):
                 assert np.allclose(found.scores[head], -norms[some, head], rtol=1e-5)
             _agrees(logits, tokens[:n], found.positions)
+
+
+def test_norms_are_those_before_a_learned_transform(path: Path, tmp_path: Path) -> None:
+    """P, which is not orthogonal, changes what is stored and not what goes."""
+    model = transform_files.transform_heads(transform_files.read(path), HEAD)
+    tokens = different_tokens(500)
+    norms = (LAYER.keys(tokens) ** 2).sum(-1)
+    with open_cache(model.write(tmp_path / "heads.gguf"), NORM, n_ctx=1024, batch=64) as context:
+        logits = read(context, tokens)
+        found = kept(context.save())
+        assert found.positions == simulate(norms, _ubatches(500, 64), blocks=4)
+        assert np.allclose(found.scores[0], -norms[found.positions[0], 0], rtol=1e-5)
+        _agrees(logits, tokens, found.positions)
 
 
 def test_heads_keep_different_positions(path: Path) -> None:
