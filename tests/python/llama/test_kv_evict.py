@@ -160,6 +160,38 @@ def test_equal_beginnings_are_shared_until_something_goes(path: Path) -> None:
             _agrees(logits, tokens + different_tokens(40, sequence) + more, seen)
 
 
+def test_a_beginning_with_holes_is_nobodys(path: Path) -> None:
+    """A sequence that lost early tokens is cut back among them and goes on as before: its first block has 64
+    tokens from position 0 on again, but not the first 64."""
+    tokens = different_tokens(600)
+    with open_cache(path, NORM, n_ctx=4096, n_seq=2, unified=True) as context:
+        read(context, tokens)
+        assert len(kept(context.save()).positions[0]) < 600
+        assert context.remove(0, 50)
+        read(context, tokens[50:200], 50)
+        assert 10 < len([p for p in kept(context.save()).positions[0] if p < 64]) < 64
+        logits = read(context, tokens[:200], 0, 1)
+        assert kept(context.save(1)).positions == [list(range(200))] * KV_HEADS
+        _agrees(logits, tokens[:200], [list(range(200))] * KV_HEADS)
+
+
+def test_sequences_in_one_ubatch(path: Path) -> None:
+    """What one finds in its open block may be gone when room is made for another."""
+    tokens = {s: different_tokens(150 + 20 * s, s) for s in range(4)}
+    with open_cache(path, NORM, n_ctx=4096, n_seq=4, unified=True) as context:
+        for sequence, some in tokens.items():
+            read(context, some, 0, sequence)
+        for step in range(250):
+            for sequence, some in tokens.items():
+                some.append((37 * step + 11 * sequence) % 1024)
+            some = [(s, more) for s, more in tokens.items() if s == 3 or step % (s + 2) == 0 or step > 100]
+            for sequence in {0, 1, 2} - {s for s, _ in some}:
+                tokens[sequence].pop()
+            logits = context.decode_all([(more[-1], len(more) - 1, s) for s, more in some])
+            if step % 25 == 0:
+                _agrees(logits, tokens[3], kept(context.save(3)).positions)
+
+
 @pytest.mark.parametrize("types", [(Q8_0, Q8_0), (F16, F16)])
 def test_a_state_goes_on_as_the_cache_would(path: Path, types: tuple[int, int]) -> None:
     tokens = different_tokens(1000)
@@ -175,6 +207,22 @@ def test_a_state_goes_on_as_the_cache_would(path: Path, types: tuple[int, int]) 
         a, b = (read(c, tokens[700:], 700) for c in (context, other))
         assert np.array_equal(a, b)
         assert context.save() == other.save()
+
+
+def test_a_state_makes_itself_room(path: Path) -> None:
+    tokens, other = different_tokens(250), different_tokens(600, 1)
+    with open_cache(path, NORM, n_ctx=4096, n_seq=2, unified=True) as context:
+        read(context, tokens)
+        state = context.save()
+        context.remove(0, 0)
+        read(context, other, 0, 1)
+        before = kept(context.save(1)).positions
+        assert context.restore(state)
+        assert kept(context.save()).positions == [list(range(250))] * KV_HEADS
+        after = kept(context.save(1)).positions
+        assert all(set(some) < set(more) for some, more in zip(after, before, strict=True))
+        logits = read(context, different_tokens(50, 3), 250)
+        _agrees(logits, tokens + different_tokens(50, 3), kept(context.save()).positions)
 
 
 def test_states_of_other_caches(path: Path) -> None:
@@ -209,6 +257,9 @@ def test_a_damaged_state(path: Path) -> None:
         for damage in (b"\xff\xff\xff\xff", b"\xc9\0\0\0"):
             assert not context.restore(state[:at] + damage + state[at + 4 :])
         assert not context.restore(state[: at + 4] + b"\x05\0\0\0" + state[at + 8 :])
+        last = at + 4 * 200
+        assert state[last : last + 4] == b"\xc7\0\0\0"
+        assert not context.restore(state[:last] + b"\xc8\0\0\0" + state[last + 4 :])
         assert not context.restore(state[:-1])
         assert context.restore(state)
         assert kept(context.save()).positions == [list(range(200))] * KV_HEADS
