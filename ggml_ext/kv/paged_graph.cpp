@@ -122,12 +122,10 @@ ggml_tensor * ggml_ext_kv_graph::store(ggml_context * ctx, ggml_ext_kv_paged & p
     cache &                          c     = use(ctx, paged);
     ggml_tensor *                    slots =
         ggml_view_2d(ctx, c.slots, layer.n_head_kv, c.slots->ne[1], c.slots->nb[1], layer.first_list * sizeof(int32_t));
+    const bool scored = paged.scored() && !v;
     c.stored =
-        ggml_ext_kv_store(ctx, c.stored, x, slots, cells, v ? layer.type_v : layer.type_k, int(v ? block.v : block.k));
-    if (paged.scored() && !v) {
-        ggml_tensor * score = ggml_scale(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, ggml_cont(ctx, key))), -1.0f);
-        c.stored            = ggml_ext_kv_store(ctx, c.stored, score, slots, cells, GGML_TYPE_F32, int(block.score));
-    }
+        ggml_ext_kv_store(ctx, c.stored, x, slots, cells, scored ? key : nullptr, v ? layer.type_v : layer.type_k,
+                          int(v ? block.v : block.k), scored ? int(block.score) : 0);
     return c.stored;
 }
 

@@ -9,6 +9,7 @@
 struct ggml_ext_kv_store_params {
     int32_t type;    // enum ggml_type of the rows
     int32_t offset;  // of the rows in a block, bytes
+    int32_t score;   // of the scores
 };
 
 struct ggml_ext_kv_store_params ggml_ext_kv_store_params_of(const struct ggml_tensor * dst);

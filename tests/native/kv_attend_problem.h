@@ -52,7 +52,7 @@ inline double error(const std::vector<float> & a, const std::vector<float> & b) 
 
 struct Problem {
     explicit Problem(const Case & c, unsigned seed) :
-        c(c), random(seed), block(ggml_ext_kv_block_of(c.type_k, c.dk, c.type_v, c.dv, false)),
+        c(c), random(seed), block(ggml_ext_kv_block_of(c.type_k, c.dk, c.type_v, c.dv, true)),
         ctx(ggml_init({ size_t(256) << 20, nullptr, false }), ggml_free) {
         make_lists();
         make_tensors();
@@ -163,11 +163,19 @@ struct Problem {
             const std::vector<float> all_k = normal(int(n) * c.dk), all_v = normal(int(n) * c.dv);
             std::memcpy(k->data, all_k.data(), ggml_nbytes(k));
             std::memcpy(v->data, all_v.data(), ggml_nbytes(v));
-            ggml_tensor * stored = ggml_ext_kv_store(ctx.get(), pool, k, slots, nullptr, c.type_k, int(block.k));
-            run(ggml_ext_kv_store(ctx.get(), stored, v, slots, nullptr, c.type_v, int(block.v)), 2);
+            ggml_tensor *            keys     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dk, 1, n);
+            const std::vector<float> all_keys = normal(int(n) * c.dk);
+            std::memcpy(keys->data, all_keys.data(), ggml_nbytes(keys));
+            ggml_tensor * stored =
+                ggml_ext_kv_store(ctx.get(), pool, k, slots, nullptr, keys, c.type_k, int(block.k), int(block.score));
+            run(ggml_ext_kv_store(ctx.get(), stored, v, slots, nullptr, nullptr, c.type_v, int(block.v), 0), 2);
 
             std::vector<float> stored_k, stored_v;
             for (Slot & slot : list) {
+                const float * key = all_keys.data() + (&slot - list.data()) * c.dk;
+                const double  sum = std::inner_product(key, key + c.dk, key, 0.0);
+                const float   got = ((const float *) (block_of(slot) + block.score))[slot.slot % SLOTS];
+                CHECK(std::fabs(got + sum) < 1e-5 * sum, "score %g, sum of squares %g", got, sum);
                 slot.k = decoded(c.type_k, block_of(slot) + block.k, slot.slot % SLOTS, c.dk);
                 slot.v = decoded(c.type_v, block_of(slot) + block.v, slot.slot % SLOTS, c.dv);
                 stored_k.insert(stored_k.end(), slot.k.begin(), slot.k.end());

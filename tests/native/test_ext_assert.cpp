@@ -303,6 +303,31 @@ void test_kv() {
     expect_text("that the rows fit in", store(GGML_TYPE_Q8_0, -64, 0, 1));
     expect_text("the type's blocks divide", store(GGML_TYPE_Q4_K, 256, 0, 1));
     expect_text("the type's blocks divide", store(-1, 256, 0, 1));
+
+    // score: where; channels: of the keys, 0: none.
+    const auto scored = [](int32_t score, int64_t channels) {
+        return compute([=](Tensors & t) {
+            ggml_tensor * pool  = table(t, GGML_TYPE_I8, 256 + 64 * 34 + 256, 2);
+            ggml_tensor * slots = table(t, GGML_TYPE_I32, 1, 1);
+            ggml_tensor * x     = ggml_new_tensor_3d(t.ctx, GGML_TYPE_F32, 32, 1, 1);
+            ggml_tensor * keys  = channels ? ggml_new_tensor_3d(t.ctx, GGML_TYPE_F32, channels, 1, 1) : nullptr;
+            std::memset(x->data, 0, ggml_nbytes(x));
+            std::memset(slots->data, 0, ggml_nbytes(slots));
+            return Node{
+                GGML_EXT_OP_KV_STORE,
+                ggml_view_tensor(t.ctx, pool),
+                { pool, x, slots, nullptr, keys },
+                { GGML_TYPE_Q8_0, 256, score }
+            };
+        });
+    };
+    expect_text("not refused", scored(256 + 64 * 34, 32));
+    expect_text("its scores fit", scored(256 + 64 * 34 + 4, 32));
+    expect_text("its scores fit", scored(258, 32));
+    expect_text("its scores fit", scored(-4, 32));
+    expect_text("its scores fit", scored(0, 32));
+    expect_text("keys is as x", scored(256 + 64 * 34, 64));
+    expect_text("keys is as x", scored(256, 0));
 }
 
 }  // namespace

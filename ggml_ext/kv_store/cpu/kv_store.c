@@ -8,10 +8,23 @@
 #include "ggml-impl.h"
 #include "kv_store/block.h"
 
+static const float * kv_store_head(const struct ggml_tensor * t, int64_t head, int64_t token) {
+    return (const float *) ((const char *) t->data + head * t->nb[1] + token * t->nb[2]);
+}
+
+static float kv_store_score(const float * key, int64_t n) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        sum += key[i] * key[i];
+    }
+    return -sum;
+}
+
 static void kv_store_compute(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_ext_kv_store_params p     = ggml_ext_kv_store_params_of(dst);
     const struct ggml_tensor *            x     = dst->src[1];
     const struct ggml_tensor *            slots = dst->src[2];
+    const struct ggml_tensor *            keys  = dst->src[4];
     const ggml_from_float_t               to    = ggml_get_type_traits_cpu((enum ggml_type) p.type)->from_float;
     const size_t                          row   = ggml_row_size((enum ggml_type) p.type, x->ne[0]);
     GGML_ASSERT(to != NULL);
@@ -21,9 +34,12 @@ static void kv_store_compute(const struct ggml_compute_params * params, struct g
             const int64_t slot =
                 *(const int32_t *) ((const char *) slots->data + head * slots->nb[0] + token * slots->nb[1]);
             GGML_ASSERT(slot >= 0 && slot < dst->ne[1] * GGML_EXT_KV_SLOTS && "ggml-ext: kv_store: a slot of the pool");
-            char * block = (char *) dst->data + slot / GGML_EXT_KV_SLOTS * dst->nb[1] + p.offset;
-            to((const float *) ((const char *) x->data + head * x->nb[1] + token * x->nb[2]),
-               block + slot % GGML_EXT_KV_SLOTS * row, x->ne[0]);
+            char * block = (char *) dst->data + slot / GGML_EXT_KV_SLOTS * dst->nb[1];
+            to(kv_store_head(x, head, token), block + p.offset + slot % GGML_EXT_KV_SLOTS * row, x->ne[0]);
+            if (keys != NULL) {
+                ((float *) (block + p.score))[slot % GGML_EXT_KV_SLOTS] =
+                    kv_store_score(kv_store_head(keys, head, token), keys->ne[0]);
+            }
         }
     }
 }
