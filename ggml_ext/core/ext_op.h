@@ -94,7 +94,8 @@ GGML_API struct ggml_tensor * ggml_ext_sample(struct ggml_context * ctx, struct 
 //   x:      F32 [d, n_head_kv, n_tokens], nb0 == 4, other strides arbitrary.
 //   slots:  I32 [n_head_kv, n_tokens], nb0 == 4: block * 64 + slot, each at most once.
 //   cells:  not read; a tensor that the graph must allocate, or NULL: what llama.cpp stores by, which it fills unasked.
-//   keys:   NULL, or as x: a head's score, an F32, becomes minus the sum of its squares.
+//   keys:   NULL, or as x: a head's score, an F32, becomes minus the sum of its squares; or F32 [1, n_head_kv, n_tokens]:
+//           the scores.
 //   type:   of the stored rows; its blocks divide d.
 //   offset: bytes from a block's start to its rows.
 //   score:  bytes from a block's start to its scores, a multiple of 4; 0 without keys.

@@ -9,6 +9,7 @@
 #include "llama-kv-cells.h"
 #include "llama-model.h"
 #include "setting.h"
+#include "transform/transform.h"
 
 #include <algorithm>
 #include <cmath>
@@ -159,8 +160,14 @@ std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v
 
 void ggml_ext_kv_add_layer(ggml_ext_kv & ext, uint32_t il, const ggml_tensor * k, const ggml_tensor * v) {
     const llama_hparams & hparams = kv_current->model->hparams;
+    const auto &          known   = kv_current->model->ggml_ext;
+    if (ext.paged->policy() == ggml_ext_kv_policy::probe &&
+        (!known || known->probes.layers.size() <= il || !known->probes.layers[il].weight)) {
+        kv_refuse("the model has no probe of layer " + std::to_string(il) +
+                  "; make probes with 'ggml-ext kv-probe', or take policy=norm");
+    }
     ext.paged->add({ int32_t(hparams.n_embd_head_k(il)), int32_t(hparams.n_embd_head_v(il)),
-                     int32_t(hparams.n_head_kv(il)), k->type, v->type, 0 },
+                     int32_t(hparams.n_head_kv(il)), k->type, v->type, 0, il },
                    k, v);
 }
 
@@ -168,8 +175,8 @@ static std::string kv_policy(const ggml_ext_kv_setting & setting) {
     if (setting.policy == ggml_ext_kv_policy::keep) {
         return "nothing is evicted";
     }
-    return std::string("policy ") + (setting.policy == ggml_ext_kv_policy::norm ? "norm" : "random") + ", sink " +
-           std::to_string(setting.sink) + ", recent " + std::to_string(setting.recent) + " stay";
+    return std::string("policy ") + ggml_ext_kv_policy_name(setting.policy) + ", sink " + std::to_string(setting.sink) +
+           ", recent " + std::to_string(setting.recent) + " stay";
 }
 
 void ggml_ext_kv_allocate(ggml_ext_kv & ext) {

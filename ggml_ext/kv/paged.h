@@ -31,6 +31,7 @@ class ggml_ext_kv_paged {
         int32_t   dk, dv, n_head_kv;
         ggml_type type_k, type_v;
         uint32_t  first_list;  // of its heads'
+        uint32_t  il;
     };
 
     // n_cells: of a stream; rule: which slots go where blocks are short; n_seq: sequences.
@@ -87,7 +88,9 @@ class ggml_ext_kv_paged {
     // Whether slots go where blocks are short, and whether by a score that the graph stores behind their rows.
     bool evicts() const { return rule.policy != ggml_ext_kv_policy::keep; }
 
-    bool scored() const { return rule.policy == ggml_ext_kv_policy::norm; }
+    bool scored() const { return evicts() && policy() != ggml_ext_kv_policy::random; }
+
+    ggml_ext_kv_policy policy() const { return rule.policy; }
 
     // Blocks of each list that stay whatever comes.
     uint32_t least_blocks() const;

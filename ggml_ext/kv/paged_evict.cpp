@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstring>
 
+static constexpr double probe_floor = 0.25;
+
 // Any order, the same for equal runs.
 static float kv_random(uint32_t list, llama_pos position) {
     uint64_t x = (uint64_t(list) << 32 | uint32_t(position)) + 0x9e3779b97f4a7c15;  // splitmix64
@@ -73,7 +75,8 @@ bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
     ggml_ext_kv_eviction how;
     how.sink   = rule.sink;
     how.recent = rule.recent;
-    how.floor  = 1.0;  // norms of different heads say nothing of each other
+    // Norms of different heads say nothing of each other; probes' scores do.
+    how.floor  = policy() == ggml_ext_kv_policy::probe ? probe_floor : 1.0;
     how.score  = [this](uint32_t list, int32_t slot) {
         return scored() ? *score(layers[layer_of[list]], slot) :
                            kv_random(list, held.positions(slot / GGML_EXT_KV_SLOTS)[slot % GGML_EXT_KV_SLOTS]);

@@ -115,6 +115,28 @@ ggml_ext_kv_graph::cache & ggml_ext_kv_graph::use(ggml_context * ctx, ggml_ext_k
     return made;
 }
 
+void ggml_ext_kv_graph::read(const ggml_tensor * matrix, ggml_tensor * x) {
+    const auto is = [&](const ggml_ext_kv_probe & probe) { return probe.reads == matrix; };
+    if (probes && std::any_of(probes->layers.begin(), probes->layers.end(), is)) {
+        inputs[matrix] = x;
+    }
+}
+
+// What kv_store makes a layer's scores of: keys, or the scores themselves.
+ggml_tensor * ggml_ext_kv_graph::scores(ggml_context * ctx, const ggml_ext_kv_paged & paged, uint32_t il) const {
+    if (paged.policy() != ggml_ext_kv_policy::probe) {
+        return key;
+    }
+    const ggml_ext_kv_probe & probe = probes->layers.at(il);
+    const auto                x     = inputs.find(probe.reads);
+    if (x == inputs.end() || x->second->ne[0] != probe.weight->ne[0] || ggml_nrows(x->second) != key->ne[2]) {
+        throw std::runtime_error("ggml-ext: this graph makes layer " + std::to_string(il) +
+                                 "'s keys in a way that its probe cannot read; take GGML_EXT_KV=...,policy=norm");
+    }
+    ggml_tensor * score = ggml_add(ctx, ggml_mul_mat(ctx, probe.weight, x->second), probe.bias);
+    return ggml_reshape_3d(ctx, score, 1, key->ne[1], key->ne[2]);
+}
+
 ggml_tensor * ggml_ext_kv_graph::store(ggml_context * ctx, ggml_ext_kv_paged & paged, ggml_tensor * x,
                                        ggml_tensor * cells, const ggml_tensor * name, bool v) {
     const ggml_ext_kv_paged::layer & layer = *paged.find(name);
@@ -124,8 +146,8 @@ ggml_tensor * ggml_ext_kv_graph::store(ggml_context * ctx, ggml_ext_kv_paged & p
         ggml_view_2d(ctx, c.slots, layer.n_head_kv, c.slots->ne[1], c.slots->nb[1], layer.first_list * sizeof(int32_t));
     const bool scored = paged.scored() && !v;
     c.stored =
-        ggml_ext_kv_store(ctx, c.stored, x, slots, cells, scored ? key : nullptr, v ? layer.type_v : layer.type_k,
-                          int(v ? block.v : block.k), scored ? int(block.score) : 0);
+        ggml_ext_kv_store(ctx, c.stored, x, slots, cells, scored ? scores(ctx, paged, layer.il) : nullptr,
+                          v ? layer.type_v : layer.type_k, int(v ? block.v : block.k), scored ? int(block.score) : 0);
     return c.stored;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ggml.h"
+#include "probe.h"
 
 #include <map>
 
@@ -13,7 +14,12 @@ struct llm_graph_params;
 // What the graph that this thread is building knows of paged caches; a member of ggml_ext_graph.
 class ggml_ext_kv_graph {
   public:
-    explicit ggml_ext_kv_graph(const llm_graph_params & params) : params(params) {}
+    // probes may be null; both are kept by reference.
+    ggml_ext_kv_graph(const llm_graph_params & params, const ggml_ext_kv_probes * probes) :
+        params(params), probes(probes) {}
+
+    // A matrix that multiplies x.
+    void read(const ggml_tensor * matrix, ggml_tensor * x);
 
     ggml_tensor * store(ggml_context * ctx, ggml_ext_kv_paged & paged, ggml_tensor * x, ggml_tensor * cells,
                         const ggml_tensor * name, bool v);
@@ -39,8 +45,11 @@ class ggml_ext_kv_graph {
         ggml_tensor * stored;  // the pool behind the last store
     };
 
-    cache & use(ggml_context * ctx, ggml_ext_kv_paged & paged);
+    cache &       use(ggml_context * ctx, ggml_ext_kv_paged & paged);
+    ggml_tensor * scores(ggml_context * ctx, const ggml_ext_kv_paged & paged, uint32_t il) const;
 
-    const llm_graph_params &             params;
-    std::map<ggml_ext_kv_paged *, cache> caches;
+    const llm_graph_params &                     params;
+    const ggml_ext_kv_probes * const             probes;
+    std::map<const ggml_tensor *, ggml_tensor *> inputs;  // of the matrices that probes read
+    std::map<ggml_ext_kv_paged *, cache>         caches;
 };

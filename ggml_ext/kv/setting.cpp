@@ -48,8 +48,13 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
         return kv_budget(value, setting);
     }
     if (key == "policy" && setting.paged) {
-        setting.policy = value == "norm" ? ggml_ext_kv_policy::norm : ggml_ext_kv_policy::random;
-        return value == "norm" || value == "random";
+        for (const auto policy : { ggml_ext_kv_policy::norm, ggml_ext_kv_policy::random, ggml_ext_kv_policy::probe }) {
+            if (value == ggml_ext_kv_policy_name(policy)) {
+                setting.policy = policy;
+                return true;
+            }
+        }
+        return false;
     }
     if (setting.paged && setting.policy == ggml_ext_kv_policy::keep) {
         return false;  // nothing is evicted
@@ -61,6 +66,11 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
         return kv_number(value, setting.recent) && setting.recent > 0;
     }
     return key == "policy" && value == "window";
+}
+
+const char * ggml_ext_kv_policy_name(ggml_ext_kv_policy policy) {
+    static const char * const names[] = { "keep", "norm", "random", "probe" };
+    return names[size_t(policy)];
 }
 
 bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting) {

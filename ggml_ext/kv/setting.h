@@ -4,12 +4,15 @@
 
 #include <cstdint>
 
-#define GGML_EXT_KV_VALUES                                                                                            \
-    "off; paged, with ,budget=50% ,budget=TOKENS or ,budget=4G, and with ,policy=norm or ,policy=random and ,sink=N " \
+#define GGML_EXT_KV_VALUES                                                                                       \
+    "off; paged, with ,budget=50% ,budget=TOKENS or ,budget=4G, and with ,policy=norm|random|probe and ,sink=N " \
     ",recent=N; or budget=25% or budget=TOKENS with ,policy=window ,sink=N ,recent=N"
 
-// What goes where blocks are short: nothing; of each list the slots of the largest keys; any.
-enum class ggml_ext_kv_policy { keep, norm, random };
+// What goes where blocks are short: nothing; of each list the slots of the largest keys; any; those of the lowest scores by
+// the model's probes. Their numbers are in saved states.
+enum class ggml_ext_kv_policy { keep, norm, random, probe };
+
+const char * ggml_ext_kv_policy_name(ggml_ext_kv_policy policy);
 
 struct ggml_ext_kv_setting {
     bool               on     = false;

@@ -34,7 +34,8 @@ const ggml_ext_weight * find(const ggml_ext_model & ext, const ggml_tensor * w) 
 }  // namespace
 
 ggml_ext_graph::ggml_ext_graph(const llama_model & model, const llm_graph_params & params) :
-    kv(std::make_unique<ggml_ext_kv_graph>(params)), model(model), observed(params.cparams.cb_eval != nullptr),
+    kv(std::make_unique<ggml_ext_kv_graph>(params, model.ggml_ext ? &model.ggml_ext->probes : nullptr)), model(model),
+    observed(params.cparams.cb_eval != nullptr),
     observer(params.cparams.cb_eval == ggml_ext_observer_eval ?
                  static_cast<ggml_ext_observer *>(params.cparams.cb_eval_user_data) :
                  nullptr),
@@ -54,6 +55,7 @@ ggml_tensor * ggml_ext_graph::input(ggml_context * ctx, ggml_tensor * w, ggml_te
     if (observer) {
         asked.emplace(ggml_ext_root(w), x);
     }
+    kv->read(ggml_ext_root(w), x);
     const ggml_ext_weight * weight = ext ? find(*ext, w) : nullptr;
     if (!weight || x->type != GGML_TYPE_F32 || (weight->site && weight->site->n != x->ne[0])) {
         return x;  // check() refuses the product of a weight in the map with an input that stayed as it was

@@ -213,11 +213,13 @@ std::shared_ptr<ggml_ext_model> ggml_ext_transform_loader::load() {
     check_marked();
     load_folds();
     round_inputs();
-    if (transform == "none" && result->weights.empty() && result->activation.bits == 8) {
-        return nullptr;
-    }
+    const bool plain  = transform == "none" && result->weights.empty() && result->activation.bits == 8;
+    result->probes    = ggml_ext_kv_load_probes(ml, model, loaded);
     result->transform = transform;
-    result->digest    = digest_all();
+    if (plain) {
+        return result->probes.layers.empty() ? nullptr : result;
+    }
+    result->digest = digest_all();
     uploads.upload(ml.no_alloc, result->contexts, result->buffers);
     log();
     return result;

@@ -16,14 +16,14 @@ constexpr uint32_t marker = 0x54584747;  // "GGXT"
 }  // namespace
 
 void ggml_ext_llama_write_state(const llama_model & model, llama_io_write_i & io) {
-    if (model.ggml_ext) {
+    if (model.ggml_ext && model.ggml_ext->digest != 0) {
         io.write(&marker, sizeof(marker));
         io.write(&model.ggml_ext->digest, sizeof(model.ggml_ext->digest));
     }
 }
 
 void ggml_ext_llama_read_state(const llama_model & model, llama_io_read_i & io) {
-    if (!model.ggml_ext) {
+    if (!model.ggml_ext || model.ggml_ext->digest == 0) {
         return;
     }
     uint32_t first  = 0;

@@ -6,6 +6,7 @@
 #include "ggml-cpp.h"
 #include "ggml.h"
 #include "hooks.h"
+#include "kv/probe.h"
 
 #include <cstdint>
 #include <memory>
@@ -71,9 +72,10 @@ struct ggml_ext_model {
     std::vector<ggml_ext_place>                              places;            // all that the file describes
     bool                                                     recorded = false;  // whether it says what was folded
     bool                                 complete = false;  // whether it names all that a fold concerns
-    uint64_t                             digest   = 0;
+    uint64_t                             digest   = 0;      // 0: the model's activations are as stock has them
     bool                                 has_k    = false;
     bool                                 has_v    = false;
+    ggml_ext_kv_probes                   probes;
     std::vector<ggml_context_ptr>        contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
 };

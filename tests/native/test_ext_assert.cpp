@@ -322,10 +322,11 @@ void test_kv() {
         });
     };
     expect_text("not refused", scored(256 + 64 * 34, 32));
-    expect_text("its scores fit", scored(256 + 64 * 34 + 4, 32));
-    expect_text("its scores fit", scored(258, 32));
-    expect_text("its scores fit", scored(-4, 32));
-    expect_text("its scores fit", scored(0, 32));
+    expect_text("the scores fit", scored(256 + 64 * 34 + 4, 32));
+    expect_text("the scores fit", scored(258, 32));
+    expect_text("the scores fit", scored(-4, 32));
+    expect_text("the scores fit", scored(0, 32));
+    expect_text("not refused", scored(256 + 64 * 34, 1));
     expect_text("keys is as x", scored(256 + 64 * 34, 64));
     expect_text("keys is as x", scored(256, 0));
 }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 WIDTH, FFN, HEADS, KV_HEADS, HEAD, VOCABULARY = 64, 96, 4, 2, 32, 1024
 _EPSILON, _BASE = 1e-5, 10000.0
 _MARKER = b"GGXE"
+_RANDOM = 2  # the policy without scores
 SLOTS = 64
 
 Floats = NDArray[np.float64]
@@ -95,6 +96,21 @@ class OneLayer:
         x = _norm(self._weight("token_embd")[list(tokens)], self._weight("blk.0.attn_norm"))
         return _rope(self._heads("k", x, KV_HEADS), np.arange(len(tokens)))
 
+    def inputs(self, tokens: Sequence[int]) -> Floats:
+        """What attn_k reads, [n_tokens, WIDTH]."""
+        return _norm(self._weight("token_embd")[list(tokens)], self._weight("blk.0.attn_norm"))
+
+    def probabilities(self, tokens: Sequence[int]) -> Floats:
+        """Of causal attention over all tokens, [HEADS, n_queries, n_keys]."""
+        x, n = self.inputs(tokens), len(tokens)
+        query = _rope(self._heads("q", x, HEADS), np.arange(n))
+        keys = np.repeat(self.keys(tokens), HEADS // KV_HEADS, axis=1)
+        score = np.einsum("qhd,khd->hqk", query, keys) / np.sqrt(HEAD)
+        score[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        result: Floats = weight / weight.sum(-1, keepdims=True)
+        return result
+
     def logits(self, tokens: Sequence[int], seen: Sequence[Sequence[int]]) -> Floats:
         """Of the last token, whose query sees positions ``seen[head]`` of each KV head."""
         embedded = self._weight("token_embd")[list(tokens)]
@@ -120,7 +136,7 @@ class OneLayer:
 
 @dataclass
 class Kept:
-    """What a sequence's saved state holds: of each list the positions, and the scores of policy norm."""
+    """What a sequence's saved state holds: of each list the positions, and the scores."""
 
     positions: list[list[int]]
     scores: list[list[float]]
@@ -144,7 +160,7 @@ def kept(state: bytes, n_lists: int = KV_HEADS) -> Kept:
         found.append(np.array([[cells[i] for i in index], [0.0] * n]))
         at += 4 + 4 * n
     end = len(state)
-    for some in reversed(found if policy == 1 else []):
+    for some in reversed(found if policy != _RANDOM else []):
         end -= 4 * some.shape[1]
         some[1] = np.frombuffer(state, "<f4", some.shape[1], end)
     found = [some[:, np.argsort(some[0])] for some in found]
@@ -152,22 +168,39 @@ def kept(state: bytes, n_lists: int = KV_HEADS) -> Kept:
 
 
 def simulate(
-    norms: Floats, ubatches: Sequence[int], *, blocks: int, sink: int = 16, recent: int = 64
+    scores: Floats,
+    ubatches: Sequence[int],
+    *,
+    blocks: int,
+    sink: int = 16,
+    recent: int = 64,
+    floor: float = 1.0,
 ) -> list[list[int]]:
-    """The positions that policy norm leaves a lone sequence in each list, after ``ubatches`` tokens came one
-    after the other; norms: of keys [n_tokens, n_lists]."""
-    lists: list[list[int]] = [[] for _ in range(norms.shape[1])]
+    """The positions that a policy leaves a lone sequence in each list, after ``ubatches`` tokens came one
+    after the other; scores: [n_tokens, n_lists]; blocks: per list."""
+    n_lists = scores.shape[1]
+    lists: list[list[int]] = [[] for _ in range(n_lists)]
     position = 0
     for count in ubatches:
-        for index, held in enumerate(lists):
-            room = -len(held) % SLOTS
-            needed = max(0, -(-(count - room) // SLOTS))
-            if needed > blocks - -(-len(held) // SLOTS):
-                most = (blocks - -(-count // SLOTS)) * SLOTS
-                loose = [p for p in held if sink <= p < held[-1] + 1 - recent]
-                loose.sort(key=lambda p: -norms[p, index])
-                gone = set(loose[: max(0, len(held) - most)])
-                held[:] = [p for p in held if p not in gone]
+        used = sum(-(-len(held) // SLOTS) for held in lists)
+        needed = sum(max(0, -(-(count - -len(held) % SLOTS) // SLOTS)) for held in lists)
+        if needed > blocks * n_lists - used:
+            left = blocks * n_lists - n_lists * -(-count // SLOTS)
+            _drop(lists, scores, left, int(floor * left / n_lists) * SLOTS, sink, recent)
+        for held in lists:
             held.extend(range(position, position + count))
         position += count
     return lists
+
+
+def _drop(lists: list[list[int]], scores: Floats, left: int, least: int, sink: int, recent: int) -> None:
+    """Takes the lowest scores out until ``left`` blocks hold the rest; no list goes below ``least``."""
+    loose = []
+    for index, held in enumerate(lists):
+        free = sorted((scores[p, index], p) for p in held if sink <= p < held[-1] + 1 - recent)
+        stays = max(len(held) - len(free), min(len(held), least))
+        loose += [(*which, index) for which in free[: len(held) - stays]]
+    for _, position, index in sorted(loose):
+        if sum(-(-len(held) // SLOTS) for held in lists) <= left:
+            break
+        lists[index].remove(position)

@@ -14,6 +14,9 @@ static const float * kv_store_head(const struct ggml_tensor * t, int64_t head, i
 
 static float kv_store_score(const float * key, int64_t n) {
     float sum = 0;
+    if (n == 1) {
+        return key[0];
+    }
     for (int64_t i = 0; i < n; i++) {
         sum += key[i] * key[i];
     }

@@ -24,6 +24,7 @@ from rich.text import Text
 from ggml_ext import __version__
 from ggml_ext.cli.compare import compare
 from ggml_ext.cli.convert import calibrate, convert, recipes
+from ggml_ext.cli.kv_probe import kv_probe
 from ggml_ext.cli.observe import observe
 from ggml_ext.cli.shared import (
     CacheKOption,
@@ -130,6 +131,7 @@ def _options(
 app.command()(convert)
 app.command()(calibrate)
 app.command()(observe)
+app.command()(kv_probe)
 app.command()(recipes)
 
 

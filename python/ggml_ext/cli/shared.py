@@ -52,7 +52,7 @@ KvOption = Annotated[
     typer.Option(
         "--kv",
         metavar="BUDGET",
-        help="Cells of the KV cache: 25% of the context, or 4096; or paged, or paged,25%,policy=norm.",
+        help="Cells of the KV cache: 25% of the context, or 4096; or paged, or paged,25%,policy=probe.",
     ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]

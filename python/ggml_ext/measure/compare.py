@@ -7,6 +7,7 @@ the list of rows, the base first; docs/compare.md describes every key.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,6 +60,10 @@ class FileFacts:
     tensor_errors: dict[str, Any] | None
 
 
+_BESIDE = re.compile(r"\.(fq_|kv_probe)")
+"""Tensors of a block that are no weights of the model's own."""
+
+
 def file_facts(path: Path) -> FileFacts:
     """Read the headers of the model's files, ``path`` the first. Raises GgmlExtError if it is no sound GGUF
     model with tensors."""
@@ -66,7 +71,7 @@ def file_facts(path: Path) -> FileFacts:
     if about.parameters == 0:
         raise GgmlExtError(f"{path}: has no tensors; name a GGUF file with a model")
     layers = [tensor for tensor in about.tensors if tensor.name.startswith("blk.") and len(tensor.dims) > 1]
-    weights = sum(tensor.weights for tensor in layers if ".fq_" not in tensor.name)
+    weights = sum(tensor.weights for tensor in layers if not _BESIDE.search(tensor.name))
     with named_errors(path):
         origin = _origin(read_header(path).keys)
     return FileFacts(

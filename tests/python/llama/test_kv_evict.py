@@ -60,7 +60,7 @@ def test_norm_keeps_the_smallest_keys(path: Path, ubatch: int, prompt: int, thre
             if n not in (prompt, prompt + 1, prompt + 30, prompt + 69):
                 continue
             found = kept(context.save())
-            assert found.positions == simulate(norms[:n], sizes, blocks=4)
+            assert found.positions == simulate(-norms[:n], sizes, blocks=4)
             assert all(len(some) <= 256 for some in found.positions)
             for head, some in enumerate(found.positions):
                 assert np.allclose(found.scores[head], -norms[some, head], rtol=1e-5)
@@ -75,7 +75,7 @@ def test_norms_are_those_before_a_learned_transform(path: Path, tmp_path: Path) 
     with open_cache(model.write(tmp_path / "heads.gguf"), NORM, n_ctx=1024, batch=64) as context:
         logits = read(context, tokens)
         found = kept(context.save())
-        assert found.positions == simulate(norms, _ubatches(500, 64), blocks=4)
+        assert found.positions == simulate(-norms, _ubatches(500, 64), blocks=4)
         assert np.allclose(found.scores[0], -norms[found.positions[0], 0], rtol=1e-5)
         _agrees(logits, tokens, found.positions)
 

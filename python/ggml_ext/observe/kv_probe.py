@@ -1,0 +1,233 @@
+"""Probes of a KV cache: which keys later tokens will look at, read off what each key is made from.
+
+A window of T tokens is read twice in a row. What the second reading looks at in the first is what it takes to
+say the window again, whatever will be asked (KVzip, arXiv 2505.23416). With p(q, t) the attention probability
+of query q, in the second reading, on token t of the first, the value of a KV head's key t is
+
+    y_t = log(max over q and over the query heads of the KV head of p(q, t) + 1e-6)
+
+and a probe predicts it from x_t, what attn_k reads (a linear KVzap, arXiv 2601.07891): by least squares with
+a ridge, the one of several that predicts the windows held out best.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cffi
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_ext.core import paths
+from ggml_ext.core.errors import GgmlExtError, Warn
+from ggml_ext.core.progress import track
+from ggml_ext.gguf.header import value
+from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.observe.samples import read_text, windows
+from ggml_ext.runtime.llama import Model
+
+_DECLARATIONS = """
+const char * ggml_get_name(const void *);
+size_t ggml_nbytes(const void *);
+void ggml_backend_tensor_get(const void *, void *, size_t, size_t);
+"""
+_NODE = re.compile(r"(attn_norm|kq_soft_max)-(\d+)")
+_LEAST = 1e-6  # added to probabilities
+_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean of the moments' diagonal
+_HELD_OUT = 8  # every so many windows one
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class _Sums:
+    """Over tokens, of x with a one behind it and of y: x x^T, x y^T, y^2."""
+
+    xx: Floats
+    xy: Floats
+    yy: Floats
+
+    @classmethod
+    def zeros(cls, n: int, n_heads: int) -> _Sums:
+        return cls(np.zeros((n, n)), np.zeros((n, n_heads)), np.zeros(n_heads))
+
+    def add(self, x: Floats, y: Floats) -> None:
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += (y * y).sum(0)
+
+    def error(self, solution: Floats) -> float:
+        """Of the predictions x^T solution, squared and summed."""
+        return float((solution * (self.xx @ solution - 2 * self.xy)).sum() + self.yy.sum())
+
+    def correlations(self, solution: Floats) -> Floats:
+        """Of predictions and y, for each head."""
+        count, predicted, true = self.xx[-1, -1], self.xx[-1] @ solution, self.xy[-1]
+        both = (solution * self.xy).sum(0) / count - predicted * true / count**2
+        of_predicted = (solution * (self.xx @ solution)).sum(0) / count - (predicted / count) ** 2
+        of_true = self.yy / count - (true / count) ** 2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = both / np.sqrt(of_predicted * of_true)
+        return np.nan_to_num(found)
+
+
+@dataclass
+class _Layer:
+    """Of the windows that are fitted to, and of those held out."""
+
+    fitted: _Sums
+    held_out: _Sums
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``weight`` float32 [n_head_kv, n], ``bias`` [n_head_kv]; ``correlation``: of what it predicts with y,
+    over the windows held out, a mean over heads."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    correlation: float
+
+
+@dataclass(frozen=True)
+class Probes:
+    """By layer; layers without attention of their own have none."""
+
+    layers: dict[int, Probe]
+    tokens: int
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """As docs/gguf.md has them."""
+        named = {}
+        for index, probe in self.layers.items():
+            named[f"blk.{index}.attn_k.kv_probe"] = probe.weight
+            named[f"blk.{index}.attn_k.kv_probe_b"] = probe.bias
+        return named
+
+    @property
+    def correlation(self) -> float:
+        """Mean over layers."""
+        return float(np.mean([probe.correlation for probe in self.layers.values()]))
+
+
+class _Reader:
+    """Sees the nodes of a graph that reads BOS or a first token, then the window twice."""
+
+    def __init__(self, source: Source, window: int) -> None:
+        self.window = window
+        self.heads = _per_layer(source, "attention.head_count")
+        self.kv_heads = _per_layer(source, "attention.head_count_kv")
+        self.inputs: dict[int, NDArray[np.float32]] = {}
+        self.worth: dict[int, NDArray[np.float32]] = {}
+        self.error: Exception | None = None
+        self._ffi = cffi.FFI()
+        self._ffi.cdef(_DECLARATIONS)
+        self._library = self._ffi.dlopen(str(paths.library("ggml-base")))
+        self._callback = self._ffi.callback("bool(void *, bool, void *)", self._see)
+
+    @property
+    def address(self) -> int:
+        """Of the callback, which lives as long as this object."""
+        return int(self._ffi.cast("uintptr_t", self._callback))
+
+    def _see(self, tensor: Any, ask: bool, _data: Any) -> bool:
+        name = _NODE.fullmatch(
+            self._ffi.string(self._library.ggml_get_name(tensor)).decode("utf-8", "replace")
+        )
+        if name is None or ask:
+            return name is not None
+        try:
+            self._take(tensor, name[1] == "attn_norm", int(name[2]))
+        except Exception as error:  # an exception must not pass through C
+            self.error = error
+        return self.error is None
+
+    def _take(self, tensor: Any, is_input: bool, layer: int) -> None:
+        values = np.empty(self._library.ggml_nbytes(tensor) // 4, np.float32)
+        self._library.ggml_backend_tensor_get(
+            tensor, self._ffi.cast("void *", values.ctypes.data), 0, values.nbytes
+        )
+        n_tokens = 2 * self.window + 1
+        first = slice(1, self.window + 1)
+        if is_input:
+            self.inputs[layer] = values.reshape(n_tokens, -1)[first].copy()
+            return
+        heads, kv_heads = self.heads[layer], self.kv_heads[layer]
+        seen = values.reshape(heads, n_tokens, -1)[:, self.window + 1 :, first].max(1)
+        self.worth[layer] = seen.reshape(kv_heads, heads // kv_heads, self.window).max(1).T
+
+
+def _per_layer(source: Source, key: str) -> list[int]:
+    name = f"{source.arch}.{key}"
+    if name not in source.keys:
+        raise GgmlExtError(f"{source.path}: no key {name}; probes need a model with attention")
+    found = value(source.keys[name])
+    return list(found) if isinstance(found, (list, tuple)) else [int(found)] * source.n_blocks
+
+
+def _solve(layer: _Layer) -> Probe:
+    n = len(layer.fitted.xx)
+    scale = np.trace(layer.fitted.xx) / n
+    tried = [
+        np.linalg.solve(layer.fitted.xx + ridge * scale * np.eye(n), layer.fitted.xy) for ridge in _RIDGES
+    ]
+    best = min(tried, key=layer.held_out.error)
+    return Probe(
+        np.ascontiguousarray(best[:-1].T, np.float32),
+        best[-1].astype(np.float32),
+        float(layer.held_out.correlations(best).mean()),
+    )
+
+
+def fit(
+    model: Path, text: Path, *, samples: int, ctx: int, seed: int, threads: int | None, warn: Warn
+) -> Probes:
+    """Fits a probe for every layer with attention, on at most ``samples`` windows of ``ctx`` tokens of the
+    text.
+
+    Takes 2 ctx tokens of context, and 16 n^2 bytes per layer for n channels. Raises GgmlExtError for a text
+    of less than two windows and for a graph that does not show what attention reads and weighs.
+    """
+    source = open_gguf(model)
+    content = read_text(text)
+    cut = windows(model, text, ctx=ctx, samples=samples, seed=seed, warn=warn, content=content)
+    if len(cut) < 2:
+        raise GgmlExtError(f"{text}: {len(cut)} window of {ctx} tokens; probes need two or more")
+    reader = _Reader(source, ctx - 1)
+    layers: dict[int, _Layer] = {}
+    with Model(model, threads=threads) as loaded, track(len(cut), "probes", "windows") as advance:
+        loaded.start(n_ctx=2 * ctx, n_seq=1, n_batch=2 * ctx - 1, exact=True, observer=(reader.address, 0))
+        for index, window in enumerate(cut):
+            _read(loaded, reader, window)
+            _add(layers, reader, held_out=index % _HELD_OUT == _HELD_OUT - 1 or index == len(cut) - 1)
+            advance(1)
+    if not layers:
+        raise GgmlExtError(
+            f"{model}: the graph of {source.arch} does not name what attention reads and weighs "
+            "(attn_norm, kq_soft_max); use policy=norm"
+        )
+    return Probes({index: _solve(layer) for index, layer in sorted(layers.items())}, len(cut) * (ctx - 1))
+
+
+def _read(model: Model, reader: _Reader, window: NDArray[np.int64]) -> None:
+    tokens = np.concatenate([window, window[1:]]).astype(np.int32)
+    reader.inputs.clear()
+    reader.worth.clear()
+    model.clear()
+    model.run(tokens, np.arange(len(tokens), dtype=np.int32), np.zeros(len(tokens), np.int32))
+    if reader.error is not None:
+        raise reader.error
+
+
+def _add(layers: dict[int, _Layer], reader: _Reader, *, held_out: bool) -> None:
+    for index in sorted(reader.inputs.keys() & reader.worth.keys()):
+        x = np.concatenate([reader.inputs[index], np.ones((reader.window, 1), np.float32)], 1).astype(
+            np.float64
+        )
+        y = np.log(reader.worth[index].astype(np.float64) + _LEAST)
+        shape = x.shape[1], y.shape[1]
+        layer = layers.setdefault(index, _Layer(_Sums.zeros(*shape), _Sums.zeros(*shape)))
+        (layer.held_out if held_out else layer.fitted).add(x, y)
