@@ -208,7 +208,9 @@ def _facts(result: InspectResult) -> dict[str, str]:
     }
     if result.quantized_bits_per_weight is not None:
         facts["of quantised"] = f"{result.quantized_bits_per_weight:.4f}, with transforms"
-    probes = [tensor.dims[1] for tensor in result.tensors if tensor.name.endswith(".attn_k.kv_probe")]
+    probes = [
+        math.prod(tensor.dims[1:]) for tensor in result.tensors if tensor.name.endswith(".attn_k.kv_probe")
+    ]
     if probes:
         facts["KV probes"] = f"{sum(probes)} heads in {len(probes)} layers"
     if result.ext is None:

@@ -232,6 +232,25 @@ def test_the_command(tmp_path: Path) -> None:
     assert set(_tensors(tmp_path / "again.gguf")) == set(after)
 
 
+def test_a_transform_would_change_what_they_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types alone do not: probes pass through as they are."""
+    model, text = make_model(tmp_path / "m.gguf"), tmp_path / "t.txt"
+    text.write_text(text_of(3000))
+    assert _run(model, text, tmp_path / "p.gguf", "--samples", "2").exit_code == 0
+    convert = ["convert", str(tmp_path / "p.gguf"), "-o", str(tmp_path / "x.gguf")]
+    refused = CliRunner().invoke(app, [*convert, "--recipe", "flat4", "--calibration", str(text)])
+    assert (refused.exit_code, "p.gguf: has probes of a KV cache" in refused.stderr) == (1, True)
+    done = CliRunner().invoke(app, [*convert, "--type", "q8_0"])
+    assert done.exit_code == 0, done.output
+    probed, converted = _tensors(tmp_path / "p.gguf"), _tensors(tmp_path / "x.gguf")
+    for name in probed:
+        if ".kv_probe" in name:  # llama-quantize drops dimensions of 1
+            assert np.array_equal(probed[name].ravel(), converted[name].ravel())
+    print_result(inspect(tmp_path / "x.gguf"))
+    assert "1 heads in 1 layers" in capsys.readouterr().out
+    Model(tmp_path / "x.gguf", threads=1).close()
+
+
 def test_inspect_shows_them(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_result(inspect(path))
     assert "2 heads in 1 layers" in capsys.readouterr().out

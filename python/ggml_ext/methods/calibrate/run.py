@@ -173,7 +173,15 @@ def discard(folder: Path) -> None:
 def _float_model(request: Request, mine: Held) -> Source:
     """The model as float GGUF: the source itself, or made once per plan."""
     if not request.source.is_dir():
-        return open_gguf(request.source)
+        source = open_gguf(request.source)
+        if request.method.transform != "none" and any(
+            ".kv_probe" in tensor.name for tensor in source.tensors
+        ):
+            raise GgmlExtError(
+                f"{request.source}: has probes of a KV cache, which read what a transform changes; convert "
+                "the model without them, then give the result probes with kv-probe"
+            )
+        return source
     path = mine.folder / SOURCE
     with named_as(path, request.source):
         if plans.load(mine.folder) is None or not path.is_file():
