@@ -21,16 +21,19 @@ def kv_probe(
     threads: ThreadsOption = None,
     json_out: JsonOption = None,
 ) -> None:
-    """Fit what policy=probe of a paged KV cache evicts by, and write the model with it."""
+    """Fit what policy=probe of a paged KV cache evicts by, and write the model with it; interrupted, the same
+    command goes on."""
     from ggml_ext.core.outputs import check_outputs, write_json
     from ggml_ext.gguf.added import write_with
     from ggml_ext.observe.kv_probe import fit
     from ggml_ext.observe.samples import text_or_default
 
-    check_outputs(out, json_out, inputs=[model, calibration])
+    state = out.with_name(f"{out.name}.probes")
+    check_outputs(out, json_out, state, inputs=[model, calibration])
     text = text_or_default(calibration, warn)
-    probes = fit(model, text, samples=samples, ctx=ctx, seed=seed, threads=threads, warn=warn)
+    probes = fit(model, text, state, samples=samples, ctx=ctx, seed=seed, threads=threads, warn=warn)
     write_with(model, probes.tensors(), out)
+    state.unlink(missing_ok=True)
     if json_out is not None:
         rows = {str(index): probe.correlation for index, probe in probes.layers.items()}
         write_json(json_out, {"tokens": probes.tokens, "correlation": probes.correlation, "layers": rows})

@@ -12,7 +12,11 @@ a ridge, the one of several that predicts the windows held out best.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.core import paths
+from ggml_ext.core.atomic import atomic_path
 from ggml_ext.core.errors import GgmlExtError, Warn
+from ggml_ext.core.outputs import identity
 from ggml_ext.core.progress import track
 from ggml_ext.gguf.header import value
 from ggml_ext.gguf.source import Source, open_gguf
@@ -38,6 +44,8 @@ _NODE = re.compile(r"(attn_norm|kq_soft_max)-(\d+)")
 _LEAST = 1e-6  # added to probabilities
 _RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean of the moments' diagonal
 _HELD_OUT = 8  # every so many windows one
+_SAVE_SECONDS = 60.0
+_PARTS, _NAMES = ("fitted", "held_out"), ("xx", "xy", "yy")
 
 Floats = NDArray[np.float64]
 
@@ -183,33 +191,109 @@ def _solve(layer: _Layer) -> Probe:
 
 
 def fit(
-    model: Path, text: Path, *, samples: int, ctx: int, seed: int, threads: int | None, warn: Warn
+    model: Path,
+    text: Path,
+    state: Path,
+    *,
+    samples: int,
+    ctx: int,
+    seed: int,
+    threads: int | None,
+    warn: Warn,
 ) -> Probes:
     """Fits a probe for every layer with attention, on at most ``samples`` windows of ``ctx`` tokens of the
-    text.
+    text. ``state``: a file of the sums while it runs; interrupted, the same call goes on from there.
 
-    Takes 2 ctx tokens of context, and 16 n^2 bytes per layer for n channels. Raises GgmlExtError for a text
-    of less than two windows and for a graph that does not show what attention reads and weighs.
+    Takes 2 ctx tokens of context, and 16 n^2 bytes per layer for n channels, in memory and in ``state``.
+    Raises GgmlExtError for a text of less than two windows, a ``state`` of another fit, and a graph that does
+    not show what attention reads and weighs.
     """
     source = open_gguf(model)
     content = read_text(text)
     cut = windows(model, text, ctx=ctx, samples=samples, seed=seed, warn=warn, content=content)
     if len(cut) < 2:
         raise GgmlExtError(f"{text}: {len(cut)} window of {ctx} tokens; probes need two or more")
+    sums = _State(state, _identity(source, cut))
     reader = _Reader(source, ctx - 1)
-    layers: dict[int, _Layer] = {}
     with Model(model, threads=threads) as loaded, track(len(cut), "probes", "windows") as advance:
         loaded.start(n_ctx=2 * ctx, n_seq=1, n_batch=2 * ctx - 1, exact=True, observer=(reader.address, 0))
-        for index, window in enumerate(cut):
-            _read(loaded, reader, window)
-            _add(layers, reader, held_out=index % _HELD_OUT == _HELD_OUT - 1 or index == len(cut) - 1)
-            advance(1)
-    if not layers:
+        advance(sums.windows)
+        try:
+            for index in range(sums.windows, len(cut)):
+                _read(loaded, reader, cut[index])
+                held_out = index % _HELD_OUT == _HELD_OUT - 1 or index == len(cut) - 1
+                sums.add(reader, held_out=held_out)
+                advance(1)
+        except KeyboardInterrupt:
+            sums.save()
+            warn(f"{state}: {sums.windows} of {len(cut)} windows are done; the same command goes on there")
+            raise
+    if not sums.layers:
         raise GgmlExtError(
             f"{model}: the graph of {source.arch} does not name what attention reads and weighs "
             "(attn_norm, kq_soft_max); use policy=norm"
         )
-    return Probes({index: _solve(layer) for index, layer in sorted(layers.items())}, len(cut) * (ctx - 1))
+    fitted = {index: _solve(layer) for index, layer in sorted(sums.layers.items())}
+    return Probes(fitted, len(cut) * (ctx - 1))
+
+
+def _identity(source: Source, cut: NDArray[np.int64]) -> str:
+    """Of what the sums are of."""
+    digest = hashlib.sha256(cut.tobytes())
+    for path in source.files:
+        digest.update(json.dumps(identity(path)).encode())
+    return digest.hexdigest()
+
+
+class _State:
+    """The sums by layer, of the first ``windows`` windows, and the file that keeps them."""
+
+    def __init__(self, path: Path, of: str) -> None:
+        self.path, self.of = path, of
+        self.windows = 0
+        self.layers: dict[int, _Layer] = {}
+        self._saved = time.monotonic()
+        if path.exists():
+            self._load()
+
+    def add(self, reader: _Reader, *, held_out: bool) -> None:
+        """A window that the reader has seen."""
+        ones = np.ones((reader.window, 1), np.float32)
+        for index in sorted(reader.inputs.keys() & reader.worth.keys()):
+            x = np.concatenate([reader.inputs[index], ones], 1).astype(np.float64)
+            y = np.log(reader.worth[index].astype(np.float64) + _LEAST)
+            shape = x.shape[1], y.shape[1]
+            layer = self.layers.setdefault(index, _Layer(_Sums.zeros(*shape), _Sums.zeros(*shape)))
+            (layer.held_out if held_out else layer.fitted).add(x, y)
+        self.windows += 1
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Raises GgmlExtError where the file cannot be written."""
+        arrays = {
+            f"{index}.{part}.{name}": getattr(getattr(layer, part), name)
+            for index, layer in self.layers.items()
+            for part in _PARTS
+            for name in _NAMES
+        }
+        with atomic_path(self.path) as path, path.open("wb") as file:
+            np.savez(file, of=self.of, windows=self.windows, **arrays)
+        self._saved = time.monotonic()
+
+    def _load(self) -> None:
+        try:
+            with np.load(self.path) as stored:
+                if str(stored["of"]) != self.of:
+                    raise GgmlExtError(
+                        f"{self.path}: begun with another model, text or options; delete it to begin anew"
+                    )
+                self.windows = int(stored["windows"])
+                for index in {int(name.split(".")[0]) for name in stored.files if "." in name}:
+                    sums = (_Sums(*(stored[f"{index}.{part}.{name}"] for name in _NAMES)) for part in _PARTS)
+                    self.layers[index] = _Layer(*sums)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise GgmlExtError(f"{self.path}: no state of probes, or damaged; delete it") from error
 
 
 def _read(model: Model, reader: _Reader, window: NDArray[np.int64]) -> None:
@@ -220,14 +304,3 @@ def _read(model: Model, reader: _Reader, window: NDArray[np.int64]) -> None:
     model.run(tokens, np.arange(len(tokens), dtype=np.int32), np.zeros(len(tokens), np.int32))
     if reader.error is not None:
         raise reader.error
-
-
-def _add(layers: dict[int, _Layer], reader: _Reader, *, held_out: bool) -> None:
-    for index in sorted(reader.inputs.keys() & reader.worth.keys()):
-        x = np.concatenate([reader.inputs[index], np.ones((reader.window, 1), np.float32)], 1).astype(
-            np.float64
-        )
-        y = np.log(reader.worth[index].astype(np.float64) + _LEAST)
-        shape = x.shape[1], y.shape[1]
-        layer = layers.setdefault(index, _Layer(_Sums.zeros(*shape), _Sums.zeros(*shape)))
-        (layer.held_out if held_out else layer.fitted).add(x, y)

@@ -8,8 +8,9 @@ kept, attention of the first reading taken for that of the second, a file that s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,6 +26,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.gguf.added import write_with
 from ggml_ext.gguf.inspect import inspect, print_result
 from ggml_ext.gguf.source import open_gguf
+from ggml_ext.observe import kv_probe as fitting
 from ggml_ext.observe.kv_probe import _Layer, _read, _Reader, _solve, _Sums
 from ggml_ext.runtime.llama import Model
 from kv_evicted import HEADS, KV_HEADS, WIDTH, OneLayer, different_tokens, kept, simulate
@@ -254,6 +256,42 @@ def test_a_transform_would_change_what_they_read(tmp_path: Path, capsys: pytest.
 def test_inspect_shows_them(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_result(inspect(path))
     assert "2 heads in 1 layers" in capsys.readouterr().out
+
+
+def test_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bytes of a run that was not; another model's sums, and what is no state, are refused."""
+    model, text = make_model(tmp_path / "m.gguf", blocks=2), tmp_path / "t.txt"
+    text.write_text(text_of(3000))
+    whole, parts, state = (tmp_path / name for name in ("whole.gguf", "parts.gguf", "parts.gguf.probes"))
+    assert _run(model, text, whole, "--samples", "9").exit_code == 0
+    monkeypatch.setattr(fitting, "_SAVE_SECONDS", 0.0)
+    read_window = fitting._read
+    for stops in (3, 2, 0):
+        counts = iter(range(stops))
+
+        def stopping(*arguments: Any, left: Iterator[int] = counts, stops: int = stops) -> None:
+            if stops and next(left, None) is None:
+                raise KeyboardInterrupt
+            read_window(*arguments)
+
+        monkeypatch.setattr(fitting, "_read", stopping)
+        done = _run(model, text, parts, "--samples", "9")
+        assert done.exit_code == (130 if stops else 0), done.output
+        assert parts.exists() == (stops == 0)
+        assert state.exists() == (stops > 0)
+        if stops == 2:
+            assert "5 of 9 windows are done; the same command goes on there" in done.stderr
+            kept_state = state.read_bytes()
+    assert parts.read_bytes() == whole.read_bytes()
+    for content, line in [
+        (kept_state, "begun with another model, text or options"),
+        (kept_state[:-100], "no state of probes, or damaged"),
+        (b"a user's own", "no state of probes, or damaged"),
+    ]:
+        state.write_bytes(content)
+        refused = _run(model, text, parts, "--samples", "8")
+        assert (refused.exit_code, line in refused.stderr) == (1, True), refused.output
+        assert state.read_bytes() == content
 
 
 def test_the_command_refuses(tmp_path: Path) -> None:
