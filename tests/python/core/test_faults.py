@@ -72,12 +72,21 @@ def is_whole_model(path: Path) -> bool:
     return len(open_gguf(path).tensors) == 2
 
 
+def is_probed_model(path: Path) -> bool:
+    return [tensor.name[-9:] for tensor in open_gguf(path).tensors[-2:]] == [".kv_probe", "v_probe_b"]
+
+
 def is_whole_json(path: Path) -> bool:
     return bool(json.loads(path.read_text()))
 
 
 COMMANDS: dict[str, tuple[list[str], str, Callable[[Path], bool]]] = {
     "convert": (["convert", "small.gguf", "-o", "out/m.gguf"], "m.gguf", is_whole_model),
+    "kv-probe": (
+        ["kv-probe", "model.gguf", "-o", "out/m.gguf", "--calibration", "text.txt", "--ctx", "32", "-t", "1"],
+        "m.gguf",
+        is_probed_model,
+    ),
     "inspect": (["inspect", "small.gguf", "--json", "out/i.json"], "i.json", is_whole_json),
     "perplexity": (
         ["perplexity", "model.gguf", "-f", "text.txt", "--ctx", "64", "-t", "1", "--json", "out/p.json"],

@@ -38,6 +38,9 @@ COMMANDS = [
     ),
     ("compare model.gguf other.gguf -f text.txt --ctx 64 --rounds 0 --json new --report OUT", "new"),
     ("bench other.gguf model.gguf -p 8 -n 1 --rounds 1 --json OUT", "model.gguf other.gguf"),
+    ("kv-probe model.gguf -o OUT --calibration text.txt --ctx 16", "model.gguf text.txt"),
+    ("kv-probe model.gguf -o new --calibration text.txt --ctx 16 --json OUT", "model.gguf text.txt new"),
+    ("kv-probe model.gguf -o new --calibration text.txt --json OUT", "new.probes"),
     ("inspect model.gguf --json OUT", "model.gguf"),
     (
         "inspect split/m-00001-of-00003.gguf --json OUT",
@@ -129,7 +132,7 @@ def test_no_output_is_an_input(
 ) -> None:
     line, inputs = command
     for name in inputs.split():
-        if name == "new":
+        if name.startswith("new"):
             if spelt not in (Path, _relative):
                 continue  # there is nothing to link to yet
             out = spelt(Path(name))
