@@ -95,7 +95,8 @@ def open_gguf(path: Path) -> Source:
     """Reads the header of a GGUF file, or of all its parts if ``path`` is the first of several.
 
     Raises GgmlExtError for a file that is missing, unreadable, truncated, malformed or big-endian, for parts
-    that read_parts refuses, and for a model without tensors.
+    that read_parts refuses, and for a model without tensors or with an empty one, which may have any number of
+    rows.
     """
     parts = read_parts(path)
     header = parts[0].header
@@ -110,6 +111,11 @@ def open_gguf(path: Path) -> Source:
 
 
 def _tensor(part: Part, described: Described) -> Tensor:
+    if 0 in described.dims:
+        raise GgmlExtError(
+            f"{part.path}: tensor {described.name} is empty ({' x '.join(map(str, described.dims))}); "
+            "damaged, download it again"
+        )
     try:
         name = native.type_name(described.type_id)
         row_bytes = native.row_size(name, described.dims[0])

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 import models
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.gguf.header import read_header, value
+from ggml_ext.gguf.inspect import inspect
 from ggml_ext.gguf.source import open_gguf
+from ggml_ext.gguf.writer import OutTensor, string_key, write_header
 
 TENSORS = {"a.weight": np.ones((4, 256), np.float32), "b.weight": np.ones((2, 3, 64), np.float16)}
 
@@ -100,3 +102,19 @@ def test_no_damage_is_a_traceback(small: Path, tmp_path: Path, position: int, pa
     path.write_bytes(path.read_bytes()[:cut])
     with contextlib.suppress(GgmlExtError):
         open_gguf(path)
+
+
+@pytest.mark.parametrize("dims", [(0, 255, 2**32 - 1), (32, 0), (32, 2, 0)])
+def test_an_empty_tensor_is_refused(tmp_path: Path, dims: tuple[int, ...]) -> None:
+    """Rows of no weights take no bytes, so that a small file can have more of them than can be counted."""
+    path = tmp_path / "m.gguf"
+    with path.open("wb") as file:
+        write_header(
+            file,
+            {"general.architecture": string_key("general.architecture", "llama")},
+            [OutTensor("token_embd.weight", dims, 0, 0)],
+            32,
+        )
+    with pytest.raises(GgmlExtError, match=r"m.gguf: tensor token_embd.weight is empty \(.*; damaged"):
+        open_gguf(path)
+    assert inspect(path).parameters == 0
