@@ -95,7 +95,7 @@ def open_gguf(path: Path) -> Source:
     """Reads the header of a GGUF file, or of all its parts if ``path`` is the first of several.
 
     Raises GgmlExtError for a file that is missing, unreadable, truncated, malformed or big-endian, for parts
-    that read_parts refuses, and for a model without tensors or with an empty one, of as many rows as it likes.
+    that read_parts refuses, and for a model without tensors or with one that is empty, of any number of rows.
     """
     parts = read_parts(path)
     header = parts[0].header
