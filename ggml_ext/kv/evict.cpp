@@ -1,6 +1,7 @@
 #include "evict.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <tuple>
 
@@ -50,7 +51,9 @@ list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_e
             if (bits.second >> i & 1) {
                 result.n_kept++;
             } else if (bits.first >> i & 1) {
-                result.evictable.push_back({ rule.score(list, slot), pages.positions(block)[i], slot });
+                // No order has NaN in it.
+                const float score = rule.score(list, slot);
+                result.evictable.push_back({ std::isnan(score) ? -INFINITY : score, pages.positions(block)[i], slot });
             }
         }
     }

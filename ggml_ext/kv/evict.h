@@ -14,7 +14,7 @@ struct ggml_ext_kv_eviction {
     uint32_t recent;  // latest ones that stay
     double floor;  // share of an even split, in whole blocks, that no list goes below; 1: lists stay as long as others
 
-    // Of a slot of a list, block * 64 + place: the lowest go first.
+    // Of a slot of a list, block * 64 + place: the lowest go first, NaN before all.
     std::function<float(uint32_t list, int32_t slot)>            score;
     // A slot's rows, score and position become another one's. Slots move downwards in their list only.
     std::function<void(uint32_t list, int32_t from, int32_t to)> move;

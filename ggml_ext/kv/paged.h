@@ -93,7 +93,7 @@ class ggml_ext_kv_paged {
     ggml_ext_kv_policy policy() const { return rule.policy; }
 
     // Blocks of each list that stay whatever comes.
-    uint32_t least_blocks() const;
+    uint64_t least_blocks() const;
 
     ggml_ext_kv_block block_of(const layer & layer) const {
         return ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv, scored());

@@ -18,8 +18,8 @@ static float kv_random(uint32_t list, llama_pos position) {
     return float((x ^ x >> 31) >> 40);
 }
 
-uint32_t ggml_ext_kv_paged::least_blocks() const {
-    return (n_seq * (rule.sink + rule.recent) + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+uint64_t ggml_ext_kv_paged::least_blocks() const {
+    return (n_seq * (uint64_t(rule.sink) + rule.recent) + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
 }
 
 float * ggml_ext_kv_paged::score(const layer & layer, int32_t slot) const {
@@ -60,7 +60,7 @@ uint64_t ggml_ext_kv_paged::most_blocks(const llama_ubatch & ubatch, bool with_r
 }
 
 bool ggml_ext_kv_paged::can_fit(const llama_ubatch & ubatch) const {
-    const uint64_t stays = uint64_t(least_blocks()) * lists;
+    const uint64_t stays = least_blocks() * lists;
     if (most_blocks(ubatch, false) + stays <= held.n_blocks()) {
         return true;
     }

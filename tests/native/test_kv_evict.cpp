@@ -6,6 +6,7 @@
 #include "kv/evict.h"
 #include "kv/pages.h"
 
+#include <cmath>
 #include <map>
 #include <random>
 #include <set>
@@ -223,10 +224,29 @@ void test_lists_differ() {
     CHECK(n[0] < n[2] && n[0] + n[1] + n[2] > 19 * SLOTS, "%zu %zu %zu of 20 blocks", n[0], n[1], n[2]);
 }
 
+void test_nan_goes_first() {
+    Walk walk(1);
+    walk.append(0, 500);
+    int n = 0;
+    for (Token & token : walk.stored) {
+        token.score = token.name >= 0 && n++ % 20 == 0 ? NAN : token.score;
+    }
+    CHECK(ggml_ext_kv_evict(walk.pages, walk.rule, 48), "evict");
+    for (uint32_t list = 0; list < N_LISTS; ++list) {
+        const Lane      left = walk.found(0, list);
+        const llama_pos end  = left.rbegin()->first - llama_pos(RECENT);
+        for (const auto & [position, token] : left) {
+            CHECK(position < llama_pos(SINK) || position > end || !std::isnan(token.score), "a NaN stayed at %d",
+                  position);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
     test_lists_differ();
+    test_nan_goes_first();
     test_random_walks();
     return check_done();
 }

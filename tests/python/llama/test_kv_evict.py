@@ -275,6 +275,11 @@ def test_a_damaged_state(path: Path) -> None:
             "paged,budget=128,policy=norm",
             "is less than 9 for -ub 64, sinks and recent tokens of 4",
         ),
+        (
+            {},
+            "paged,budget=256,policy=norm,sink=4294967295,recent=65",
+            "blocks of 64 tokens is less than 671088",
+        ),
         ({}, "paged,budget=256,sink=3", "is 'paged,budget=256,sink=3'"),
         ({}, "paged,budget=256,policy=window", "is 'paged,budget=256,policy=window'"),
         ({}, "paged,budget=256,policy=norm,recent=0", "recent=0'"),
