@@ -11,6 +11,8 @@
 extern "C" {
 #endif
 
+#define GGML_EXT_ATTENTION_MAX_HEAD 1024  // channels of a head of K and of V
+
 enum ggml_ext_attention_mode {
     GGML_EXT_ATTENTION_OFF,
     GGML_EXT_ATTENTION_HALF,  // softmax weights of 16 bits

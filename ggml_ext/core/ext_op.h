@@ -18,6 +18,7 @@ enum ggml_ext_op {
     GGML_EXT_OP_SAMPLE    = 3,
     GGML_EXT_OP_KV_STORE  = 4,
     GGML_EXT_OP_KV_ATTEND = 5,
+    GGML_EXT_OP_KV_SCORE  = 6,
     GGML_EXT_OP_COUNT,
 };
 
@@ -94,11 +95,11 @@ GGML_API struct ggml_tensor * ggml_ext_sample(struct ggml_context * ctx, struct 
 //   x:      F32 [d, n_head_kv, n_tokens], nb0 == 4, other strides arbitrary.
 //   slots:  I32 [n_head_kv, n_tokens], nb0 == 4: block * 64 + slot, each at most once.
 //   cells:  not read; a tensor that the graph must allocate, or NULL: what llama.cpp stores by, which it fills unasked.
-//   keys:   NULL, or as x: a head's score, an F32, becomes minus the sum of its squares; or F32 [1, n_head_kv, n_tokens]:
-//           the scores.
+//   keys:   as x: a head's score, an F32, becomes minus the sum of its squares; or F32 [1, n_head_kv, n_tokens]: the
+//           scores; or NULL: +Inf, a score that kv_score has yet to give.
 //   type:   of the stored rows; its blocks divide d.
 //   offset: bytes from a block's start to its rows.
-//   score:  bytes from a block's start to its scores, a multiple of 4; 0 without keys.
+//   score:  bytes from a block's start to its scores, a multiple of 4; 0: none are written, and keys is NULL.
 // Result: a view of pool, which whatever reads the rows has to take.
 GGML_API struct ggml_tensor * ggml_ext_kv_store(struct ggml_context * ctx, struct ggml_tensor * pool,
                                                 struct ggml_tensor * x, struct ggml_tensor * slots,
@@ -132,6 +133,26 @@ GGML_API struct ggml_tensor * ggml_ext_kv_attend(struct ggml_context * ctx, stru
                                                  struct ggml_tensor * cells, struct ggml_tensor * order,
                                                  struct ggml_tensor * mask, struct ggml_tensor * sinks,
                                                  const struct ggml_ext_kv_attend_params * params);
+
+struct ggml_ext_kv_score_params {
+    struct ggml_ext_kv_attend_params attend;
+    int32_t
+        window;  // queries that look, at most: the latest ones of a lane; of a lane with fewer than a quarter none look
+    int32_t recent;  // positions at a list's end that are not scored
+    int32_t score;   // bytes from a block's start to its scores, a multiple of 4
+    float   decay;   // of the score that was there, 0 .. 1
+};
+
+// What the latest queries of each lane look at, into the scores of the slots of its lists (KV-Compress, arXiv 2410.00161):
+//     a = mean over queries of the sum over the KV head's query heads of p^2, p being the attention's probability
+//     score = a where it was +Inf, else max(decay * score, a)
+// A query that is NaN or Inf, or sees such a key, counts as looking at nothing. Sources as of kv_attend, in whose rounding p
+// is computed. Result: a view of pool.
+GGML_API struct ggml_tensor * ggml_ext_kv_score(struct ggml_context * ctx, struct ggml_tensor * q,
+                                                struct ggml_tensor * pool, struct ggml_tensor * table,
+                                                struct ggml_tensor * cells, struct ggml_tensor * order,
+                                                struct ggml_tensor * mask, struct ggml_tensor * sinks,
+                                                const struct ggml_ext_kv_score_params * params);
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -34,6 +35,7 @@ struct kv_scope {
     ggml_ext_kv_setting setting;
     uint32_t            n_seq_max = 0;
     uint32_t            n_ubatch  = 0;
+    bool                opened    = false;
 };
 
 thread_local std::optional<kv_scope> kv_current;
@@ -72,6 +74,11 @@ ggml_ext_kv_scope::ggml_ext_kv_scope(const llama_model & model, const llama_cpar
 }
 
 ggml_ext_kv_scope::~ggml_ext_kv_scope() {
+    if (kv_current && !kv_current->opened && std::uncaught_exceptions() == 0) {
+        LLAMA_LOG_WARN(
+            "%s: ggml-ext: this model has no cache that GGML_EXT_KV could act on; its memory is llama.cpp's\n",
+            __func__);
+    }
     kv_current.reset();
 }
 
@@ -85,7 +92,7 @@ static std::shared_ptr<ggml_ext_kv> kv_open_window(std::vector<llama_kv_cells> &
         LLAMA_LOG_INFO("%s: ggml-ext: the budget covers all %u cells; nothing is evicted\n", __func__, kv_size);
         return nullptr;
     }
-    const uint64_t least = uint64_t(sequences) * (setting.sink + setting.recent) + kv_current->n_ubatch;
+    const uint64_t least = uint64_t(sequences) * (uint64_t(setting.sink) + setting.recent) + kv_current->n_ubatch;
     if (budget < least) {
         kv_refuse("a budget of " + std::to_string(budget) + " cells is less than " + std::to_string(sequences) +
                   " x (sink " + std::to_string(setting.sink) + " + recent " + std::to_string(setting.recent) + ") + " +
@@ -138,6 +145,10 @@ static std::shared_ptr<ggml_ext_kv> kv_open_paged(ggml_type type_k, ggml_type ty
         kv_refuse("paged attention is computed in 8-bit integers; unset GGML_EXT_ATTN=off");
     }
     if (const char * device = kv_other_device(model, offload)) {
+        if (kv_current->setting.is_bounded()) {
+            kv_refuse(std::string("paged storage is for the CPU, and layers are on ") + device +
+                      "; take a budget without 'paged', or -ngl 0");
+        }
         LLAMA_LOG_WARN("%s: ggml-ext: paged storage is for the CPU; layers are on %s, so the cache stays llama.cpp's\n",
                        __func__, device);
         return nullptr;
@@ -153,6 +164,7 @@ std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v
     if (!kv_current || sliding) {
         return nullptr;
     }
+    kv_current->opened = true;
     return kv_current->setting.paged ?
                kv_open_paged(type_k, type_v, v_trans, offload, uint32_t(cells.size()), kv_size) :
                kv_open_window(cells, kv_size);
@@ -182,8 +194,9 @@ static std::string kv_policy(const ggml_ext_kv_setting & setting) {
 void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
     ggml_ext_kv_paged &         paged   = *ext.paged;
     const ggml_ext_kv_setting & setting = kv_current->setting;
-    if (paged.n_lists() == 0) {
-        return;  // a hybrid model may have no layer with attention
+    if (paged.n_lists() == 0) {  // a hybrid model may have no layer with attention
+        LLAMA_LOG_WARN("%s: ggml-ext: this model has no layer with attention; GGML_EXT_KV changes nothing\n", __func__);
+        return;
     }
     const uint64_t cells = uint64_t(paged.n_cells) * paged.n_stream;
     // With all of the cells to itself each sequence may leave a block open.
@@ -199,9 +212,13 @@ void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
     }
     n                       = std::min(n, full);
     const uint32_t n_ubatch = kv_current->n_ubatch;
+    if (paged.attended() && !ggml_ext_kv_paged::scores_by(n_ubatch)) {
+        kv_refuse("policy attention scores by a ubatch's queries, and " + std::to_string(n_ubatch) +
+                  " are too few; raise -ub to 8 or more");
+    }
     // With eviction a ubatch of several sequences is sure to fit: each opens a block of its own.
-    const uint64_t stays    = paged.evicts() ? paged.least_blocks() + std::min(kv_current->n_seq_max, n_ubatch) - 1 : 0;
-    const uint64_t least    = stays + (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    const uint64_t stays = paged.evicts() ? paged.least_blocks() + std::min(kv_current->n_seq_max, n_ubatch) - 1 : 0;
+    const uint64_t least = stays + (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
     if (n < least) {
         kv_refuse(
             "a budget of " + std::to_string(n) + " blocks of 64 tokens is less than " + std::to_string(least) +

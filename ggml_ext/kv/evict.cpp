@@ -1,9 +1,11 @@
 #include "evict.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cmath>
 #include <map>
 #include <tuple>
+#include <unordered_map>
 
 namespace {
 
@@ -26,8 +28,35 @@ struct list_slots {
     uint32_t               n_kept = 0;
 };
 
-list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_ext_kv_eviction & rule) {
-    std::map<int32_t, std::pair<uint64_t, uint64_t>> blocks;  // held and needed slots
+// Scores by slot, each the highest of its neighbours' in the lanes that hold it. Neighbours that nothing has looked at yet
+// (+Inf) count for nothing.
+std::unordered_map<int32_t, float> pooled_scores(const ggml_ext_kv_pages & pages, uint32_t list,
+                                                 const ggml_ext_kv_eviction & rule) {
+    std::unordered_map<int32_t, float> pooled;
+    for (uint32_t lane = 0; lane < pages.n_lanes() && rule.pool > 0; ++lane) {
+        std::vector<std::pair<int32_t, float>> row;
+        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
+                const int32_t slot = run.block * int32_t(slots_per_block) + int32_t(i);
+                row.emplace_back(slot, rule.score(list, slot));
+            }
+        }
+        for (size_t i = 0; i < row.size(); ++i) {
+            float best = row[i].second;
+            for (size_t j = i - std::min<size_t>(i, rule.pool); j < std::min(row.size(), i + rule.pool + 1); ++j) {
+                best = row[j].second < INFINITY ? std::max(best, row[j].second) : best;
+            }
+            const auto [at, fresh] = pooled.emplace(row[i].first, best);
+            at->second             = fresh ? best : std::max(at->second, best);
+        }
+    }
+    return pooled;
+}
+
+// Held and needed slots of a list's blocks, a bit each.
+std::map<int32_t, std::pair<uint64_t, uint64_t>> held_and_needed(const ggml_ext_kv_pages & pages, uint32_t list,
+                                                                 const ggml_ext_kv_eviction & rule) {
+    std::map<int32_t, std::pair<uint64_t, uint64_t>> blocks;
     for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
         const std::vector<ggml_ext_kv_entry> & runs = pages.list(lane, list);
         if (runs.empty()) {
@@ -44,15 +73,20 @@ list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_e
             }
         }
     }
-    list_slots result;
-    for (const auto & [block, bits] : blocks) {
+    return blocks;
+}
+
+list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_ext_kv_eviction & rule) {
+    list_slots                               result;
+    const std::unordered_map<int32_t, float> pooled = pooled_scores(pages, list, rule);
+    for (const auto & [block, bits] : held_and_needed(pages, list, rule)) {
         for (uint32_t i = 0; i < slots_per_block; ++i) {
             const int32_t slot = block * int32_t(slots_per_block) + int32_t(i);
             if (bits.second >> i & 1) {
                 result.n_kept++;
             } else if (bits.first >> i & 1) {
                 // No order has NaN in it.
-                const float score = rule.score(list, slot);
+                const float score = rule.pool > 0 ? pooled.at(slot) : rule.score(list, slot);
                 result.evictable.push_back({ std::isnan(score) ? -INFINITY : score, pages.positions(block)[i], slot });
             }
         }
@@ -114,6 +148,10 @@ void drop(ggml_ext_kv_pages & pages, uint32_t list, std::vector<int32_t> & slots
         for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
             for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
                 held[index[run.block]] |= uint64_t(1) << i;
+                if (rule.lost &&
+                    std::binary_search(slots.begin(), slots.end(), run.block * int32_t(slots_per_block) + int32_t(i))) {
+                    rule.lost(lane, pages.positions(run.block)[i]);
+                }
             }
         }
     }
@@ -135,6 +173,14 @@ void drop(ggml_ext_kv_pages & pages, uint32_t list, std::vector<int32_t> & slots
 }
 
 }  // namespace
+
+uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t list) {
+    size_t n = 0;
+    for (const auto & [block, bits] : held_and_needed(pages, list, rule)) {
+        n += std::bitset<slots_per_block>(bits.second).count();
+    }
+    return uint32_t(n);
+}
 
 bool ggml_ext_kv_evict(ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t wanted) {
     if (wanted <= pages.n_free()) {

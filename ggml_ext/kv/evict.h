@@ -12,13 +12,19 @@
 struct ggml_ext_kv_eviction {
     uint32_t sink;    // first positions of a sequence that stay
     uint32_t recent;  // latest ones that stay
-    double floor;  // share of an even split, in whole blocks, that no list goes below; 1: lists stay as long as others
+    double floor;   // share of an even split, in whole blocks, that no list goes below; 1: lists stay as long as others
+    uint32_t pool;  // a slot has the highest score within so many places of it in a lane's list, +Inf apart; 0: its own
 
     // Of a slot of a list, block * 64 + place: the lowest go first, NaN before all.
     std::function<float(uint32_t list, int32_t slot)>            score;
     // A slot's rows, score and position become another one's. Slots move downwards in their list only.
     std::function<void(uint32_t list, int32_t from, int32_t to)> move;
+    // A lane loses a position of a list; called before anything moves. Empty: nobody asks.
+    std::function<void(uint32_t lane, llama_pos position)>       lost;
 };
+
+// Slots of a list that no eviction takes: sinks and recent positions of some lane.
+uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t list);
 
 // Takes slots out of all lists until `wanted` blocks are free: those of the lowest scores, wherever they are, but no sinks
 // and recent positions of any lane, and no more of a list than its floor allows. Lanes that share a slot lose it together.

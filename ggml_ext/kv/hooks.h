@@ -83,16 +83,16 @@ ggml_tensor * ggml_ext_kv_store_v(const ggml_ext_kv * ext, ggml_context * ctx, g
                                   const ggml_tensor * name);
 
 // Attention of q [d, n_head, n_tokens] over a paged cache, [dv * n_head, n_tokens], with V's transform undone. Null: k is
-// no paged cache's. Throws std::runtime_error for attention that has no such form.
+// no paged cache's. Attention that has no such form is refused when the graph is checked.
 ggml_tensor * ggml_ext_kv_attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
                                     ggml_tensor * bias, ggml_tensor * mask, ggml_tensor * sinks, ggml_tensor * v_mla,
                                     float scale, const llama_hparams & hparams, int il);
 
 // Rows of cells of a saved state, in the place of upstream's; write is false where the cache is not paged. Where read is
-// false it empties `restored`, which upstream's caller owns.
+// false the caller removes the cells' sequence; those of negative positions, which that leaves, are empty already.
 bool ggml_ext_kv_write(const ggml_ext_kv * ext, llama_io_write_i & io, uint32_t stream,
                        const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
-bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
+bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, llama_kv_cells & cells, uint32_t stream,
                       const std::vector<uint32_t> & restored);
 
 // Which cells of a stream are free for a ubatch, beside the empty ones: those of one sequence whose position that

@@ -15,7 +15,7 @@
 ggml_ext_kv_paged::ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream, const ggml_ext_kv_setting & rule,
                                      uint32_t n_seq) :
     n_cells(n_cells), n_stream(n_stream), rule(rule), n_seq(n_seq), held(0, 0, 0), prefixes(LLAMA_MAX_SEQ),
-    cell_of(LLAMA_MAX_SEQ) {}
+    cell_of(LLAMA_MAX_SEQ), boundary(LLAMA_MAX_SEQ, -1) {}
 
 void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tensor * v) {
     layer.first_list = lists;
@@ -87,7 +87,7 @@ bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) {
         return false;
     }
     if (evicts()) {
-        return std::all_of(ubatches.begin(), ubatches.end(), [&](const llama_ubatch & u) { return can_fit(u); });
+        return can_fit(ubatches);
     }
     std::vector<uint32_t> n(LLAMA_MAX_SEQ);
     bool                  coupled = false;
@@ -185,7 +185,20 @@ void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
     for (llama_seq_id lane = std::max(s, 0); lane < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++lane) {
         held.remove(uint32_t(lane), p0, p1);
         prefixes.cut(uint32_t(lane), p0);
+        if (p0 <= boundary[lane] && p1 > boundary[lane]) {
+            boundary[lane] = -1;
+        }
     }
+}
+
+bool ggml_ext_kv_paged::removable(llama_seq_id s, llama_pos p0, llama_pos p1) const {
+    for (llama_seq_id lane = std::max(s, 0); lane < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++lane) {
+        const bool whole = p0 <= 0 && p1 >= llama_pos(cell_of[lane].size());
+        if (boundary[lane] >= 0 && p0 <= boundary[lane] && !whole) {
+            return false;
+        }
+    }
+    return true;
 }
 
 void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
@@ -199,15 +212,20 @@ void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, 
         held.clear(uint32_t(to));
         prefixes.cut(uint32_t(to), 0);
         cell_of[to].clear();
-        p0 = 0;
-        p1 = INT32_MAX;
+        boundary[to] = -1;
+        p0           = 0;
+        p1           = INT32_MAX;
     }
     if (!held.share(uint32_t(from), uint32_t(to), p0, p1)) {
-        GGML_ABORT("ggml-ext: a paged KV cache cannot copy positions %d .. of sequence %d into sequence %d, which has "
-                   "positions there; remove them first",
-                   p0, from, to);
+        LLAMA_LOG_ERROR("%s: ggml-ext: a paged KV cache cannot copy positions %d .. of sequence %d into sequence %d, "
+                        "which has others there and keeps them; remove them first\n",
+                        __func__, p0, from, to);
+        return;
     }
     prefixes.copy(uint32_t(from), uint32_t(to), p0, p1);
+    if (p0 <= boundary[from] && p1 > llama_pos(rule.sink)) {
+        boundary[to] = std::max(boundary[to], std::min(boundary[from], p1 - 1));
+    }
     std::vector<int32_t> &       cells = cell_of[to];
     const std::vector<int32_t> & other = cell_of[from];
     cells.resize(std::max(cells.size(), std::min(other.size(), size_t(p1))), -1);

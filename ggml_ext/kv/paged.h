@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "core/ext_op.h"
+#include "evict.h"
 #include "ggml-cpp.h"
 #include "ggml.h"
 #include "llama.h"
@@ -92,6 +94,20 @@ class ggml_ext_kv_paged {
 
     ggml_ext_kv_policy policy() const { return rule.policy; }
 
+    // Whether scores are what earlier queries looked at, so that what is left of a sequence is of use to what follows them
+    // and to nothing else.
+    bool attended() const { return policy() == ggml_ext_kv_policy::attention; }
+
+    // The last position of a sequence that some head has evicted by what queries behind it looked at; -1: none.
+    llama_pos last_lost(llama_seq_id s) const { return boundary[s]; }
+
+    // Whether positions p0 .. p1 - 1 of sequence s (-1: of each) can go: all of it, or what begins behind that position.
+    bool removable(llama_seq_id s, llama_pos p0, llama_pos p1) const;
+
+    // Parameters of kv_score but for its layer's; whether a ubatch of so many tokens has queries enough to score by.
+    ggml_ext_kv_score_params scoring() const;
+    static bool              scores_by(int64_t n_tokens);
+
     // Blocks of each list that stay whatever comes.
     uint64_t least_blocks() const;
 
@@ -111,14 +127,19 @@ class ggml_ext_kv_paged {
     const uint32_t n_cells, n_stream;
 
   private:
-    void     merge();
-    uint64_t most_blocks(const llama_ubatch & ubatch, bool with_room) const;
-    bool     can_fit(const llama_ubatch & ubatch) const;
-    bool     make_room(uint64_t wanted);
-    size_t   row_size(const layer & layer, bool v) const;
-    char *   row(const layer & layer, bool v, int32_t slot) const;
-    float *  score(const layer & layer, int32_t slot) const;
-    void     move(uint32_t list, int32_t from, int32_t to) const;
+    void                 merge();
+    uint64_t             most_blocks(const llama_ubatch & ubatch, bool with_room) const;
+    bool                 can_fit(const std::vector<llama_ubatch> & ubatches) const;
+    bool                 can_fit(const llama_ubatch & ubatch, uint64_t stays) const;
+    uint64_t             staying_blocks(const std::vector<bool> & used, uint64_t before) const;
+    ggml_ext_kv_eviction keeps() const;
+    bool                 make_room(uint64_t wanted);
+    void    find_boundaries(const llama_kv_cells & cells, uint32_t stream, const std::vector<uint32_t> & restored,
+                            const std::vector<std::vector<uint32_t>> & present);
+    size_t  row_size(const layer & layer, bool v) const;
+    char *  row(const layer & layer, bool v, int32_t slot) const;
+    float * score(const layer & layer, int32_t slot) const;
+    void    move(uint32_t list, int32_t from, int32_t to) const;
 
     std::pair<uint32_t, uint32_t>     lanes_of(uint32_t stream) const;
     std::vector<int32_t>              slots_of(uint32_t list, uint32_t stream, const std::vector<int32_t> & index,
@@ -139,7 +160,8 @@ class ggml_ext_kv_paged {
     size_t                                            block_size = 0;  // of the largest layer
     ggml_ext_kv_pages                                 held;
     ggml_ext_kv_prefixes                              prefixes;
-    std::vector<std::vector<int32_t>>                 cell_of;  // [lane][position] that it holds
+    std::vector<std::vector<int32_t>>                 cell_of;   // [lane][position] that it holds
+    std::vector<llama_pos>                            boundary;  // of each lane, as last_lost has it
     ggml_context_ptr                                  context;
     ggml_backend_buffer_ptr                           buffer;
     ggml_tensor *                                     blocks = nullptr;  // I8 [block, n_blocks]

@@ -8,7 +8,10 @@
 #include <algorithm>
 #include <cstring>
 
-static constexpr double probe_floor = 0.25;
+static constexpr double   shared_floor = 0.25;  // where heads' scores say something of each other
+static constexpr int32_t  score_window = 32;    // queries of a ubatch
+static constexpr float    score_decay  = 0.9f;
+static constexpr uint32_t score_pool   = 3;     // neighbours on each side
 
 // Any order, the same for equal runs.
 static float kv_random(uint32_t list, llama_pos position) {
@@ -59,8 +62,40 @@ uint64_t ggml_ext_kv_paged::most_blocks(const llama_ubatch & ubatch, bool with_r
     return sum;
 }
 
-bool ggml_ext_kv_paged::can_fit(const llama_ubatch & ubatch) const {
-    const uint64_t stays = least_blocks() * lists;
+// Blocks that stay whatever a ubatch of a batch evicts, behind `before` tokens of the batch: the budget's bound for
+// as many sequences as the context was made for, which copies may outnumber; else what is needed now, and those tokens.
+uint64_t ggml_ext_kv_paged::staying_blocks(const std::vector<bool> & used, uint64_t before) const {
+    if (uint64_t(std::count(used.begin(), used.end(), true)) <= n_seq) {
+        return least_blocks() * lists;
+    }
+    uint64_t sum = 0;
+    for (uint32_t list = 0; list < lists; ++list) {
+        sum += (ggml_ext_kv_needed(held, keeps(), list) + before + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    }
+    return sum;
+}
+
+bool ggml_ext_kv_paged::can_fit(const std::vector<llama_ubatch> & ubatches) const {
+    std::vector<bool> used(LLAMA_MAX_SEQ);
+    for (uint32_t lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
+        used[lane] = !held.list(lane, 0).empty();
+    }
+    uint64_t before = 0;
+    for (const llama_ubatch & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                used[ubatch.seq_id[i][j]] = true;
+            }
+        }
+        if (!can_fit(ubatch, staying_blocks(used, before))) {
+            return false;
+        }
+        before += ubatch.n_tokens;
+    }
+    return true;
+}
+
+bool ggml_ext_kv_paged::can_fit(const llama_ubatch & ubatch, uint64_t stays) const {
     if (most_blocks(ubatch, false) + stays <= held.n_blocks()) {
         return true;
     }
@@ -71,17 +106,40 @@ bool ggml_ext_kv_paged::can_fit(const llama_ubatch & ubatch) const {
     return false;
 }
 
+// KV-Compress (arXiv 2410.00161, section 3) takes the queries of a window too. What they look at is compared with what
+// earlier ones did, a little faded.
+ggml_ext_kv_score_params ggml_ext_kv_paged::scoring() const {
+    ggml_ext_kv_score_params p = {};
+    p.window                   = score_window;
+    p.recent                   = int32_t(rule.recent);
+    p.decay                    = score_decay;
+    return p;
+}
+
+bool ggml_ext_kv_paged::scores_by(int64_t n_tokens) {
+    return n_tokens * 4 >= score_window;
+}
+
+ggml_ext_kv_eviction ggml_ext_kv_paged::keeps() const {
+    ggml_ext_kv_eviction how = {};
+    how.sink                 = rule.sink;
+    how.recent               = rule.recent;
+    return how;
+}
+
 bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
-    ggml_ext_kv_eviction how;
-    how.sink   = rule.sink;
-    how.recent = rule.recent;
-    // Norms of different heads say nothing of each other; probes' scores do.
-    how.floor  = policy() == ggml_ext_kv_policy::probe ? probe_floor : 1.0;
-    how.score  = [this](uint32_t list, int32_t slot) {
+    ggml_ext_kv_eviction how = keeps();
+    // Norms of different heads say nothing of each other; probes' scores and probabilities do.
+    how.floor                = policy() == ggml_ext_kv_policy::probe || attended() ? shared_floor : 1.0;
+    how.pool                 = attended() ? score_pool : 0;
+    how.score                = [this](uint32_t list, int32_t slot) {
         return scored() ? *score(layers[layer_of[list]], slot) :
-                           kv_random(list, held.positions(slot / GGML_EXT_KV_SLOTS)[slot % GGML_EXT_KV_SLOTS]);
+                                         kv_random(list, held.positions(slot / GGML_EXT_KV_SLOTS)[slot % GGML_EXT_KV_SLOTS]);
     };
     how.move = [this](uint32_t list, int32_t from, int32_t to) { move(list, from, to); };
+    if (attended()) {
+        how.lost = [this](uint32_t lane, llama_pos position) { boundary[lane] = std::max(boundary[lane], position); };
+    }
     for (uint32_t lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
         prefixes.cut(lane, 0);  // blocks are no longer whole
     }

@@ -122,16 +122,17 @@ void ggml_ext_kv_graph::read(const ggml_tensor * matrix, ggml_tensor * x) {
     }
 }
 
-// What kv_store makes a layer's scores of: keys, or the scores themselves.
-ggml_tensor * ggml_ext_kv_graph::scores(ggml_context * ctx, const ggml_ext_kv_paged & paged, uint32_t il) const {
+// What kv_store makes a layer's scores of: keys, or the scores themselves; null: kv_score gives them.
+ggml_tensor * ggml_ext_kv_graph::scores(ggml_context * ctx, const ggml_ext_kv_paged & paged, uint32_t il) {
     if (paged.policy() != ggml_ext_kv_policy::probe) {
-        return key;
+        return paged.attended() ? nullptr : key;
     }
-    const ggml_ext_kv_probe & probe = probes->layers.at(il);
+    const ggml_ext_kv_probe & probe = probes->layers[il];
     const auto                x     = inputs.find(probe.reads);
     if (x == inputs.end() || x->second->ne[0] != probe.weight->ne[0] || ggml_nrows(x->second) != key->ne[2]) {
-        throw std::runtime_error("ggml-ext: this graph makes layer " + std::to_string(il) +
-                                 "'s keys in a way that its probe cannot read; take GGML_EXT_KV=...,policy=norm");
+        fault = "ggml-ext: this graph makes layer " + std::to_string(il) +
+                "'s keys in a way that its probe cannot read; take GGML_EXT_KV=...,policy=norm";
+        return key;
     }
     ggml_tensor * score = ggml_add(ctx, ggml_mul_mat(ctx, probe.weight, x->second), probe.bias);
     return ggml_reshape_3d(ctx, score, 1, key->ne[1], key->ne[2]);
@@ -154,17 +155,18 @@ ggml_tensor * ggml_ext_kv_graph::store(ggml_context * ctx, ggml_ext_kv_paged & p
 ggml_tensor * ggml_ext_kv_graph::attend(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * bias,
                                         ggml_tensor * mask, ggml_tensor * sinks, ggml_tensor * v_mla, float scale,
                                         const llama_hparams & hparams) {
-    for (const auto & [paged, c] : caches) {
+    for (auto & [paged, c] : caches) {
         const ggml_ext_kv_paged::layer * layer = paged->find(k);
         if (!layer) {
             continue;
         }
         if (bias || v_mla || mask->type != GGML_TYPE_F16) {
-            throw std::runtime_error(std::string("ggml-ext: attention ") +
-                                     (bias  ? "with a bias" :
-                                      v_mla ? "over a latent" :
-                                              "without -fa") +
-                                     " cannot read a paged KV cache; unset GGML_EXT_KV");
+            fault = std::string("ggml-ext: attention ") +
+                    (bias  ? "with a bias" :
+                     v_mla ? "over a latent" :
+                             "without -fa") +
+                    " cannot read a paged KV cache; unset GGML_EXT_KV";
+            return ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer->dv * q->ne[1], q->ne[2]);
         }
         const int64_t n_stream = mask->ne[3];
         q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], q->ne[2] / n_stream, n_stream, q->nb[1], q->nb[2],
@@ -182,7 +184,13 @@ ggml_tensor * ggml_ext_kv_graph::attend(ggml_context * ctx, ggml_tensor * q, ggm
         p.scale                     = scale;
         p.max_bias                  = hparams.f_max_alibi_bias;
         p.cap                       = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-        ggml_tensor * out           = ggml_ext_kv_attend(ctx, q, c.stored, c.table, c.cells, c.order, mask, sinks, &p);
+        if (paged->attended() && ggml_ext_kv_paged::scores_by(q->ne[1] * q->ne[3])) {
+            ggml_ext_kv_score_params scoring = paged->scoring();
+            scoring.attend                   = p;
+            scoring.score                    = int32_t(paged->block_of(*layer).score);
+            c.stored = ggml_ext_kv_score(ctx, q, c.stored, c.table, c.cells, c.order, mask, sinks, &scoring);
+        }
+        ggml_tensor * out = ggml_ext_kv_attend(ctx, q, c.stored, c.table, c.cells, c.order, mask, sinks, &p);
         return ggml_reshape_2d(ctx, out, out->ne[0] * out->ne[1], out->ne[2] * out->ne[3]);
     }
     return nullptr;

@@ -6,6 +6,7 @@
 #include "probe.h"
 
 #include <map>
+#include <string>
 
 class ggml_ext_kv_paged;
 struct llama_hparams;
@@ -31,6 +32,9 @@ class ggml_ext_kv_graph {
     // Throws std::runtime_error where a node reads a paged cache in another way.
     void check(const ggml_tensor * node) const;
 
+    // What store and attend could not do, in one line; the graph is not to be used then. Empty: nothing.
+    std::string fault;
+
     bool used() const { return !caches.empty(); }
 
     // K's heads that are stored next, before a learned transform, which changes their norms.
@@ -46,7 +50,7 @@ class ggml_ext_kv_graph {
     };
 
     cache &       use(ggml_context * ctx, ggml_ext_kv_paged & paged);
-    ggml_tensor * scores(ggml_context * ctx, const ggml_ext_kv_paged & paged, uint32_t il) const;
+    ggml_tensor * scores(ggml_context * ctx, const ggml_ext_kv_paged & paged, uint32_t il);
 
     const llm_graph_params &                     params;
     const ggml_ext_kv_probes * const             probes;

@@ -4,6 +4,7 @@
 #include "hooks.h"
 #include "llama-batch.h"
 #include "llama-impl.h"
+#include "llama-kv-cells.h"
 #include "paged_graph.h"
 #include "transform/hooks.h"
 
@@ -72,7 +73,7 @@ bool ggml_ext_kv_write(const ggml_ext_kv * ext, llama_io_write_i & io, uint32_t 
     return true;
 }
 
-bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
+bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, llama_kv_cells & cells, uint32_t stream,
                       const std::vector<uint32_t> & restored) {
     bool done = false;
     try {
@@ -80,9 +81,10 @@ bool ggml_ext_kv_read(ggml_ext_kv & ext, llama_io_read_i & io, const llama_kv_ce
     } catch (const std::exception & error) {
         LLAMA_LOG_ERROR("%s: ggml-ext: %s\n", __func__, error.what());
     }
-    if (!done) {
-        // Upstream's caller, whose vector it is, then zeroes the rows of these cells, which its tensors do not have.
-        const_cast<std::vector<uint32_t> &>(restored).clear();
+    for (uint32_t cell : restored) {
+        if (!done && cells.pos_get(cell) < 0) {
+            cells.rm(cell);  // upstream then removes the sequence from position 0 on
+        }
     }
     return done;
 }

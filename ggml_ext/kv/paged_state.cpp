@@ -130,6 +130,40 @@ void ggml_ext_kv_paged::write_present(llama_io_write_i & io, std::vector<std::ve
     }
 }
 
+// Whether cells of a state, of sequences first .. last - 1, are what a batch could have made of an empty cache.
+static bool kv_cells_fit(const llama_kv_cells & cells, const std::vector<uint32_t> & restored, uint32_t first,
+                         uint32_t last) {
+    std::vector<std::vector<llama_pos>> positions(last - first);
+    for (uint32_t cell : restored) {
+        const llama_pos position = cells.pos_get(cell);
+        if (position < 0 || position >= GGML_EXT_KV_POSITIONS) {
+            LLAMA_LOG_ERROR("%s: ggml-ext: the state has position %d, a paged KV cache takes 0 to %d\n", __func__,
+                            position, GGML_EXT_KV_POSITIONS - 1);
+            return false;
+        }
+        bool held = false;
+        for (uint32_t lane = first; lane < last; ++lane) {
+            if (cells.seq_has(cell, llama_seq_id(lane))) {
+                positions[lane - first].push_back(position);
+                held = true;
+            }
+        }
+        if (!held) {
+            LLAMA_LOG_ERROR("%s: ggml-ext: the state has position %d of no sequence\n", __func__, position);
+            return false;
+        }
+    }
+    for (std::vector<llama_pos> & lane : positions) {
+        std::sort(lane.begin(), lane.end());
+        const auto twice = std::adjacent_find(lane.begin(), lane.end());
+        if (twice != lane.end()) {
+            LLAMA_LOG_ERROR("%s: ggml-ext: the state has position %d of a sequence twice\n", __func__, *twice);
+            return false;
+        }
+    }
+    return true;
+}
+
 // Fresh blocks for cells, in the order of their first sequences' positions, and runs of them for each sequence. present:
 // of each list, which cells it has, rising. Returns their slots in that order; empty where that cannot be.
 std::vector<std::vector<int32_t>> ggml_ext_kv_paged::lay_out(const llama_kv_cells & cells, uint32_t stream,
@@ -137,12 +171,8 @@ std::vector<std::vector<int32_t>> ggml_ext_kv_paged::lay_out(const llama_kv_cell
                                                              const std::vector<std::vector<uint32_t>> & present) {
     const auto [first, last] = lanes_of(stream);
     const uint32_t n         = uint32_t(restored.size());
-    for (uint32_t cell : restored) {
-        if (cells.pos_get(cell) >= GGML_EXT_KV_POSITIONS) {
-            LLAMA_LOG_ERROR("%s: ggml-ext: the state has position %d, a paged KV cache takes positions below %d\n",
-                            __func__, cells.pos_get(cell), GGML_EXT_KV_POSITIONS);
-            return {};
-        }
+    if (!kv_cells_fit(cells, restored, first, last)) {
+        return {};
     }
     uint64_t need = 0;
     for (const std::vector<uint32_t> & list : present) {
@@ -252,6 +282,25 @@ bool ggml_ext_kv_paged::read(llama_io_read_i & io, const llama_kv_cells & cells,
     return true;
 }
 
+void ggml_ext_kv_paged::find_boundaries(const llama_kv_cells & cells, uint32_t stream,
+                                        const std::vector<uint32_t> &              restored,
+                                        const std::vector<std::vector<uint32_t>> & present) {
+    const auto [first, last] = lanes_of(stream);
+    for (uint32_t i = 0; i < restored.size(); ++i) {
+        const auto has = [&](const std::vector<uint32_t> & list) {
+            return std::binary_search(list.begin(), list.end(), i);
+        };
+        if (std::all_of(present.begin(), present.end(), has)) {
+            continue;
+        }
+        for (uint32_t lane = first; lane < last; ++lane) {
+            if (cells.seq_has(restored[i], llama_seq_id(lane))) {
+                boundary[lane] = std::max(boundary[lane], cells.pos_get(restored[i]));
+            }
+        }
+    }
+}
+
 bool ggml_ext_kv_paged::read_present(llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
                                      const std::vector<uint32_t> & restored) {
     if (kv_get<uint32_t>(io) != kv_rows_marker || kv_get<uint32_t>(io) != uint32_t(rule.policy)) {
@@ -295,6 +344,9 @@ bool ggml_ext_kv_paged::read_present(llama_io_read_i & io, const llama_kv_cells 
         for (int32_t slot : slots[list]) {
             io.read(score(layers[layer_of[list]], slot), sizeof(float));
         }
+    }
+    if (attended()) {
+        find_boundaries(cells, stream, restored, present);
     }
     return true;
 }

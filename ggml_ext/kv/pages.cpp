@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <map>
 #include <unordered_map>
 
 static constexpr uint32_t kv_slots = GGML_EXT_KV_SLOTS;
@@ -118,7 +119,29 @@ void ggml_ext_kv_pages::remove(uint32_t lane, llama_pos p0, llama_pos p1) {
     }
 }
 
+std::map<llama_pos, int32_t> ggml_ext_kv_pages::slots_of(uint32_t lane, uint32_t i, llama_pos p0, llama_pos p1) const {
+    std::map<llama_pos, int32_t> slots;
+    for (const ggml_ext_kv_entry & entry : list(lane, i)) {
+        const ggml_ext_kv_entry held = part(entry, p0, p1);
+        for (uint32_t slot = held.begin; slot < uint32_t(held.begin + held.count); ++slot) {
+            slots[positions(held.block)[slot]] = int32_t(held.block * kv_slots + slot);
+        }
+    }
+    return slots;
+}
+
 bool ggml_ext_kv_pages::share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1) {
+    bool again = false;
+    for (uint32_t i = 0; i < lists_per_lane; ++i) {
+        const std::map<llama_pos, int32_t> have = slots_of(to, i, p0, p1), other = slots_of(from, i, p0, p1);
+        if (!std::includes(other.begin(), other.end(), have.begin(), have.end())) {
+            return false;
+        }
+        again |= !have.empty();
+    }
+    if (again) {
+        remove(to, p0, p1);
+    }
     std::vector<std::vector<ggml_ext_kv_entry>> merged(lists_per_lane);
     for (uint32_t i = 0; i < lists_per_lane; ++i) {
         merged[i] = list(to, i);

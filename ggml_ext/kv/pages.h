@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 // A lane is what one sequence sees: n_lists lists, each of runs with rising positions. Blocks are only appended to, so
@@ -39,8 +40,8 @@ class ggml_ext_kv_pages {
     // Takes positions p0 .. p1 - 1 out of a lane.
     void remove(uint32_t lane, llama_pos p0, llama_pos p1);
 
-    // Lets lane `to` see positions p0 .. p1 - 1 of lane `from`. False, with nothing changed, where `to` holds positions
-    // among those.
+    // Lets lane `to` see positions p0 .. p1 - 1 of lane `from`. False, with nothing changed, where `to` holds others
+    // among those than it shares already.
     bool share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
 
     void clear(uint32_t lane);
@@ -90,6 +91,9 @@ class ggml_ext_kv_pages {
 
     // The part of a run in p0 .. p1 - 1, which may be empty.
     ggml_ext_kv_entry part(const ggml_ext_kv_entry & entry, llama_pos p0, llama_pos p1) const;
+
+    // The slots of positions p0 .. p1 - 1 of a list.
+    std::map<llama_pos, int32_t> slots_of(uint32_t lane, uint32_t list, llama_pos p0, llama_pos p1) const;
 
     uint32_t room(const std::vector<ggml_ext_kv_entry> & list) const;
     void     release(int32_t block);

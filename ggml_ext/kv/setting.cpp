@@ -48,7 +48,8 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
         return kv_budget(value, setting);
     }
     if (key == "policy" && setting.paged) {
-        for (const auto policy : { ggml_ext_kv_policy::norm, ggml_ext_kv_policy::random, ggml_ext_kv_policy::probe }) {
+        for (const auto policy : { ggml_ext_kv_policy::norm, ggml_ext_kv_policy::random, ggml_ext_kv_policy::probe,
+                                   ggml_ext_kv_policy::attention }) {
             if (value == ggml_ext_kv_policy_name(policy)) {
                 setting.policy = policy;
                 return true;
@@ -56,20 +57,17 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
         }
         return false;
     }
-    if (setting.paged && setting.policy == ggml_ext_kv_policy::keep) {
-        return false;  // nothing is evicted
-    }
     if (key == "sink") {
         return kv_number(value, setting.sink);
     }
     if (key == "recent") {
         return kv_number(value, setting.recent) && setting.recent > 0;
     }
-    return key == "policy" && value == "window";
+    return key == "policy" && value == "window" && !setting.paged;
 }
 
 const char * ggml_ext_kv_policy_name(ggml_ext_kv_policy policy) {
-    static const char * const names[] = { "keep", "norm", "random", "probe" };
+    static const char * const names[] = { "keep", "norm", "random", "probe", "attention" };
     return names[size_t(policy)];
 }
 
@@ -85,15 +83,20 @@ bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting) {
         return true;
     }
     rest.remove_prefix(setting.paged ? std::strlen("paged,") : 0);
+    bool stays = false;
     while (true) {
         const size_t comma = rest.find(',');
         if (!kv_item(rest.substr(0, comma), setting)) {
             return false;
         }
+        stays |= rest.rfind("sink=", 0) == 0 || rest.rfind("recent=", 0) == 0;
         if (comma == std::string_view::npos) {
             break;
         }
         rest.remove_prefix(comma + 1);
+    }
+    if (stays && setting.paged && setting.policy == ggml_ext_kv_policy::keep) {
+        return false;  // nothing is evicted
     }
     setting.on = setting.paged || setting.share > 0 || setting.tokens > 0;
     return setting.on && (setting.paged || setting.bytes == 0);

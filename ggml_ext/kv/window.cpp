@@ -110,6 +110,9 @@ static bool kv_removable(const llama_kv_cells & cells, llama_seq_id s, llama_pos
 bool ggml_ext_kv_remove(ggml_ext_kv & ext, const std::vector<llama_kv_cells> & cells, llama_seq_id s, llama_pos p0,
                         llama_pos p1) {
     if (ext.paged) {
+        if (!ext.paged->removable(s, p0, p1)) {
+            return false;
+        }
         ext.paged->remove(s, p0, p1);
         return true;
     }
@@ -128,8 +131,11 @@ bool ggml_ext_kv_remove(ggml_ext_kv & ext, const std::vector<llama_kv_cells> & c
 
 llama_pos ggml_ext_kv_pos_min(const ggml_ext_kv & ext, const llama_kv_cells & cells, llama_seq_id s) {
     const llama_pos begin = cells.seq_pos_min(s);
-    if (ext.paged || begin < 0) {
+    if (begin < 0) {
         return begin;
+    }
+    if (ext.paged) {
+        return std::max(begin, std::min(ext.paged->last_lost(s) + 1, cells.seq_pos_max(s)));
     }
     const std::vector<llama_pos> positions = kv_positions(cells, s);
     return kv_first_gap(positions) > positions.back() ? begin : kv_end_run(positions);

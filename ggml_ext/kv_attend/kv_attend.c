@@ -1,5 +1,6 @@
 #include "kv_attend.h"
 
+#include "attention/setting.h"
 #include "core/ext_op_new.h"
 #include "ggml-impl.h"
 #include "kv_store/block.h"
@@ -16,15 +17,13 @@ static bool kv_attend_is_row(const struct ggml_tensor * t, enum ggml_type type) 
     return t != NULL && t->type == type && ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
-#define MAX_HEAD 1024  // as attention over a cache has it
-
 static bool kv_attend_is_head(int32_t type, int32_t d) {
     return (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q5_0 || type == GGML_TYPE_Q4_0 || type == GGML_TYPE_IQ4_NL ||
             type == GGML_TYPE_F16) &&
-           d > 0 && d <= MAX_HEAD && d % ggml_blck_size((enum ggml_type) type) == 0;
+           d > 0 && d <= GGML_EXT_ATTENTION_MAX_HEAD && d % ggml_blck_size((enum ggml_type) type) == 0;
 }
 
-const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
+const char * ggml_ext_kv_attend_sources_fault(const struct ggml_tensor * dst) {
     const struct ggml_ext_kv_attend_params p = ggml_ext_kv_attend_params_of(dst);
 
     const struct ggml_tensor * q     = dst->src[0];
@@ -61,11 +60,22 @@ const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
         return "kv_attend: order is I32 [n_lanes + 1 + n_tokens]";
     }
     if (mask == NULL || mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(ggml_fp16_t) || mask->ne[0] < 1 ||
-        mask->ne[1] < q->ne[1] || q->ne[2] % mask->ne[2] != 0 || q->ne[3] % mask->ne[3] != 0) {
+        mask->ne[1] < q->ne[1] || mask->ne[2] < 1 || mask->ne[3] < 1 || q->ne[2] % mask->ne[2] != 0 ||
+        q->ne[3] % mask->ne[3] != 0) {
         return "kv_attend: mask is F16 [n_cells, >= n_queries, ...] with adjacent values";
     }
     if (sinks != NULL && (!kv_attend_is_row(sinks, GGML_TYPE_F32) || ggml_nelements(sinks) != q->ne[2])) {
         return "kv_attend: sinks is F32 [n_head]";
+    }
+    return NULL;
+}
+
+const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
+    const struct ggml_ext_kv_attend_params p     = ggml_ext_kv_attend_params_of(dst);
+    const struct ggml_tensor *             q     = dst->src[0];
+    const char *                           fault = ggml_ext_kv_attend_sources_fault(dst);
+    if (fault != NULL) {
+        return fault;
     }
     return dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && dst->ne[0] == p.dv && dst->ne[1] == q->ne[2] &&
                    dst->ne[2] == q->ne[1] && dst->ne[3] == q->ne[3] ?

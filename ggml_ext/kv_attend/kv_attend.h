@@ -7,4 +7,7 @@
 
 struct ggml_ext_kv_attend_params ggml_ext_kv_attend_params_of(const struct ggml_tensor * dst);
 
+// What is wrong with parameters and sources as kv_attend has them, or NULL.
+const char * ggml_ext_kv_attend_sources_fault(const struct ggml_tensor * dst);
+
 #endif  // GGML_EXT_KV_ATTEND_H

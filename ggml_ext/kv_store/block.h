@@ -47,6 +47,12 @@ static inline bool ggml_ext_kv_is_pool(const struct ggml_tensor * t, size_t bloc
            t->ne[0] % 64 == 0 && (size_t) t->ne[0] >= block_size;
 }
 
+// Whether a result is a view of all of a pool, which is what is written through.
+static inline bool ggml_ext_kv_is_view(const struct ggml_tensor * t, const struct ggml_tensor * pool) {
+    return t->type == GGML_TYPE_I8 && ggml_are_same_shape(t, pool) && ggml_are_same_stride(t, pool) &&
+           t->data == pool->data;
+}
+
 #ifdef __cplusplus
 }
 #endif

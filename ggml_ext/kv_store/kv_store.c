@@ -42,14 +42,12 @@ const char * ggml_ext_kv_store_fault(const struct ggml_tensor * dst) {
     }
     const bool fits = params.score % sizeof(float) == 0 && params.score > 0 &&
                       ggml_ext_kv_is_pool(pool, params.score + GGML_EXT_KV_SLOTS * sizeof(float));
-    if (keys == NULL ? params.score != 0 :
+    if (keys == NULL ? params.score != 0 && !fits :
                        !fits || !kv_store_is_heads(keys) || (keys->ne[0] != 1 && keys->ne[0] != x->ne[0]) ||
                            keys->ne[1] != x->ne[1] || keys->ne[2] != x->ne[2]) {
         return "kv_store: keys is as x, or one score per head, and the scores fit in a block, at a multiple of 4 bytes";
     }
-    return dst->type == GGML_TYPE_I8 && ggml_are_same_shape(dst, pool) && dst->data == pool->data ?
-               NULL :
-               "kv_store: the result is a view of the pool";
+    return ggml_ext_kv_is_view(dst, pool) ? NULL : "kv_store: the result is a view of the pool";
 }
 
 struct ggml_tensor * ggml_ext_kv_store(struct ggml_context * ctx, struct ggml_tensor * pool, struct ggml_tensor * x,

@@ -109,6 +109,9 @@ bool ggml_ext_graph::check(ggml_cgraph * gf) const {
         return true;
     }
     try {
+        if (!kv->fault.empty()) {
+            throw std::runtime_error(kv->fault);
+        }
         for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
             const ggml_tensor * node = ggml_graph_node(gf, i);
             if (!is_view_op(node)) {

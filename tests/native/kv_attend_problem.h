@@ -29,7 +29,8 @@ struct Case {
     int       n_cells  = 512;  // columns of the mask
     float     max_bias = 0, cap = 0;
     bool      sinks = false, mask_heads = false;
-    bool      whole = false;  // lists of whole blocks: position = cell, and so the bits of a plain cache
+    bool      whole  = false;  // lists of whole blocks: position = cell, and so the bits of a plain cache
+    bool      shared = false;  // lane 1 holds what lane 0 does
 };
 
 struct Slot {
@@ -102,7 +103,15 @@ struct Problem {
                 std::sort(cells[0].begin(), cells[0].end());  // some tiles are adjacent columns
             }
             for (int list = 0; list < n_lists(); ++list) {
-                add_list(n);
+                if (c.shared && lane == 1) {
+                    runs.push_back(runs[list]);
+                    held.push_back(held[list]);
+                } else {
+                    add_list(n);
+                }
+            }
+            if (c.shared && lane == 1) {
+                cells[1] = cells[0];
             }
         }
     }
@@ -175,7 +184,7 @@ struct Problem {
                 const float * key = all_keys.data() + (&slot - list.data()) * c.dk;
                 const double  sum = std::inner_product(key, key + c.dk, key, 0.0);
                 const float   got = ((const float *) (block_of(slot) + block.score))[slot.slot % SLOTS];
-                CHECK(std::fabs(got + sum) < 1e-5 * sum, "score %g, sum of squares %g", got, sum);
+                CHECK(std::fabs(got + sum) <= 1e-5 * sum, "score %g, sum of squares %g", got, sum);
                 slot.k = decoded(c.type_k, block_of(slot) + block.k, slot.slot % SLOTS, c.dk);
                 slot.v = decoded(c.type_v, block_of(slot) + block.v, slot.slot % SLOTS, c.dv);
                 stored_k.insert(stored_k.end(), slot.k.begin(), slot.k.end());
@@ -243,12 +252,17 @@ struct Problem {
         ggml_free(graphs);
     }
 
-    // [token][head][dv]
-    std::vector<float> attend(int layer, int n_threads) {
+    ggml_ext_kv_attend_params params(int layer) const {
         ggml_ext_kv_attend_params p = {};
         p.type_k = c.type_k, p.type_v = c.type_v, p.dk = c.dk, p.dv = c.dv, p.n_head_kv = c.n_head_kv;
         p.first_list = layer * c.n_head_kv, p.n_lists = n_lists();
         p.scale = 1.0f / std::sqrt(float(c.dk)), p.max_bias = c.max_bias, p.cap = c.cap;
+        return p;
+    }
+
+    // [token][head][dv]
+    std::vector<float> attend(int layer, int n_threads) {
+        const ggml_ext_kv_attend_params p = params(layer);
         ggml_tensor * out = ggml_ext_kv_attend(ctx.get(), q, pool, table, cell_of, order, mask, sinks, &p);
         std::memset(out->data, 0xff, ggml_nbytes(out));
         run(out, n_threads);
@@ -276,12 +290,15 @@ struct Problem {
         return out;
     }
 
-    void row(int t, int h, int lane, int list, const std::string & bug, std::vector<float> & out) const {
+    float & score_of(const Slot & slot) const { return ((float *) (block_of(slot) + block.score))[slot.slot % SLOTS]; }
+
+    // Probabilities of the slots of a list for head h of token t; none where nothing is visible.
+    std::vector<double> probabilities(int t, int h, int lane, int list, const std::string & bug) const {
         const int           i1 = t % c.n_query, i3 = t / c.n_query;
         const float *       x = (const float *) ((const char *) q->data + i1 * q->nb[1] + h * q->nb[2] + i3 * q->nb[3]);
         const auto *        m = (const ggml_fp16_t *) ((const char *) mask->data + i1 * mask->nb[1] +
                                                 h % mask->ne[2] * mask->nb[2] + i3 * mask->nb[3]);
-        std::vector<double> logits, sum(c.dv);
+        std::vector<double> logits;
         double              max = sinks ? ((const float *) sinks->data)[h] : -INFINITY;
         for (const Slot & slot : held[list]) {
             double s = 0;
@@ -296,16 +313,25 @@ struct Problem {
             max = std::fmax(max, logits.back());
         }
         double total = sinks ? std::exp(((const float *) sinks->data)[h] - max) : 0;
-        for (size_t j = 0; j < logits.size() && max > -INFINITY; ++j) {
-            const double p = std::exp(logits[j] - max);
-            total += p;
+        for (double & x : logits) {
+            x = max > -INFINITY ? std::exp(x - max) : 0;
+            total += x;
+        }
+        for (double & x : logits) {
+            x = total > 0 ? x / total : 0;
+        }
+        return logits;
+    }
+
+    void row(int t, int h, int lane, int list, const std::string & bug, std::vector<float> & out) const {
+        const std::vector<double> p = probabilities(t, h, lane, list, bug);
+        std::vector<double>       sum(c.dv);
+        for (size_t j = 0; j < p.size(); ++j) {
             for (int d = 0; d < c.dv; ++d) {
-                sum[d] += p * held[list][j].v[d];
+                sum[d] += p[j] * held[list][j].v[d];
             }
         }
-        for (double x : sum) {
-            out.push_back(total > 0 ? float(x / total) : 0.0f);
-        }
+        out.insert(out.end(), sum.begin(), sum.end());
     }
 };
 

@@ -32,7 +32,7 @@ struct Walk {
     std::vector<std::vector<Lane>> lanes     = std::vector<std::vector<Lane>>(N_LANES, std::vector<Lane>(N_LISTS));
     std::mt19937                   random;
     int                            next = 0;
-    ggml_ext_kv_eviction           rule{ SINK, RECENT, 0.2, {}, {} };
+    ggml_ext_kv_eviction           rule{ SINK, RECENT, 0.2, 0, {}, {}, {} };
 
     explicit Walk(unsigned seed) : random(seed) {
         pages.keep_positions(positions.data(), SLOTS);
@@ -242,9 +242,43 @@ void test_nan_goes_first() {
     }
 }
 
+// A slot is worth what its best neighbour is; what nothing has looked at yet lends its neighbours nothing, and stays.
+void test_pooled_scores() {
+    Walk walk(1);
+    walk.rule.pool  = 2;
+    walk.rule.floor = 0;
+    walk.append(0, 200);
+    walk.copy(0, 1);
+    for (uint32_t list = 0; list < N_LISTS; ++list) {
+        for (const ggml_ext_kv_entry & run : walk.pages.list(0, list)) {
+            for (int i = run.begin; i < run.begin + run.count; ++i) {
+                const int position                            = walk.pages.positions(run.block)[i];
+                walk.stored[run.block * int(SLOTS) + i].score = position == 50  ? 9 :
+                                                                position >= 150 ? INFINITY :
+                                                                                  0.001f * float(position);
+            }
+        }
+    }
+    // 4 blocks of each list become 2: 128 slots.
+    std::map<uint32_t, std::set<llama_pos>> lost;
+    walk.rule.lost = [&](uint32_t lane, llama_pos position) { lost[lane].insert(position); };
+    CHECK(ggml_ext_kv_evict(walk.pages, walk.rule, N_BLOCKS - 2 * N_LISTS), "evict");
+    for (uint32_t list = 0; list < N_LISTS; ++list) {
+        const Lane left = walk.found(0, list);
+        for (llama_pos position = 0; position < 200; ++position) {
+            const bool sink = position < llama_pos(SINK), pooled = position >= 48 && position <= 52;
+            // Of the others the latest stay: 128 less 4 sinks, 5 about position 50 and 50 from 150 on is 69.
+            const bool stays = sink || pooled || position >= 150 - 69;
+            CHECK(left.count(position) == size_t(stays), "position %d", position);
+            CHECK(lost[0].count(position) == size_t(!stays) && lost[1] == lost[0], "position %d of the lost", position);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
+    test_pooled_scores();
     test_lists_differ();
     test_nan_goes_first();
     test_random_walks();

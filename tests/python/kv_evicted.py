@@ -96,14 +96,17 @@ class OneLayer:
         x = _norm(self._weight("token_embd")[list(tokens)], self._weight("blk.0.attn_norm"))
         return _rope(self._heads("k", x, KV_HEADS), np.arange(len(tokens)))
 
+    def queries(self, tokens: Sequence[int]) -> Floats:
+        """[n_tokens, HEADS, HEAD], of positions 0, 1, ..."""
+        return _rope(self._heads("q", self.inputs(tokens), HEADS), np.arange(len(tokens)))
+
     def inputs(self, tokens: Sequence[int]) -> Floats:
         """What attn_k reads, [n_tokens, WIDTH]."""
         return _norm(self._weight("token_embd")[list(tokens)], self._weight("blk.0.attn_norm"))
 
     def probabilities(self, tokens: Sequence[int]) -> Floats:
         """Of causal attention over all tokens, [HEADS, n_queries, n_keys]."""
-        x, n = self.inputs(tokens), len(tokens)
-        query = _rope(self._heads("q", x, HEADS), np.arange(n))
+        query, n = self.queries(tokens), len(tokens)
         keys = np.repeat(self.keys(tokens), HEADS // KV_HEADS, axis=1)
         score = np.einsum("qhd,khd->hqk", query, keys) / np.sqrt(HEAD)
         score[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
@@ -186,21 +189,57 @@ def simulate(
         needed = sum(max(0, -(-(count - -len(held) % SLOTS) // SLOTS)) for held in lists)
         if needed > blocks * n_lists - used:
             left = blocks * n_lists - n_lists * -(-count // SLOTS)
-            _drop(lists, scores, left, int(floor * left / n_lists) * SLOTS, sink, recent)
+            its = [scores[held, index].tolist() for index, held in enumerate(lists)]
+            drop_lowest(lists, its, left, int(floor * left / n_lists) * SLOTS, sink=sink, recent=recent)
         for held in lists:
             held.extend(range(position, position + count))
         position += count
     return lists
 
 
-def _drop(lists: list[list[int]], scores: Floats, left: int, least: int, sink: int, recent: int) -> None:
-    """Takes the lowest scores out until ``left`` blocks hold the rest; no list goes below ``least``."""
+def drop_lowest(
+    lists: list[list[int]],
+    scores: Sequence[Sequence[float]],
+    left: int,
+    least: int,
+    *,
+    sink: int = 16,
+    recent: int = 64,
+) -> None:
+    """Takes the positions of the lowest scores, each beside its own, out of lists until ``left`` blocks hold
+    the rest; no list goes below ``least``."""
     loose = []
-    for index, held in enumerate(lists):
-        free = sorted((scores[p, index], p) for p in held if sink <= p < held[-1] + 1 - recent)
+    for index, (held, its) in enumerate(zip(lists, scores, strict=True)):
+        end = held[-1] + 1 - recent
+        free = sorted((score, p) for score, p in zip(its, held, strict=True) if sink <= p < end)
         stays = max(len(held) - len(free), min(len(held), least))
         loose += [(*which, index) for which in free[: len(held) - stays]]
     for _, position, index in sorted(loose):
         if sum(-(-len(held) // SLOTS) for held in lists) <= left:
             break
         lists[index].remove(position)
+
+
+def pooled(scores: Sequence[float], width: int) -> list[float]:
+    """The highest of each and its neighbours that have been scored; what has not been stays infinite."""
+    return [
+        max([score, *(s for s in scores[max(0, i - width) : i + width + 1] if s < np.inf)])
+        for i, score in enumerate(scores)
+    ]
+
+
+def attended(
+    layer: OneLayer, tokens: Sequence[int], positions: Sequence[int], head: int, window: int
+) -> Floats:
+    """Mean over the last ``window`` tokens of the squares of the probabilities that KV head ``head``'s query
+    heads give ``positions``, which are all that they see; [n_positions]."""
+    n, group = len(tokens), HEADS // KV_HEADS
+    at = np.array(positions)
+    query, keys = layer.queries(tokens)[n - window :], layer.keys(tokens)[at, head]
+    seen = np.zeros(len(at))
+    for each in range(head * group, (head + 1) * group):
+        score = query[:, each] @ keys.T / np.sqrt(HEAD)
+        score[at[None] > np.arange(n - window, n)[:, None]] = -np.inf
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        seen += ((weight / weight.sum(-1, keepdims=True)) ** 2).mean(0)
+    return seen

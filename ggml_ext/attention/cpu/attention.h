@@ -18,11 +18,10 @@
 extern "C" {
 #endif
 
-#define GGML_EXT_ATTENTION_TILE     64    // cache tokens per tile
-#define GGML_EXT_ATTENTION_GROUP    32    // codes per block of every quantised cache type
-#define GGML_EXT_ATTENTION_BATCH    4     // rows per call of a kernel
-#define GGML_EXT_ATTENTION_PLANES   2     // at most
-#define GGML_EXT_ATTENTION_MAX_HEAD 1024  // channels of a head of K and of V
+#define GGML_EXT_ATTENTION_TILE   64  // cache tokens per tile
+#define GGML_EXT_ATTENTION_GROUP  32  // codes per block of every quantised cache type
+#define GGML_EXT_ATTENTION_BATCH  4   // rows per call of a kernel
+#define GGML_EXT_ATTENTION_PLANES 2   // at most
 
 // K or V of one tile, decoded. Heads are padded with zero codes to a multiple of 32. All arrays are 64-byte aligned.
 //

@@ -130,10 +130,10 @@ static void attention_poison(const struct ggml_ext_attention_plan * plan, struct
     }
 }
 
-static void attention_load_queries(const struct ggml_ext_attention_plan * plan,
-                                   const struct ggml_ext_attention_path * path, const struct ggml_tensor * q,
-                                   const struct ggml_tensor * mask, const struct ggml_ext_attention_task * task,
-                                   struct ggml_ext_attention_scratch * w) {
+void ggml_ext_attention_load_queries(const struct ggml_ext_attention_plan * plan,
+                                     const struct ggml_ext_attention_path * path, const struct ggml_tensor * q,
+                                     const struct ggml_tensor * mask, const struct ggml_ext_attention_task * task,
+                                     struct ggml_ext_attention_scratch * w) {
     const struct ggml_ext_attention_dims * d     = &plan->dims;
     const int                              width = d->dk_pad / d->k_groups;
     const int                              n     = (int) task->n_queries * plan->heads;
@@ -233,16 +233,26 @@ static void attention_add_mean(const struct ggml_ext_attention_plan * plan, cons
     }
 }
 
-void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
-                               const struct ggml_tensor * q, const struct ggml_tensor * mask,
-                               const struct ggml_ext_attention_task *  task,
-                               const struct ggml_ext_attention_tiles * tiles, struct ggml_ext_attention_scratch * w) {
+// Weights that accumulate does not see have the resolution of the planes.
+static void attention_level(const struct ggml_ext_attention_plan * plan, float levels,
+                            struct ggml_ext_attention_scratch * w) {
+    for (int i = 0; i < plan->dims.v_groups * TILE; i++) {
+        w->tile.v_level[i] = levels;
+    }
+}
+
+void ggml_ext_attention_weigh(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
+                              const struct ggml_ext_attention_task *  task,
+                              const struct ggml_ext_attention_tiles * tiles, const struct ggml_ext_attention_use * use,
+                              struct ggml_ext_attention_scratch * w) {
     const struct ggml_ext_attention_dims * d = &plan->dims;
 
     const float levels = d->planes == 2 ? 65535.0f : 255.0f;
     const int   n_rows = (int) task->n_queries * plan->heads;
 
-    attention_load_queries(plan, path, q, mask, task, w);
+    if (!use->values) {
+        attention_level(plan, levels, w);
+    }
     for (int64_t i = 0; i < tiles->n; i++) {
         const struct ggml_ext_attention_span span = tiles->span(tiles->cache, task, i);
         if (!attention_read_mask(n_rows, &span, w)) {
@@ -252,7 +262,9 @@ void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, cons
             tiles->prefetch(tiles->cache, task, i);
         }
         ggml_ext_attention_load_k(path, plan->type_k, plan->dk, span.n, span.k, span.k_stride, &w->tile);
-        ggml_ext_attention_load_v(path, plan->type_v, plan->dv, span.n, span.v, span.v_stride, levels, &w->tile);
+        if (use->values) {
+            ggml_ext_attention_load_v(path, plan->type_v, plan->dv, span.n, span.v, span.v_stride, levels, &w->tile);
+        }
         if (w->tile.poisoned) {
             attention_poison_rows(span.n, n_rows, w);
         }
@@ -289,7 +301,26 @@ void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, cons
                 path->softcap(count * TILE, plan->cap * GGML_EXT_LOG2E, w->s);
             }
             path->weights(d, &w->tile, span.n, &rows);
-            path->accumulate(d, &w->tile, &rows);
+            use->batch(use, plan, path, &w->tile, &rows, i, row);
         }
     }
+}
+
+static void attention_accumulate(const struct ggml_ext_attention_use * use, const struct ggml_ext_attention_plan * plan,
+                                 const struct ggml_ext_attention_path * path,
+                                 const struct ggml_ext_attention_tile * tile,
+                                 const struct ggml_ext_attention_rows * rows, int64_t i, int row) {
+    path->accumulate(&plan->dims, tile, rows);
+    GGML_UNUSED(use);
+    GGML_UNUSED(i);
+    GGML_UNUSED(row);
+}
+
+void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
+                               const struct ggml_tensor * q, const struct ggml_tensor * mask,
+                               const struct ggml_ext_attention_task *  task,
+                               const struct ggml_ext_attention_tiles * tiles, struct ggml_ext_attention_scratch * w) {
+    const struct ggml_ext_attention_use use = { .batch = attention_accumulate, .values = true };
+    ggml_ext_attention_load_queries(plan, path, q, mask, task, w);
+    ggml_ext_attention_weigh(plan, path, task, tiles, &use, w);
 }

@@ -105,6 +105,28 @@ static inline int64_t ggml_ext_attention_token(const struct ggml_ext_attention_p
     return task->tokens ? task->tokens[j] : task->stream * plan->n_queries + task->query + j;
 }
 
+// What is done with a batch of rows' weights on a tile.
+struct ggml_ext_attention_use {
+    // tile i of the task's; rows: the batch that begins with row `row`. Not called where the mask hides all of the tile.
+    void (*batch)(const struct ggml_ext_attention_use * use, const struct ggml_ext_attention_plan * plan,
+                  const struct ggml_ext_attention_path * path, const struct ggml_ext_attention_tile * tile,
+                  const struct ggml_ext_attention_rows * rows, int64_t i, int row);
+    void * context;
+    bool   values;  // the tile has V; else v_level is the planes' largest weight, for each token
+};
+
+// The task's queries, with max -inf, sum and o 0, for weigh.
+void ggml_ext_attention_load_queries(const struct ggml_ext_attention_plan * plan,
+                                     const struct ggml_ext_attention_path * path, const struct ggml_tensor * q,
+                                     const struct ggml_tensor * mask, const struct ggml_ext_attention_task * task,
+                                     struct ggml_ext_attention_scratch * w);
+
+// Weights of the task's rows on each of its tiles, with running max and sum in w. Arguments as of attend.
+void ggml_ext_attention_weigh(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,
+                              const struct ggml_ext_attention_task *  task,
+                              const struct ggml_ext_attention_tiles * tiles, const struct ggml_ext_attention_use * use,
+                              struct ggml_ext_attention_scratch * w);
+
 // Leaves max, sum and o of the task's rows in w. Row r is query token r / heads and head r % heads of the group.
 // q: F32 [dk, n_queries, n_head, n_streams]; mask: F16 [>= n_kv, n_queries, *, *] or NULL.
 void ggml_ext_attention_attend(const struct ggml_ext_attention_plan * plan, const struct ggml_ext_attention_path * path,

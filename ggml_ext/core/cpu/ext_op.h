@@ -29,6 +29,7 @@ extern const struct ggml_ext_cpu_op ggml_ext_cpu_act_round;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_sample;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_store;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_attend;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_score;
 
 #ifdef __cplusplus
 }

@@ -8,6 +8,8 @@
 #include "ggml-impl.h"
 #include "kv_store/block.h"
 
+#include <math.h>
+
 static const float * kv_store_head(const struct ggml_tensor * t, int64_t head, int64_t token) {
     return (const float *) ((const char *) t->data + head * t->nb[1] + token * t->nb[2]);
 }
@@ -39,9 +41,9 @@ static void kv_store_compute(const struct ggml_compute_params * params, struct g
             GGML_ASSERT(slot >= 0 && slot < dst->ne[1] * GGML_EXT_KV_SLOTS && "ggml-ext: kv_store: a slot of the pool");
             char * block = (char *) dst->data + slot / GGML_EXT_KV_SLOTS * dst->nb[1];
             to(kv_store_head(x, head, token), block + p.offset + slot % GGML_EXT_KV_SLOTS * row, x->ne[0]);
-            if (keys != NULL) {
+            if (p.score > 0) {
                 ((float *) (block + p.score))[slot % GGML_EXT_KV_SLOTS] =
-                    kv_store_score(kv_store_head(keys, head, token), keys->ne[0]);
+                    keys ? kv_store_score(kv_store_head(keys, head, token), keys->ne[0]) : INFINITY;
             }
         }
     }

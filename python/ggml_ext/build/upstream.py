@@ -124,6 +124,12 @@ def patched_names(patch: Path) -> list[str]:
     return re.findall(r"^\+\+\+ b/([^\t\n]+)", patch.read_text(), flags=re.MULTILINE)
 
 
+def applies(tree: Path, patch: Path) -> bool:
+    """Whether a patch is for this release: "Where FILE has TEXT" as its first line says for which it is."""
+    where = re.match(r"Where (\S+) has (.+)\n", patch.read_text())
+    return where is None or where[2].encode() in (_bytes_of(tree / where[1]) or b"")
+
+
 def apply_patch(tree: Path, patch: Path) -> None:
     """Applies one patch to an unpacked tree; UpstreamError when a hunk does not fit or has no effect."""
     names = patched_names(patch)
@@ -213,7 +219,8 @@ def prepare(
             else:
                 unpack(source or fetch(version, cache), staging)
             for patch in series:
-                apply_patch(staging, patch)
+                if applies(staging, patch):
+                    apply_patch(staging, patch)
             _sync(staging, dest)
         stamp.write_text(state)
     except OSError as error:

@@ -16,7 +16,7 @@ NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
 _STAYS = r"(,(sink|recent)=\d+)*"
-_BUDGET = re.compile(rf"paged(,\d+[%KMG]?)?(,policy=(norm|random|probe){_STAYS})?|\d+%?{_STAYS}")
+_BUDGET = re.compile(rf"paged(,\d+[%KMG]?)?(,policy=(norm|random|probe|attention){_STAYS})?|\d+%?{_STAYS}")
 
 _UBATCH = 64
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last

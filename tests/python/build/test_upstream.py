@@ -229,6 +229,15 @@ def test_a_patch_that_does_not_fit_is_named_and_tried_again(
     assert upstream.prepare(dest, patches=patches, version=release)
 
 
+@pytest.mark.parametrize(("text", "applied"), [("two", True), ("deux", False)])
+def test_a_patch_for_some_releases(
+    text: str, applied: bool, release: str, patches: Path, tmp_path: Path
+) -> None:
+    (patches / "0001-hook.patch").write_text(f"Where ggml/src/ggml.c has {text}\n{PATCH}")
+    upstream.prepare(tmp_path / "llama.cpp", patches=patches, version=release)
+    assert ("hook" in (tmp_path / "llama.cpp" / "ggml/src/ggml.c").read_text()) == applied
+
+
 def test_a_patch_missing_from_the_folder_is_named(release: str, patches: Path, tmp_path: Path) -> None:
     (patches / "0001-hook.patch").unlink()
     with pytest.raises(UpstreamError, match=r"series: no such patch: 0001-hook\.patch"):

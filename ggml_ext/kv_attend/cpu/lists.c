@@ -1,0 +1,105 @@
+#include "lists.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+
+struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst) {
+    const struct ggml_tensor * q = dst->src[0];
+
+    struct ggml_ext_kv_lists op = {
+        .p           = ggml_ext_kv_attend_params_of(dst),
+        .pool        = dst->src[1],
+        .mask        = dst->src[5],
+        .cells       = dst->src[3]->data,
+        .n_positions = dst->src[3]->ne[0],
+        .n_lanes     = dst->src[3]->ne[1],
+        .offsets     = dst->src[2]->data,
+        .starts      = dst->src[4]->data,
+    };
+    const int64_t n_offsets = op.n_lanes * op.p.n_lists + 1;
+    op.entries              = (const struct ggml_ext_kv_entry *) (op.offsets + n_offsets);
+    op.n_entries            = (dst->src[2]->ne[0] - n_offsets) / 2;
+    op.tokens               = op.starts + op.n_lanes + 1;
+    op.block =
+        ggml_ext_kv_block_of((enum ggml_type) op.p.type_k, op.p.dk, (enum ggml_type) op.p.type_v, op.p.dv, false);
+
+    const struct ggml_ext_attention_shape shape = {
+        .type_k    = (enum ggml_type) op.p.type_k,
+        .type_v    = (enum ggml_type) op.p.type_v,
+        .dk        = op.p.dk,
+        .dv        = op.p.dv,
+        .n_head    = q->ne[2],
+        .n_head_k  = op.p.n_head_kv,
+        .n_head_v  = op.p.n_head_kv,
+        .n_queries = q->ne[1],
+        .n_streams = q->ne[3],
+        .n_kv      = op.mask->ne[0],
+        .scale     = op.p.scale,
+        .max_bias  = op.p.max_bias,
+        .cap       = op.p.cap,
+    };
+    op.plan = ggml_ext_attention_make_plan(&shape);
+    return op;
+}
+
+void ggml_ext_kv_lists_check(const struct ggml_ext_kv_lists * op) {
+    const int64_t n_lists  = op->n_lanes * op->p.n_lists;
+    const int64_t n_tokens = op->plan.n_queries * op->plan.n_streams;
+    GGML_ASSERT(op->starts[0] == 0 && op->starts[op->n_lanes] == n_tokens && op->offsets[0] == 0 &&
+                op->offsets[n_lists] <= op->n_entries && "ggml-ext: kv_attend: the table's sums");
+    for (int64_t i = 0; i < op->n_lanes; i++) {
+        GGML_ASSERT(op->starts[i] <= op->starts[i + 1] && "ggml-ext: kv_attend: the lanes' tokens");
+    }
+    for (int64_t i = 0; i < n_tokens; i++) {
+        GGML_ASSERT(op->tokens[i] >= 0 && op->tokens[i] < n_tokens && "ggml-ext: kv_attend: a token");
+    }
+    for (int64_t i = 0; i < n_lists; i++) {
+        GGML_ASSERT(op->offsets[i] <= op->offsets[i + 1] && "ggml-ext: kv_attend: the lists' offsets");
+    }
+}
+
+const char * ggml_ext_kv_lists_block(const struct ggml_ext_kv_lists * op, const struct ggml_ext_kv_entry * entry) {
+    GGML_ASSERT(entry->block >= 0 && entry->block < op->pool->ne[1] && entry->count > 0 &&
+                entry->begin + entry->count <= GGML_EXT_KV_SLOTS && "ggml-ext: kv_attend: a run of a block");
+    return (const char *) op->pool->data + entry->block * op->pool->nb[1];
+}
+
+struct ggml_ext_attention_span ggml_ext_kv_lists_span(const void * cache, const struct ggml_ext_attention_task * task,
+                                                      int64_t i) {
+    const struct ggml_ext_kv_list *  list      = cache;
+    const struct ggml_ext_kv_lists * op        = list->op;
+    const struct ggml_ext_kv_entry * entry     = list->entries + i;
+    const char *                     block     = ggml_ext_kv_lists_block(op, entry);
+    const int32_t *                  positions = (const int32_t *) block + entry->begin;
+
+    bool adjacent = true;
+    for (int t = 0; t < entry->count; t++) {
+        GGML_ASSERT(positions[t] >= 0 && positions[t] < op->n_positions && "ggml-ext: kv_attend: a position");
+        const int32_t cell = list->cells[positions[t]];
+        GGML_ASSERT(cell >= 0 && cell < op->plan.n_kv && "ggml-ext: kv_attend: a cell");
+        list->columns[t] = cell;
+        adjacent &= cell == list->columns[0] + t;
+    }
+    GGML_UNUSED(task);
+    return (struct ggml_ext_attention_span) {
+        .k        = block + op->block.k + entry->begin * op->block.k_row,
+        .v        = block + op->block.v + entry->begin * op->block.v_row,
+        .k_stride = op->block.k_row,
+        .v_stride = op->block.v_row,
+        .n        = entry->count,
+        .column   = list->columns[0],
+        .columns  = adjacent ? NULL : list->columns,
+    };
+}
+
+void ggml_ext_kv_lists_prefetch(const void * cache, const struct ggml_ext_attention_task * task, int64_t i) {
+    const struct ggml_ext_kv_list * list = cache;
+    GGML_UNUSED(task);
+    if (i + 1 >= list->n) {
+        return;
+    }
+    const char * block = ggml_ext_kv_lists_block(list->op, list->entries + i + 1);
+    for (size_t at = 0; at < list->op->block.size; at += 64) {
+        __builtin_prefetch(block + at, 0, 2);
+    }
+}
