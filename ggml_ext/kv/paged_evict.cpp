@@ -10,7 +10,7 @@
 
 static constexpr double   shared_floor = 0.25;  // where heads' scores say something of each other
 static constexpr int32_t  score_window = 32;    // queries of a ubatch
-static constexpr float    score_decay  = 0.9f;
+static constexpr float    score_decay  = 0.5f;
 static constexpr uint32_t score_pool   = 3;     // neighbours on each side
 
 // Any order, the same for equal runs.

@@ -21,7 +21,7 @@ from kv_paged import F16, Q8_0, close, open_cache, random_tokens, read
 
 LAYER = OneLayer()
 KV = "paged,budget=256,policy=attention"
-WINDOW, RECENT, DECAY = 32, 64, 0.9
+WINDOW, RECENT, DECAY = 32, 64, 0.5
 
 
 @pytest.fixture(scope="module")
