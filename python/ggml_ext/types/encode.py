@@ -25,6 +25,7 @@ from ggml_ext.core.progress import Advance, track
 from ggml_ext.core.registry import FLOAT_TYPES
 from ggml_ext.gguf.imatrix import Imatrix
 from ggml_ext.gguf.source import Source, Tensor, read_bytes, read_floats, reading
+from ggml_ext.gguf.transformed import carried
 from ggml_ext.gguf.writer import (
     OutTensor,
     float32_array_key,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
 _FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
-_TRANSFORM_KEYS = ("ggml_ext.transform.", "ggml_ext.site.", "ggml_ext.fold.", "ggml_ext.activation.")
 _FILE_TYPE_FQ4 = 200  # the patched llama.cpp's name for "mostly FQ4"
 
 Importances = NDArray[np.float32]
@@ -227,14 +227,14 @@ def _keys(
         put_string("quantize.imatrix.dataset", used.dataset)
         put_uint32("quantize.imatrix.entries_count", len(used.entries))
         put_uint32("quantize.imatrix.chunks_count", used.chunks)
-    carried = _carried(source) if prepared is None else {}
-    if prepared is None and not carried and all(job.out.type_id < _FIRST_EXTENDED_ID for job in jobs):
+    kept = carried(source) if prepared is None else {}
+    if prepared is None and not kept and all(job.out.type_id < _FIRST_EXTENDED_ID for job in jobs):
         return keys
     put_uint32("ggml_ext.version", 1)
     if prepared is None:
         put_string("ggml_ext.rounding", "rtn" if used is None else "imatrix")
         put_string("ggml_ext.transform.name", "none")
-        keys.update(carried)
+        keys.update(kept)
     else:
         keys.update(_prepared_keys(prepared))
     if calibration is not None and (used is not None or prepared is not None):
@@ -243,17 +243,6 @@ def _keys(
         put_uint32("ggml_ext.calibration.length", calibration.length)
         put_uint32("ggml_ext.calibration.seed", calibration.seed)
     return keys
-
-
-def _carried(source: Source) -> dict[str, bytes]:
-    """What a source says of transforms in its weights, which rounding them anew does not undo."""
-    name = "ggml_ext.transform.name"
-    carried = {key: entry for key, entry in source.keys.items() if key.startswith(_TRANSFORM_KEYS)}
-    if carried in ({}, {name: string_key(name, "none")}):
-        return {}
-    if "ggml_ext.version" not in source.keys:
-        raise GgmlExtError(f"{source.path}: has {min(carried)} without ggml_ext.version; make the file anew")
-    return {**carried, "ggml_ext.version": source.keys["ggml_ext.version"]}
 
 
 def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from ggml_ext.methods import transforms
 from ggml_ext.methods.calibrate.device import require_device
 from ggml_ext.methods.calibrate.folder import OBSERVATION
 from ggml_ext.methods.calibrate.plan import Request
-from ggml_ext.methods.calibrate.run import observation_of, open_observed
+from ggml_ext.methods.calibrate.run import observation_of, open_observed, require_convertible
 from ggml_ext.methods.rounding import round_matrix
 from ggml_ext.methods.rounding.hessian import Hessian
 from ggml_ext.methods.sites import ActivationSpec, Linear, Site, SiteStats
@@ -81,6 +81,8 @@ def estimate(request: Request, folder: Path) -> Estimate:
     hf.require(request.source)
     recipes.check(method, request.type_for, text=True, imatrix=False)
     require_device(request.device)
+    if not request.source.is_dir():
+        require_convertible(request)
     finished = open_observed(request, _silent)
     if finished is None:
         seen = observing.estimate(observation_of(request, request.source), folder / OBSERVATION, warn=_silent)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.owned_folder import SOURCE
 from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.gguf.transformed import require_plain
 from ggml_ext.methods.calibrate import plan as plans
 from ggml_ext.methods.calibrate.block_file import FileSite, Stored, block_path, load
 from ggml_ext.methods.calibrate.folder import OBSERVATION
@@ -31,7 +32,8 @@ class Calibrated:
 def open_folder(folder: Path, model: Path) -> Calibrated:
     """Opens the finished calibration of ``model``, a Hugging Face folder or a GGUF file.
 
-    Raises GgmlExtError for a folder that holds none, an unfinished one, or that of another model.
+    Raises GgmlExtError for a folder that holds none, an unfinished one, that of another model, and
+    for a model that require_plain refuses.
     """
     plan = plans.load(folder)
     if plan is None:
@@ -43,6 +45,8 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
             "go on with the ggml-ext calibrate that began it"
         )
     plans.require_model(plan, model, folder)
+    source = open_gguf(folder / SOURCE if model.is_dir() else model)
+    require_plain(source)
     tensors: dict[str, Stored] = {}
     sites: list[FileSite] = []
     errors: dict[str, float] = {}
@@ -60,7 +64,6 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         activation=plan.activation,
         errors=errors,
     )
-    source = open_gguf(folder / SOURCE if model.is_dir() else model)
     return Calibrated(plan, _windows(plan, folder), source, prepared)
 
 

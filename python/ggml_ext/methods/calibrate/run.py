@@ -30,6 +30,7 @@ from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE, Held
 from ggml_ext.core.progress import track
 from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.gguf.transformed import require_plain
 from ggml_ext.hf import folder as hf
 from ggml_ext.methods import transforms
 from ggml_ext.methods.calibrate import given
@@ -91,6 +92,8 @@ def calibrate(
         hf.check(request.source)
         for line in hf.remarks(request.source):
             warn(line)
+    else:
+        require_convertible(request)
     seen = open_observed(request, warn)
     content = b"" if request.text is None or seen is not None else read_text(request.text)
     sha256 = hashlib.sha256(content).hexdigest() if seen is None else seen.description.text
@@ -120,6 +123,17 @@ def calibrate(
     mean = float(np.mean(measured)) if measured else None
     windows = seen.description.windows
     return CalibrateResult(folder, plan, windows, done, mean, time.monotonic() - started)
+
+
+def require_convertible(request: Request) -> None:
+    """Raises GgmlExtError where the request's GGUF file holds what its method would make wrong."""
+    source = open_gguf(request.source)
+    require_plain(source)
+    if request.method.transform != "none" and any(".kv_probe" in tensor.name for tensor in source.tensors):
+        raise GgmlExtError(
+            f"{request.source}: has probes of a KV cache, which read what a transform changes; convert "
+            "the model without them, then give the result probes with kv-probe"
+        )
 
 
 def sample_rows(activation: Sequence[int] | None) -> int:
@@ -173,15 +187,7 @@ def discard(folder: Path) -> None:
 def _float_model(request: Request, mine: Held) -> Source:
     """The model as float GGUF: the source itself, or made once per plan."""
     if not request.source.is_dir():
-        source = open_gguf(request.source)
-        if request.method.transform != "none" and any(
-            ".kv_probe" in tensor.name for tensor in source.tensors
-        ):
-            raise GgmlExtError(
-                f"{request.source}: has probes of a KV cache, which read what a transform changes; convert "
-                "the model without them, then give the result probes with kv-probe"
-            )
-        return source
+        return open_gguf(request.source)
     path = mine.folder / SOURCE
     with named_as(path, request.source):
         if plans.load(mine.folder) is None or not path.is_file():
