@@ -138,7 +138,11 @@ def convert(
     line at a time. Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
-    check_outputs(out, inputs=[source, imatrix, calibration, calibrated, observed, matrices])
+    check_outputs(
+        out,
+        inputs=[source, imatrix, calibration, calibrated, observed, matrices],
+        folders=[calibrated, observed],
+    )
     source = hub.fetch(source)
     hf.require(source)
     if calibrated is not None:

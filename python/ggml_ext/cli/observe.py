@@ -71,7 +71,7 @@ def observe(
     from ggml_ext.observe.prepare import Request
     from ggml_ext.observe.samples import text_or_default
 
-    check_outputs(json_out, inputs=[source, calibration])
+    check_outputs(json_out, inputs=[source, calibration], folders=[out])
     text = text_or_default(calibration, warn)
     source = hub.fetch(source)
     request = Request(

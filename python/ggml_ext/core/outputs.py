@@ -16,16 +16,21 @@ from ggml_ext.core.errors import GgmlExtError
 _PART = re.compile(r"^(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<rest>.*\.gguf)$", re.IGNORECASE | re.DOTALL)
 
 
-def check_outputs(*outputs: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+def check_outputs(
+    *outputs: Path | None, inputs: Iterable[Path | None] = (), folders: Iterable[Path | None] = ()
+) -> None:
     """Raise GgmlExtError unless ``outputs`` can be written without touching an input or each other.
 
     ``inputs``: files and folders that the command reads; None stands for an option that was not given. A file
-    stands for all parts of a split model, a folder for the files in it. Links, hard and symbolic, are seen
-    through.
+    stands for all parts of a split model, a folder for the files in it. ``folders``: those that a command of
+    ours fills, this one or an earlier one: no other file may come into them. Links, hard and symbolic, are
+    seen through.
     """
     wanted = [path for path in outputs if path is not None]
     read = [path for path in inputs if path is not None]
+    ours = [path for path in folders if path is not None]
     for number, path in enumerate(wanted):
+        _check_outside(path, ours)
         _check_place(path)
         for other in wanted[:number]:
             if _same(path, other):
@@ -36,11 +41,19 @@ def check_outputs(*outputs: Path | None, inputs: Iterable[Path | None] = ()) -> 
                 raise GgmlExtError(f"{path}: the same file as the input {found}; write to another one")
 
 
-def check_folder(folder: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise GgmlExtError if the output ``folder`` is one of the inputs or holds one."""
+def check_folder(folder: Path, inputs: Iterable[Path | None], folders: Iterable[Path | None] = ()) -> None:
+    """Raise GgmlExtError if the output ``folder`` is one of the inputs or holds one, or lies in one of the
+    ``folders`` of check_outputs."""
+    _check_outside(folder, (path for path in folders if path is not None))
     for source in inputs:
         if source is not None and _is_within(source, folder):
             raise GgmlExtError(f"{folder}: holds the input {source}; choose another folder")
+
+
+def _check_outside(path: Path, folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if _is_within(path, folder):
+            raise GgmlExtError(f"{path}: in {folder}, which ggml-ext fills; choose a place outside of it")
 
 
 def _check_place(path: Path) -> None:

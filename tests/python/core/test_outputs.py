@@ -145,7 +145,8 @@ def test_no_output_is_an_input(
         assert status == 1, line
         assert error.startswith("ggml-ext: error: "), error
         assert error.count("\n") == 1, error
-        assert "same file" in error or "two outputs" in error, error
+        said = ("same file", "two outputs", "which ggml-ext fills")
+        assert any(words in error for words in said), error
         for link in place.glob("*.link"):
             link.unlink()
 
@@ -162,6 +163,40 @@ def test_a_calibration_does_not_take_its_inputs_folder(
     )
     assert status == 1
     assert "holds the input" in error
+    assert content(place) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "observe model.gguf -o new --calibration text.txt --json OUT",
+        "observe model.gguf -o new --calibration text.txt --dry-run --json OUT",
+        "convert model.gguf -o OUT --rounding gptq --observed new",
+        "convert model.gguf -o OUT --type q4_0 --observed new",
+        "convert model.gguf -o OUT --calibrated new",
+        "calibrate model.gguf -o OUT --rounding gptq --observed new",
+    ],
+)
+@pytest.mark.parametrize("out", ["new", "new/state.json", "new/more", "split/../new/more", "link/more"])
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_comes_into_a_folder_of_ours(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    out: str,
+    there: bool,
+) -> None:
+    """Neither in the place of its files nor beside them, whether the folder is there yet or not."""
+    (place / "link").symlink_to("new")
+    if there:
+        (place / "new").mkdir()
+        (place / "new" / "state.json").write_text("{}")
+    before = content(place)
+    arguments = [out if word == "OUT" else word for word in line.split()]
+    status, error = run(arguments, capsys, monkeypatch)
+    assert (status, error.count("\n")) == (1, 1), error
+    assert f"{out}: in new, which ggml-ext fills; choose" in error
     assert content(place) == before
 
 
@@ -187,6 +222,7 @@ def test_outputs_that_are_allowed(place: Path) -> None:
     check_outputs(place / "other.gguf", inputs=[model, place / "text.txt"])
     shutil.copyfile(model, hf / "earlier.gguf")
     check_outputs(hf / "earlier.gguf", hf / "new.gguf", inputs=[hf])
+    check_outputs(place / "o.json", place / "new.json", inputs=[place / "hf"], folders=[place / "o"])
     check_folder(place / "new", [hf, place / "text.txt"])
     (place / "folder.link").symlink_to("split")
     with pytest.raises(GgmlExtError, match="same file"):

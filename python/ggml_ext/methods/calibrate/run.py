@@ -84,7 +84,8 @@ def calibrate(
     """
     started = time.monotonic()
     hf.require(request.source)
-    check_folder(folder, [request.source, request.text, request.matrices, request.observed])
+    inputs = [request.source, request.text, request.matrices, request.observed]
+    check_folder(folder, inputs, folders=[request.observed])
     recipes.check(request.method, request.type_for, text=True, imatrix=False)
     require_device(request.device)
     bound_threads(request.threads)
