@@ -49,15 +49,16 @@ class ModelSites:
     def _only_floats(self) -> bool:
         return not any(map(self._rounds, self._tensors))
 
-    def block(self, index: int) -> dict[str, Site]:
+    def block(self, index: int, *, weights: bool = True) -> dict[str, Site]:
         """The sites of block ``index`` by anchor, with the weights of their matrices: those where something
-        is rounded, or all of a file of floats."""
+        is rounded, or all of a file of floats. weights: read them; else they have shapes alone (torch's
+        device "meta")."""
         found: dict[str, Site] = {}
         for site in self.table.sites:
             if _block_of(site.anchor) == index:
                 roles = self._roles(site)
                 if roles.linears:
-                    built = self._site(site, roles)
+                    built = self._site(site, roles, weights=weights)
                     found[built.anchor] = built
         return found
 
@@ -107,8 +108,13 @@ class ModelSites:
     def _rounds(self, name: str) -> bool:
         return self.types.get(name, "f32") not in FLOAT_TYPES and len(self._tensors[name]) > 1
 
-    def _linears(self, names: Sequence[str]) -> tuple[Linear, ...]:
-        return tuple(Linear(name, self.read(name)) for name in names)
+    def _linears(self, names: Sequence[str], *, weights: bool) -> tuple[Linear, ...]:
+        return tuple(
+            Linear(
+                name, self.read(name) if weights else torch.empty(self._tensors[name][::-1], device="meta")
+            )
+            for name in names
+        )
 
     def _roles(self, site: observed.Site) -> _Roles:
         """What stays in float32 among matrices that do not is nothing to transform: a router. Nor is a site
@@ -125,15 +131,15 @@ class ModelSites:
             return _Roles(heavy, (), also, online=False)
         return _Roles(linears, [name for name in heavy if name not in reached], also, online=True)
 
-    def _site(self, site: observed.Site, roles: _Roles) -> Site:
+    def _site(self, site: observed.Site, roles: _Roles, *, weights: bool) -> Site:
         fold = self._fold(site)
         heads = site.fold if fold is not None else None
         return Site(
             anchor=roles.linears[0].removesuffix(".weight"),
             n=site.n,
-            linears=self._linears(roles.linears),
+            linears=self._linears(roles.linears, weights=weights),
             fold=fold,
-            folded=self._linears(roles.folded),
+            folded=self._linears(roles.folded, weights=weights),
             also=tuple(roles.also),
             online=roles.online,
             n_head=heads.n_head if heads else 0,

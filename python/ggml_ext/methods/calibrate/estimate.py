@@ -18,6 +18,7 @@ from ggml_ext.core.progress import duration_text, size_text
 from ggml_ext.gguf.source import open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.methods import transforms
+from ggml_ext.methods.calibrate import given
 from ggml_ext.methods.calibrate.device import require_device
 from ggml_ext.methods.calibrate.folder import OBSERVATION
 from ggml_ext.methods.calibrate.plan import Request
@@ -75,7 +76,7 @@ class Estimate:
 def estimate(request: Request, folder: Path) -> Estimate:
     """Estimates the calibration of ``request`` into ``folder``; nothing of it stays.
 
-    Raises GgmlExtError as the calibration itself would for options, model and text.
+    Raises GgmlExtError as the calibration itself would for options, model, text and matrices that are none.
     """
     method = request.method
     hf.require(request.source)
@@ -83,6 +84,8 @@ def estimate(request: Request, folder: Path) -> Estimate:
     require_device(request.device)
     if not request.source.is_dir():
         require_convertible(request)
+    if request.matrices is not None:
+        given.load(request.matrices)
     finished = open_observed(request, _silent)
     if finished is None:
         seen = observing.estimate(observation_of(request, request.source), folder / OBSERVATION, warn=_silent)

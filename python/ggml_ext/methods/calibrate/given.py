@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.methods.calibrate.block_file import Packed
+from ggml_ext.methods.model_sites import ModelSites
 from ggml_ext.methods.sites import Site, SiteTransform, identity
 from ggml_ext.methods.transforms.official import SITE_KINDS, SiteKind, load_official, load_official_kv
 from ggml_ext.runtime import native
@@ -29,27 +30,43 @@ _READERS: Mapping[SiteKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Matrices:
-    """``path``: the file. ``transforms``: of every block. ``cache``: P of k' = k P of each block, or None.
-    ``adjacent``: whether llama.cpp's RoPE turns adjacent channels of the model's heads, where Hugging
-    Face's turns channels half a head apart."""
+    """``path``: the file. ``transforms``: of every block. ``cache``: P of k' = k P of each block, or None."""
 
     path: Path
     transforms: list[dict[SiteKind, SiteTransform]]
     cache: list[Tensor | None]
-    adjacent: bool
 
 
-def load(path: Path, n_blocks: int, model: Path) -> Matrices:
-    """Reads the file for a GGUF ``model`` of ``n_blocks``. Raises GgmlExtError for a file that is none
-    (methods/transforms/official.py), or another model's."""
-    transforms = load_official(path)
-    if len(transforms) != n_blocks:
+def load(path: Path) -> Matrices:
+    """Reads the file. Raises GgmlExtError for one that is none (methods/transforms/official.py)."""
+    return Matrices(path, load_official(path), load_official_kv(path))
+
+
+def require_fit(matrices: Matrices, model: ModelSites) -> None:
+    """Raises GgmlExtError unless the transforms are for the ``model``, whose weights are not read."""
+    n_blocks = model.source.n_blocks
+    if len(matrices.transforms) != n_blocks:
         raise GgmlExtError(
-            f"{path}: transforms of {len(transforms)} blocks for a model of {n_blocks}; give this model's"
+            f"{matrices.path}: transforms of {len(matrices.transforms)} blocks for a model of {n_blocks}; "
+            "give this model's"
         )
+    for index in range(n_blocks):
+        sites(matrices, index, model.block(index, weights=False), clips=True)
+
+
+def in_gguf_order(matrices: Matrices, model: Path) -> Matrices:
+    """The same with ``cache`` for the heads of the GGUF ``model``.
+
+    P of the file is for heads with Hugging Face's order of channels. In GGUF's order its rows move; its
+    columns need not, since the queries get the inverse of the same matrix.
+    """
     with Model(model, weights=False) as loaded:
         adjacent = loaded.adjacent_rope
-    return Matrices(path, transforms, load_official_kv(path), adjacent)
+    moved = [
+        None if p is None else p[torch.from_numpy(head_order(len(p), adjacent=adjacent))]
+        for p in matrices.cache
+    ]
+    return replace(matrices, cache=moved)
 
 
 def sites(
@@ -94,16 +111,11 @@ def _fits(site: Site, transform: SiteTransform) -> bool:
 
 
 def cache_tensors(matrices: Matrices, index: int) -> dict[str, Packed]:
-    """The transform of block ``index``'s K cache and its inverse for the queries (fq_h in docs/gguf.md);
-    empty if the file has none.
-
-    P of the file is for heads with Hugging Face's order of channels. In GGUF's order its rows move; its
-    columns need not, since the queries get the inverse of the same matrix.
-    """
-    p = matrices.cache[index]
-    if p is None:
+    """The transform of block ``index``'s K cache, in GGUF's order, and its inverse for the queries (fq_h in
+    docs/gguf.md); empty if the file has none."""
+    keys = matrices.cache[index]
+    if keys is None:
         return {}
-    keys = p[torch.from_numpy(head_order(len(p), adjacent=matrices.adjacent))]
     pair = {"attn_k": keys, "attn_q": torch.linalg.inv(keys).T}
     return {f"blk.{index}.{name}.fq_h": _packed(matrix) for name, matrix in pair.items()}
 
@@ -111,7 +123,9 @@ def cache_tensors(matrices: Matrices, index: int) -> dict[str, Packed]:
 def head_order(dim: int, *, adjacent: bool) -> NDArray[np.int64]:
     """Channel j of a head in GGUF is channel result[j] of the head in Hugging Face's q and k.
 
-    Where llama.cpp turns adjacent channels, its converter moves the rows of each head from (half, pair) to
+    adjacent: whether llama.cpp's RoPE turns adjacent channels; Hugging Face's turns channels half a head apart.
+
+    Where it does, llama.cpp's converter moves the rows of each head from (half, pair) to
     (pair, half): LlamaModel.permute in conversion/llama.py.
     """
     order = np.arange(dim, dtype=np.int64)

@@ -95,6 +95,7 @@ def calibrate(
             warn(line)
     else:
         require_convertible(request)
+    matrices = None if request.matrices is None else given.load(request.matrices)
     seen = open_observed(request, warn)
     content = b"" if request.text is None or seen is not None else read_text(request.text)
     sha256 = hashlib.sha256(content).hexdigest() if seen is None else seen.description.text
@@ -105,9 +106,12 @@ def calibrate(
                 table = prepare.table_of(source.path, request.ctx)
             plan = plans.make(request, sha256, source, table)
         else:
-            plan = plans.make(request, sha256, source, seen.table, seen.description)
+            table = seen.table
+            plan = plans.make(request, sha256, source, table, seen.description)
         found = plans.load(folder)
         if found is None:
+            if matrices is not None:
+                given.require_fit(matrices, ModelSites(source, table, plan.types))
             plan.save(folder)
         else:
             plans.require_equal(found, plan, folder)
@@ -118,7 +122,7 @@ def calibrate(
             warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
         if seen is None:
             seen = _observe(request, content, folder, source, warn)
-        errors = _run(request, folder, plan, source, seen, warn)
+        errors = _run(request, folder, plan, source, seen, matrices, warn)
         done = len(errors)
     measured = [error for block in errors for error in block]
     mean = float(np.mean(measured)) if measured else None
@@ -212,7 +216,13 @@ def _observe(request: Request, content: bytes, folder: Path, source: Source, war
 
 
 def _run(
-    request: Request, folder: Path, plan: Plan, source: Source, seen: Observation, warn: Warn
+    request: Request,
+    folder: Path,
+    plan: Plan,
+    source: Source,
+    seen: Observation,
+    matrices: given.Matrices | None,
+    warn: Warn,
 ) -> list[list[float]]:
     """Does the blocks that are missing; returns the errors of their matrices."""
     model = ModelSites(source, seen.table, plan.types)
@@ -222,8 +232,9 @@ def _run(
     if plan.transform != "none" and len(missing) == plan.blocks:
         with work_folder(folder / "proof") as work:
             prove(model, work, plan.transform, threads=request.threads)
+    if matrices is not None:
+        matrices = given.in_gguf_order(matrices, source.path)
     errors: list[list[float]] = []
-    matrices = None if request.matrices is None else given.load(request.matrices, plan.blocks, source.path)
     try:
         with track(len(missing), "calibration", "blocks") as advance:
             for index in missing:
