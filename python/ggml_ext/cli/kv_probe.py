@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ggml_ext.cli.shared import CalibrationOption, JsonOption, SeedOption, ThreadsOption
+from ggml_ext.cli.shared import CalibrationOption, JsonOption, SeedOption, ThreadsOption, bound_threads
 from ggml_ext.core.errors import warn
 
 
@@ -23,6 +23,7 @@ def kv_probe(
 ) -> None:
     """Fit what policy=probe of a paged KV cache evicts by, and write the model with it; interrupted, the same
     command goes on."""
+    bound_threads(threads)
     from ggml_ext.core.outputs import check_outputs, write_json
     from ggml_ext.gguf.added import write_with
     from ggml_ext.observe.kv_probe import fit
@@ -33,10 +34,10 @@ def kv_probe(
     text = text_or_default(calibration, warn)
     probes = fit(model, text, state, samples=samples, ctx=ctx, seed=seed, threads=threads, warn=warn)
     write_with(model, probes.tensors(), out)
-    state.unlink(missing_ok=True)
     if json_out is not None:
         rows = {str(index): probe.correlation for index, probe in probes.layers.items()}
         write_json(json_out, {"tokens": probes.tokens, "correlation": probes.correlation, "layers": rows})
+    state.unlink(missing_ok=True)  # last: from it the figures can be had again
     print(
         f"{out}: probes of {len(probes.layers)} layers, fitted on {probes.tokens} tokens; correlation with "
         f"what later tokens looked at, in windows held out: {probes.correlation:.2f}"

@@ -14,6 +14,7 @@ from ggml_ext.cli.shared import (
     ParseSpecialOption,
     SeedOption,
     TrustOption,
+    bound_threads,
 )
 from ggml_ext.core.errors import warn
 from ggml_ext.observe.layout import SAMPLE_ROWS
@@ -66,6 +67,7 @@ def observe(
 ) -> None:
     """Sum what a model's matrices read on a text; interrupted, the same command goes on."""
     allowed = size(memory)
+    bound_threads(threads)
     from ggml_ext.core.outputs import check_outputs, write_json
     from ggml_ext.hf import hub
     from ggml_ext.observe.prepare import Request

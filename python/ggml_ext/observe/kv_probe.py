@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import time
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,16 +284,35 @@ class _State:
     def _load(self) -> None:
         try:
             with np.load(self.path) as stored:
-                if str(stored["of"]) != self.of:
-                    raise GgmlExtError(
-                        f"{self.path}: begun with another model, text or options; delete it to begin anew"
-                    )
-                self.windows = int(stored["windows"])
-                for index in {int(name.split(".")[0]) for name in stored.files if "." in name}:
-                    sums = (_Sums(*(stored[f"{index}.{part}.{name}"] for name in _NAMES)) for part in _PARTS)
-                    self.layers[index] = _Layer(*sums)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                arrays = {name: stored[name] for name in stored.files}
+            of, windows = str(arrays.pop("of")), int(arrays.pop("windows"))
+            layers = _layers(arrays) if of == self.of else {}
+        except Exception as error:  # of every kind, since the file decides what fails
             raise GgmlExtError(f"{self.path}: no state of probes, or damaged; delete it") from error
+        if of != self.of:
+            raise GgmlExtError(
+                f"{self.path}: begun with another model, text or options; delete it to begin anew"
+            )
+        self.windows, self.layers = windows, layers
+
+
+def _layers(arrays: Mapping[str, NDArray[Any]]) -> dict[int, _Layer]:
+    """Of a state's arrays. Raises KeyError and ValueError for what no run has saved."""
+    found = {}
+    for index in {int(name.split(".")[0]) for name in arrays}:
+        parts = []
+        for part in _PARTS:
+            sums = _Sums(*(arrays[f"{index}.{part}.{name}"] for name in _NAMES))
+            wanted = _Sums.zeros(*sums.xy.shape)
+            if any(
+                (getattr(sums, name).shape, getattr(sums, name).dtype)
+                != (getattr(wanted, name).shape, getattr(wanted, name).dtype)
+                for name in _NAMES
+            ):
+                raise ValueError("sums of other shapes")
+            parts.append(sums)
+        found[index] = _Layer(*parts)
+    return found
 
 
 def _read(model: Model, reader: _Reader, window: NDArray[np.int64]) -> None:

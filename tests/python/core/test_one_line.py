@@ -146,6 +146,29 @@ def test_threads_bound_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "convert nowhere -o o",
+        "calibrate nowhere -o o",
+        "observe nowhere -o o",
+        "kv-probe nowhere -o o",
+        "perplexity nowhere -f nowhere",
+        "compare nowhere nowhere -f nowhere",
+    ],
+)
+def test_commands_bound_numpy_before_it_is_loaded(line: str, tmp_path: Path) -> None:
+    """Its libraries look once. bench runs no numpy: llama-bench gets the number."""
+    code = (
+        "import os, sys; from ggml_ext.cli import entry; loaded = 'numpy' in sys.modules\n"
+        "try: entry.main()\nexcept SystemExit: print(loaded, os.environ.get('OPENBLAS_NUM_THREADS'))"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", code, *line.split(), "-t", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.stdout.split() == ["False", "1"], done.stderr
+
+
+@pytest.mark.parametrize(
     ("error", "said"),
     [
         (MemoryError(), "out of memory; "),

@@ -7,6 +7,7 @@ kept, attention of the first reading taken for that of the second, a file that s
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import transform_files
 from eval_models import make_model, text_of
 from ggml_ext.cli.entry import app
+from ggml_ext.core import outputs
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.gguf.added import write_with
 from ggml_ext.gguf.inspect import inspect, print_result
@@ -292,6 +294,77 @@ def test_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         refused = _run(model, text, parts, "--samples", "8")
         assert (refused.exit_code, line in refused.stderr) == (1, True), refused.output
         assert state.read_bytes() == content
+
+
+def test_any_damage_to_a_state_is_one_line(tmp_path: Path) -> None:
+    """Of the file's bytes, and of what it holds; a state that is not used stays for who can read it."""
+    state = tmp_path / "o.gguf.probes"
+    sums = {
+        f"0.{part}.{name}": array
+        for part in fitting._PARTS
+        for name, array in (("xx", np.eye(3)), ("xy", np.ones((3, 2))), ("yy", np.ones(2)))
+    }
+    whole: dict[str, Any] = {"of": "model", "windows": 2, **sums}
+
+    def saved(**changed: Any) -> bytes:
+        with state.open("wb") as file:
+            np.savez(
+                file, **{name: value for name, value in {**whole, **changed}.items() if value is not None}
+            )
+        return state.read_bytes()
+
+    good = saved()
+    assert fitting._State(state, "model").windows == 2
+    random = np.random.default_rng(3)
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
+    damaged = [array.getvalue(), b"", good[:-30], good.replace(b"model", b"other")]
+    damaged += [
+        saved(of=None),
+        saved(windows="two"),
+        saved(windows=np.ones(3)),
+        saved(**{"0.fitted.xx": None}),
+    ]
+    damaged += [saved(**{"0.fitted.xx": np.ones(3)}), saved(**{"0.fitted.xy": np.ones(3)})]
+    damaged += [saved(**{"0.held_out.yy": np.ones(3)}), saved(**{"0.fitted.xx": np.eye(3, dtype=np.int8)})]
+    damaged += [saved(x=np.ones(3)), saved(**{"x.fitted.xx": np.eye(3)})]
+    for _ in range(60):
+        content = bytearray(good)
+        for at in random.integers(0, len(good), 4):
+            content[at] = random.integers(256)
+        damaged.append(bytes(content))
+    said = []
+    for content in damaged:
+        state.write_bytes(content)
+        try:
+            fitting._State(state, "model")
+        except GgmlExtError as error:
+            said.append(str(error))
+        assert state.read_bytes() == content
+    assert len(said) > 40
+    assert all(line.startswith(f"{state}: ") and "; delete it" in line for line in said)
+
+
+def test_figures_that_cannot_be_written_cost_no_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written first: the same command has them from the state."""
+    model, text = make_model(tmp_path / "m.gguf"), tmp_path / "t.txt"
+    text.write_text(text_of(3000))
+    state = tmp_path / "p.gguf.probes"
+    monkeypatch.setattr(fitting, "_SAVE_SECONDS", 0.0)
+
+    def full(*_: object) -> None:
+        raise GgmlExtError("the disk is full; make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_json", full)
+        done = _run(model, text, tmp_path / "p.gguf", "--samples", "2", "--json", str(tmp_path / "j"))
+    assert (done.exit_code, state.exists()) == (1, True), done.output
+    monkeypatch.setattr(fitting, "_read", lambda *_: pytest.fail("a window was read again"))
+    done = _run(model, text, tmp_path / "p.gguf", "--samples", "2", "--json", str(tmp_path / "j"))
+    assert (done.exit_code, state.exists()) == (0, False), done.output
+    assert json.loads((tmp_path / "j").read_text())["tokens"] == 126
 
 
 def test_the_command_refuses(tmp_path: Path) -> None:

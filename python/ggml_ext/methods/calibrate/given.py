@@ -123,7 +123,7 @@ def cache_tensors(matrices: Matrices, index: int) -> dict[str, Packed]:
 def head_order(dim: int, *, adjacent: bool) -> NDArray[np.int64]:
     """Channel j of a head in GGUF is channel result[j] of the head in Hugging Face's q and k.
 
-    adjacent: whether llama.cpp's RoPE turns adjacent channels; Hugging Face's turns channels half a head apart.
+    adjacent: whether llama.cpp's RoPE turns adjacent channels, Hugging Face's channels half a head apart.
 
     Where it does, llama.cpp's converter moves the rows of each head from (half, pair) to
     (pair, half): LlamaModel.permute in conversion/llama.py.
