@@ -185,7 +185,7 @@ def _check_types(method: Method, others: Sequence[str]) -> None:
     for name in sorted(set(plain)):
         try:
             native.needs_imatrix(name)
-        except GgmlExtError as exc:
+        except native.UnknownTypeError as exc:
             known = ", ".join(sorted(STOCK_MIXES))
             raise GgmlExtError(
                 f"unknown type {name}; use fq4, f16, bf16, f32, another ggml type or, for the whole file, "
@@ -218,7 +218,7 @@ def _check_blockwise(method: Method, *, imatrix: bool) -> None:
     if method.type_name in STOCK_MIXES and method.type_name not in mixes.BODY:
         try:
             native.needs_imatrix(method.type_name)
-        except GgmlExtError as exc:
+        except native.UnknownTypeError as exc:
             raise GgmlExtError(
                 f"--type {method.type_name}: only llama-quantize knows this mix and it rounds by itself; "
                 f"with {asked} use q4_k_m, fq4_m or a plain type, and --type-for"

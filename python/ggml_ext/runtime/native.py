@@ -43,6 +43,10 @@ _MUST_CHANGE = "the weights or the type must change"
 _MAX_TYPE_ID = 255  # ids are below GGML_TYPE_COUNT, which no function returns
 
 
+class UnknownTypeError(GgmlExtError):
+    """No ggml type has the name."""
+
+
 @dataclass(frozen=True)
 class _Native:
     """``base`` and ``cpu``: libraries; ``errors``: return value -> name of an enum ggml_ext_error."""
@@ -153,11 +157,11 @@ def type_name(type_id: int) -> str:
 
 
 def type_id(name: str) -> int:
-    """Id of a type by name ("fq4", "q4_K", ...; case is ignored). Raises GgmlExtError for an unknown one."""
+    """Id of a type by name ("fq4", "q4_K", ...; case is ignored). Raises UnknownTypeError."""
     number = int(_native().base.ggml_ext_type_from_name(name.encode()))
     if number < 0:
         names = (_name_or_none(number) for number in range(_MAX_TYPE_ID + 1))
-        raise GgmlExtError(f"unknown tensor type: {name}; there are: {', '.join(n for n in names if n)}")
+        raise UnknownTypeError(f"unknown tensor type: {name}; there are: {', '.join(n for n in names if n)}")
     return number
 
 

@@ -9,6 +9,7 @@ import pytest
 from ggml_ext import recipes
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.recipes import Method, Options, check, load, remarks, resolve
+from ggml_ext.runtime import native
 
 
 def checked(method: Method, **options: Any) -> None:
@@ -78,12 +79,25 @@ def test_unknown_recipe() -> None:
         (Method("q5_k_m", "awq", "gptq"), {}, "only llama-quantize knows this mix"),
         (Method("q5_z", rounding="imatrix"), {}, "unknown type q5_z; use fq4"),
         (Method(rounding="imatrix"), {"type_for": [("attn", "q4_k_m")]}, "unknown type q4_k_m"),
+        (Method("i32", rounding="imatrix"), {}, "^weights cannot be quantised to type i32; choose"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(method: Method, given: Any, message: str) -> None:
     with pytest.raises(GgmlExtError, match=message) as caught:
         checked(method, **given)
     assert ";" in str(caught.value), "no remedy"
+
+
+@pytest.mark.parametrize("method", [Method("f16", rounding="imatrix"), Method("q5_k_m", "awq", "gptq")])
+def test_what_is_wrong_with_the_library_is_not_blamed_on_the_type(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> object:
+        raise GgmlExtError("cannot load: libggml-base.so; reinstall ggml-ext with pip")
+
+    monkeypatch.setattr(native, "_native", broken)
+    with pytest.raises(GgmlExtError, match=r"^cannot load: libggml-base"):
+        checked(method)
 
 
 def test_what_may_surprise_is_said() -> None:
