@@ -58,8 +58,8 @@ class _Facts:
 def load_plan(folder: Path, parse: Callable[[dict[str, Any]], T], remedy: str) -> T | None:
     """What ``parse`` makes of the folder's plan.json, None where there is none.
 
-    Raises GgmlExtError, which ends with the remedy, where ``parse`` raises ValueError or TypeError and for
-    what is no JSON object.
+    Raises GgmlExtError, which ends with the remedy, where ``parse`` raises ValueError and for what is
+    no JSON object.
     """
     path = folder / PLAN
     try:
@@ -71,7 +71,7 @@ def load_plan(folder: Path, parse: Callable[[dict[str, Any]], T], remedy: str) -
         return None
     except OSError as exc:
         raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
-    except (ValueError, TypeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise GgmlExtError(
             f"{path}: not a plan of this version ({exc}); delete the folder and {remedy}"
         ) from exc

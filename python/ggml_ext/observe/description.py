@@ -15,9 +15,10 @@ from ggml_ext import __version__
 from ggml_ext.core import owned_folder, paths
 from ggml_ext.core.atomic import write_text
 from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.facts import UINT32, made_of
 from ggml_ext.core.owned_folder import PLAN
 from ggml_ext.hf import model_files
-from ggml_ext.observe.layout import Layout, Place
+from ggml_ext.observe.layout import Layout, Place, require_consistent
 from ggml_ext.observe.sites import Table, from_json
 
 VERSION = 2
@@ -59,7 +60,9 @@ class Description:
 
     def layout(self) -> Layout:
         """Where the files have the figures of each site."""
-        return Layout(tuple(Place(**place) for place in self.places), **self.bytes)
+        return made_of(
+            Layout, {"places": tuple(made_of(Place, place) for place in self.places), **self.bytes}
+        )
 
     @property
     def digest(self) -> str:
@@ -91,9 +94,11 @@ def load(folder: Path) -> Description | None:
     def parse(facts: dict[str, Any]) -> Description:
         if facts.pop("observation", None) != VERSION:
             raise ValueError("no observation's, or of another version")
-        found = Description(**facts)
-        found.sites()
-        found.layout()
+        found = made_of(Description, facts)
+        numbers = (found.windows, found.ctx, found.batch)
+        if min(numbers) < 1 or not all(number in UINT32 for number in (*numbers, found.seed)):
+            raise ValueError("impossible numbers")
+        require_consistent(found.layout(), found.sites())
         return found
 
     return owned_folder.load_plan(folder, parse, "observe again")

@@ -97,6 +97,27 @@ def lay_out(
     return Layout(tuple(places), sums, absmax, sample)
 
 
+def require_consistent(layout: Layout, table: Table) -> None:
+    """Raises ValueError unless ``layout`` is one that lay_out makes of the table, with room in its files for
+    every site's figures and for nothing else."""
+    if [place.anchor for place in layout.places] != [site.anchor for site in table.sites]:
+        raise ValueError("the places are not those of the sites")
+    diagonals = all(place.moments == DIAGONAL for place in layout.places)
+    sums = absmax = sample = 0
+    for site, place in zip(table.sites, layout.places, strict=True):
+        known = place.moments in ((DIAGONAL,) if diagonals else (MOMENT, OWN_MOMENTS))
+        if not known or place.rows != site.rows or place.stride < 1 or place.sample_rows < 0:
+            raise ValueError(f"the place of {site.anchor} has impossible values")
+        if (place.sums, place.absmax, place.sample) != (sums, absmax, sample):
+            raise ValueError(f"the place of {site.anchor} is not behind the one before it")
+        sums += _aligned(FLOAT * block_floats(site, place.moments))
+        if not diagonals:
+            absmax += _aligned(FLOAT * site.n)
+            sample += _aligned(FLOAT * site.n * place.sample_rows)
+    if (layout.sums_bytes, layout.absmax_bytes, layout.sample_bytes) != (sums, absmax, sample):
+        raise ValueError("the sizes of the files are not those of the places")
+
+
 def keeps_moments(site: Site, n_tokens: int, used: int) -> bool:
     """Whether each expert of the site gets enough tokens for a second moment of its own."""
     if not site.experts:

@@ -21,6 +21,7 @@ ROUTED = "MUL_MAT_ID"
 NEVER = "never"
 """Use of a weight that the graph lacks."""
 
+_MOST = 2**31 - 1  # of the library's counts
 _TAKE_ROUNDED = ("MUL_MAT", "GET_ROWS")  # as a use begins: a product may be of a part, or with other values
 
 
@@ -163,7 +164,7 @@ def _fold(facts: Any) -> FoldPlace:
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def _text(value: Any) -> str:

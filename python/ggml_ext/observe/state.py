@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ggml_ext.core.atomic import write_text
 from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.facts import made_of
 
 SUMS = ("sums-0.bin", "sums-1.bin")
 ABSMAX, SAMPLES, STATE = "absmax.bin", "samples.bin", "state.json"
@@ -31,15 +32,18 @@ def load_state(folder: Path) -> State:
     """The folder's state. Raises GgmlExtError for a damaged one."""
     path = folder / STATE
     try:
-        state = State(**json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(state.windows, int) or state.sums not in ("", *SUMS):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("no JSON object")
+        state = made_of(State, facts)
+        if state.windows < 0 or state.sums not in ("", *SUMS) or bool(state.windows) != bool(state.sums):
             raise ValueError("impossible values")
         return state
     except FileNotFoundError:
         return State()
     except OSError as exc:
         raise GgmlExtError(f"{path}: {exc.strerror}; check its permissions") from exc
-    except (ValueError, TypeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise GgmlExtError(f"{path}: damaged ({exc}); delete the folder and observe again") from exc
 
 

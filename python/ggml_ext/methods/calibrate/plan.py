@@ -16,10 +16,11 @@ from typing import Any
 from ggml_ext import __version__, recipes
 from ggml_ext.core import owned_folder, paths
 from ggml_ext.core.atomic import write_text
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.errors import GgmlExtError, listed
+from ggml_ext.core.facts import UINT32, made_of
 from ggml_ext.core.owned_folder import PLAN
-from ggml_ext.core.registry import ROUNDINGS
-from ggml_ext.gguf.source import Source
+from ggml_ext.core.registry import ROUNDINGS, TRANSFORMS
+from ggml_ext.gguf.source import Source, Tensor
 from ggml_ext.hf import model_files
 from ggml_ext.methods.calibrate.block_file import block_path
 from ggml_ext.methods.rounding import grid
@@ -29,6 +30,8 @@ from ggml_ext.observe.sites import Table
 from ggml_ext.recipes import Method
 from ggml_ext.runtime import native
 from ggml_ext.types import mixes, rules
+
+_MOST_BLOCKS = 2**16
 
 
 @dataclass(frozen=True)
@@ -174,13 +177,41 @@ def _versions() -> dict[str, str]:
     }
 
 
+def require_tensors(plan: Plan, source: Source, folder: Path) -> None:
+    """Raises GgmlExtError unless the plan in ``folder`` is of the blocks of its float model, with a type for
+    every tensor that fits its rows."""
+    problem = ""
+    if plan.blocks != source.n_blocks or {tensor.name for tensor in source.tensors} != plan.types.keys():
+        problem = "has other tensors"
+    else:
+        odd = [tensor.name for tensor in source.tensors if not _fits(tensor, plan.types[tensor.name])]
+        problem = f"has impossible types for {listed(odd)}" if odd else ""
+    if problem:
+        raise GgmlExtError(
+            f"{folder / PLAN}: {problem}, it is not of {source.path}; delete the folder and calibrate again"
+        )
+
+
+def _fits(tensor: Tensor, type_name: str) -> bool:
+    try:
+        return tensor.row_length % native.block_size(type_name) == 0
+    except native.UnknownTypeError:
+        return False
+
+
 def load(folder: Path) -> Plan | None:
     """The folder's plan, None if it has none. Raises GgmlExtError for one that is no plan."""
 
     def parse(facts: dict[str, Any]) -> Plan:
-        plan = Plan(**facts)
-        if not isinstance(plan.source, dict):
-            raise ValueError("of an earlier version")
+        plan = made_of(Plan, facts)
+        if not all(number in UINT32 for number in (plan.samples, plan.ctx, plan.seed)):
+            raise ValueError("impossible numbers")
+        if not 0 <= plan.blocks <= _MOST_BLOCKS:
+            raise ValueError(f"{plan.blocks} blocks")
+        activation = None if plan.activation is None else tuple(plan.activation)
+        known = plan.rounding in ROUNDINGS and plan.transform in TRANSFORMS
+        if not known or activation not in recipes.ACTIVATIONS.values():
+            raise ValueError("unknown rounding, transform or activations")
         return plan
 
     return owned_folder.load_plan(folder, parse, "calibrate again")

@@ -47,6 +47,7 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
     plans.require_model(plan, model, folder)
     source = open_gguf(folder / SOURCE if model.is_dir() else model)
     require_plain(source)
+    plans.require_tensors(plan, source, folder)
     tensors: dict[str, Stored] = {}
     sites: list[FileSite] = []
     errors: dict[str, float] = {}
