@@ -11,7 +11,6 @@ An interrupted conversion leaves no output. What can take hours is kept: the imp
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from ggml_ext.gguf.imatrix import Imatrix, load
 from ggml_ext.gguf.source import Tensor, open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.hf import hub
+from ggml_ext.hf.model_files import small_files
 from ggml_ext.observe import importance
 from ggml_ext.observe.prepare import table_of
 from ggml_ext.observe.reuse import Asked, open_finished, settle
@@ -200,7 +200,7 @@ def convert(
         else:
             table = table_of(opened.path, reading.ctx)
             request = replace(request, no_matrices=table.no_matrices)
-            files = _weights_and_tokenizer(source) if source.is_dir() else opened.files
+            files = [*hf.check(source), *small_files(source)] if source.is_dir() else opened.files
             matrix, about = importance.collect(
                 opened.path,
                 files,
@@ -259,17 +259,6 @@ def _as_gguf(source: Path, work: Path, *, trust_remote_code: bool) -> Iterator[P
         yield model
     except GgmlExtError as exc:
         raise GgmlExtError(str(exc).replace(str(model), str(source))) from exc
-
-
-_TOKENIZER = re.compile(
-    r"(added_tokens|merges|params|sentencepiece|special_tokens|spiece|tekken|tokenizer|vocab).*|.*\.(tiktoken|model)"
-)
-
-
-def _weights_and_tokenizer(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that its importances depend on; outputs may lie beside them."""
-    tokenizer = (path for path in folder.iterdir() if _TOKENIZER.fullmatch(path.name) and path.is_file())
-    return sorted({folder / "config.json", *hf.check(folder), *tokenizer})
 
 
 def _result(

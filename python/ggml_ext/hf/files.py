@@ -32,6 +32,21 @@ DTYPE_BITS = {
 # Weight files and their index, in the order in which llama.cpp's converter looks for them.
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
+SMALL = (
+    *("*config*.json", "*.index.json", "params.json", "modules.json"),
+    *("tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges*"),
+    *("*.model", "*.tiktoken", "chat_template*", "*.jinja", "*.py", "README.md", "mask_embedding.pt"),
+)
+"""What llama.cpp's converter reads of a folder beside the weights, and transformers for the tokens of a text.
+JSON goes by name: the figures of our commands may lie there too."""
+
+SMALL_IN_FOLDERS = (
+    "additional_chat_templates/*.jinja",
+    "[0-9]_*/config.json",
+    "[0-9]_Dense/model.safetensors",
+)
+"""The same in folders within it; those with a number are the modules of sentence-transformers."""
+
 
 @dataclass(frozen=True)
 class Entry:

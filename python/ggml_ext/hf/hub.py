@@ -14,18 +14,16 @@ from pathlib import Path
 
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.files import cache_dir
-from ggml_ext.hf.files import shown
+from ggml_ext.hf.files import SMALL, SMALL_IN_FOLDERS, shown
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME = re.compile(
     rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^@:]+?))?(?::(?P<file>[^@:]+\.gguf))?", re.IGNORECASE
 )
 
-# Settings, tokenizer, templates, model card, code to read before it is trusted, and the weights.
-_SMALL = ["*.json", "*.jinja", "*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges*", "*.py", "*.md"]
 _WEIGHTS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5}\.gguf)$", re.IGNORECASE)
-_FOLDERS = "*/*"  # other forms of the same model
+_FOLDERS = "*/*"  # but for SMALL_IN_FOLDERS other forms of the same model
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,9 @@ def fetch(source: Path) -> Path:
             "huggingface_hub is missing; pip install 'ggml-ext[hub]'"
         ) from exc
 
-    def get(allowed: list[str], ignored: str | None = None) -> Path:
+    def get(allowed: list[str], ignored: str | None = None, *, commit: str | None = name.revision) -> Path:
         return Path(
-            snapshot_download(
-                name.repo, revision=name.revision, allow_patterns=allowed, ignore_patterns=ignored
-            )
+            snapshot_download(name.repo, revision=commit, allow_patterns=allowed, ignore_patterns=ignored)
         )
 
     try:
@@ -80,9 +76,10 @@ def fetch(source: Path) -> Path:
             if not found.is_file():
                 raise GgmlExtError(f"{source}: the model has no file {shown(name.file)}; check its name")
             return found
-        folder = get([*_SMALL, _WEIGHTS], _FOLDERS)
+        folder = get([*SMALL, _WEIGHTS], _FOLDERS)
+        get([*SMALL_IN_FOLDERS], commit=folder.name)
         if not any(folder.glob(_WEIGHTS)):
-            folder = get([_PICKLED], _FOLDERS)
+            get([_PICKLED], _FOLDERS, commit=folder.name)
     except GgmlExtError:
         raise
     except Exception as exc:  # of the Hub's library, of its HTTP library, of the system

@@ -11,24 +11,8 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.files import sha256_of
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.hf import folder as hf
-from ggml_ext.hf.files import check_weights, shown
+from ggml_ext.hf.files import SMALL, SMALL_IN_FOLDERS, check_weights, shown
 
-# What llama.cpp's converter reads beside the weights, and transformers for the tokens of a text.
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "tokenization*.py",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "README.md",
-)
 _SAMPLE = 4096  # bytes of every tensor
 _DIGITS = 32
 
@@ -46,15 +30,20 @@ def of_folder(folder: Path) -> dict[str, str]:
     Raises GgmlExtError if it is incomplete.
     """
     weights = hf.check(folder)
-    small = {path for pattern in _SMALL for path in folder.glob(pattern) if path.is_file()}
     headers = check_weights(weights)
     try:
-        found = {path: short_sha256(path) for path in {*small, *weights} - headers.keys()}
+        found = {path: short_sha256(path) for path in {*small_files(folder), *weights} - headers.keys()}
         for path, header in headers.items():
             found[path] = _weights_digest(path, [(entry.start, entry.end) for entry in header.values()])
     except OSError as exc:
         raise GgmlExtError(f"{exc.filename or folder}: {exc.strerror}; check its permissions") from exc
     return {path.relative_to(folder).as_posix(): found[path] for path in sorted(found)}
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files beside the weights that decide what is in a Hugging Face folder's GGUF file."""
+    found = (path for pattern in (*SMALL, *SMALL_IN_FOLDERS) for path in folder.glob(pattern))
+    return sorted({path for path in found if path.is_file()})
 
 
 def of_gguf(source: Source) -> dict[str, str]:

@@ -80,6 +80,25 @@ def test_pickled_weights_where_there_are_no_others(remote: Path, tmp_path: Path)
     assert got(tmp_path) == {"config.json", "pytorch_model.bin"}
 
 
+def test_what_the_converter_reads_in_folders_comes_along(remote: Path, tmp_path: Path) -> None:
+    """Beside pickled weights too; other forms of the model do not."""
+    wanted = {
+        *("config.json", "modules.json", "rwkv_vocab_v20230424.txt", "tekken.json", "pytorch_model.bin"),
+        *("1_Pooling/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tools.jinja"),
+    }
+    for name in wanted | {
+        "onnx/config.json",
+        "onnx/model.onnx",
+        "original/tokenizer.model",
+        "eval.json",
+        "0_Transformer/model.safetensors",
+    }:
+        (remote / name).parent.mkdir(parents=True, exist_ok=True)
+        (remote / name).touch()
+    hub.fetch(Path("org/tiny-llama@v1.0"))
+    assert got(tmp_path) == wanted
+
+
 def test_a_gguf_file_and_its_other_parts(remote: Path, tmp_path: Path) -> None:
     (remote / "f16").mkdir(parents=True)
     for name in (

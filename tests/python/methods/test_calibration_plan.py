@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 import models
+from ggml_ext.core import paths
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.hf import model_files
 from ggml_ext.methods.calibrate import plan as plans
 
-SMALL = ["tokenizer.json", "chat_template.jinja", "generation_config.json", "merges.txt", "vocab.json"]
-SMALL += ["special_tokens_map.json", "additional_chat_templates/tools.jinja", "README.md", "tokenizer.model"]
+_NAMES = re.compile(r"""["']([A-Za-z0-9][\w./-]*\.(?:json|txt|model|jinja|tiktoken|py|md|pt))["']""")
+IN_FOLDERS = ["additional_chat_templates/tools.jinja", "1_Pooling/config.json", "2_Dense/model.safetensors"]
+OF_TRANSFORMERS = ["special_tokens_map.json", "vocab.txt", "qwen.tiktoken", "tokenization_qwen.py"]
+
+
+def read_by_the_converter() -> set[str]:
+    """Names of files in the converter's code, but for its own templates and the weights."""
+    converter = paths.converter_dir()
+    code = [*(converter / "conversion").glob("*.py"), converter / "gguf-py" / "gguf" / "vocab.py"]
+    return {name for path in code for name in _NAMES.findall(path.read_text(encoding="utf-8"))}
 
 
 @pytest.fixture
@@ -51,10 +61,25 @@ def test_a_copy_is_the_same_model(folder: Path, tmp_path: Path) -> None:
         os.utime(path, (1, 1))
     (copy / "o.gguf").write_bytes(b"an output")
     (copy / "figures.json").write_text("{}")
+    (copy / "log.txt").write_text("what a run said")
+    (copy / "observation").mkdir()
+    (copy / "observation" / "plan.json").write_text("{}")
     plans.require_model(plan_of(folder), copy, tmp_path)
 
 
-@pytest.mark.parametrize("name", SMALL)
+def test_all_that_is_read_counts(folder: Path) -> None:
+    """Whatever the pinned converter names: an update that reads one more file would go unnoticed."""
+    names = read_by_the_converter()
+    assert {"tekken.json", "rwkv_vocab_v20230424.txt", "hf_quant_config.json", "modules.json"} <= names
+    names |= {*IN_FOLDERS, *OF_TRANSFORMERS}
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    found = {path.relative_to(folder).as_posix() for path in model_files.small_files(folder)}
+    assert names - found == set()
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "rwkv_vocab_v20230424.txt", "README.md", *IN_FOLDERS])
 def test_changed_settings_are_named(folder: Path, tmp_path: Path, name: str) -> None:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
