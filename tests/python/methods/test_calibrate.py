@@ -294,7 +294,7 @@ def test_damaged_and_busy_folders(base: Path, text: Path, finished: Path, tmp_pa
     with pytest.raises(GgmlExtError, match="a calibration of another model"):
         convert(models.mixtral_dir(base), tmp_path / "m.gguf", calibrated=finished)
     with pytest.raises(GgmlExtError, match="holds no calibration"):
-        convert(request.source, tmp_path / "m.gguf", calibrated=tmp_path)
+        convert(request.source, tmp_path / "m.gguf", calibrated=tmp_path / "none")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(request, folder, "another run is using it")
