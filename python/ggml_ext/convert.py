@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ggml_ext import recipes
 from ggml_ext.core.atomic import target, work_folder
+from ggml_ext.core.cpus import require_threads
 from ggml_ext.core.errors import GgmlExtError, Warn, listed, warn
 from ggml_ext.core.outputs import check_outputs
 from ggml_ext.core.registry import ROUNDINGS
@@ -138,6 +139,7 @@ def convert(
     line at a time. Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
+    require_threads(threads)
     check_outputs(
         out,
         inputs=[source, imatrix, calibration, calibrated, observed, matrices],

@@ -20,6 +20,7 @@ from ggml_ext.cli.shared import (
     print_table,
     takes_settings,
 )
+from ggml_ext.core.cpus import MAX_THREADS
 from ggml_ext.core.errors import warn
 from ggml_ext.core.registry import ROUNDINGS, TRANSFORMS
 
@@ -106,7 +107,9 @@ class Settings:
     ] = None
     parse_special: ParseSpecialOption = False
     trust_remote_code: TrustOption = False
-    threads: Annotated[int, typer.Option("-t", "--threads", min=0, help="Threads; 0 for all.")] = 0
+    threads: Annotated[
+        int, typer.Option("-t", "--threads", min=0, max=MAX_THREADS, help="Threads; 0 for all.")
+    ] = 0
 
     @property
     def rules(self) -> list[tuple[str, str]]:

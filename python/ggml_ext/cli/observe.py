@@ -13,6 +13,7 @@ from ggml_ext.cli.shared import (
     DryRunOption,
     ParseSpecialOption,
     SeedOption,
+    ThreadsOption,
     TrustOption,
     bound_threads,
 )
@@ -55,9 +56,7 @@ def observe(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for batches, beside the mapped model.")
     ] = "8G",
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
-    ] = None,
+    threads: ThreadsOption = None,
     parse_special: ParseSpecialOption = False,
     trust_remote_code: TrustOption = False,
     dry_run: DryRunOption = False,

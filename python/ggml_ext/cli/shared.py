@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.cpus import MAX_THREADS, physical_cores
 
 CalibrationOption = Annotated[
     Path | None,
@@ -39,7 +39,10 @@ DryRunOption = Annotated[
 ]
 CtxOption = Annotated[int, typer.Option("--ctx", min=16, help="Tokens per window.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option("-t", "--threads", min=1, help="Threads; by default one per physical core.")
+    int | None,
+    typer.Option(
+        "-t", "--threads", min=1, max=MAX_THREADS, help="Threads; by default one per physical core."
+    ),
 ]
 CacheKOption = Annotated[
     str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of K in the KV cache.")

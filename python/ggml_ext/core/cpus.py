@@ -10,10 +10,27 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from ggml_ext.core.errors import GgmlExtError
+
+MAX_THREADS = 512
+"""ggml's GGML_MAX_N_THREADS: it has arrays of that length and does not look whether more are asked for."""
+
 
 def processors() -> int:
     """Number of processors that this process may use, at least 1."""
     return _within_quota(len(_usable()))
+
+
+def require_threads(threads: int | None) -> None:
+    """Raises GgmlExtError for a negative number and for one above MAX_THREADS. None and 0: a default."""
+    if threads is not None and not 0 <= threads <= MAX_THREADS:
+        raise GgmlExtError(f"{threads} threads: not a number from 0 to {MAX_THREADS}; give one of them")
+
+
+def threads_or_cores(threads: int | None) -> int:
+    """The number itself, or for None and 0 one thread per physical core. Raises as require_threads."""
+    require_threads(threads)
+    return threads or min(physical_cores(), MAX_THREADS)
 
 
 def physical_cores() -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def cache_dir() -> Path:
         return Path.home() / ".cache" / "ggml-ext"
     except RuntimeError as error:
         raise GgmlExtError("no folder for a cache: there is no home folder; set GGML_EXT_CACHE") from error
+
+
+def require_no_device(path: Path) -> None:
+    """Raises GgmlExtError for a device: one such as /dev/zero never ends. What is not there passes."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # whoever opens it says so
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise GgmlExtError(f"{path}: is a device; name a file")
 
 
 def sha256_of(path: Path) -> str:

@@ -99,7 +99,10 @@ def write(
 
 
 def load(path: Path) -> Imatrix:
-    """Reads an importance matrix. Raises GgmlExtError if the file is missing, damaged or no such file."""
+    """Reads an importance matrix. Raises GgmlExtError if the file is missing, damaged or no such file, and
+    for a pipe or a device: a GGUF file is mapped."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise GgmlExtError(f"{path}: is no regular file; write the importance matrix to one")
     try:
         with path.open("rb") as file:
             magic = file.read(4)

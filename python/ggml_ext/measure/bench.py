@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_ext.core import paths
-from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.process import die_with_parent
 from ggml_ext.core.progress import track
@@ -65,7 +65,7 @@ def command(
 ) -> list[str]:
     """The llama-bench call of one round."""
     args = ["-m", str(model), "-p", str(prompt), "-n", str(generate), "-r", "1", "-o", "json"]
-    args += ["-t", str(threads or physical_cores()), *cache.arguments]
+    args += ["-t", str(threads_or_cores(threads)), *cache.arguments]
     return [str(tools.find("llama-bench").absolute()), *args]
 
 

@@ -43,6 +43,9 @@ FORMAT = 1
 GATE = 0.9
 """Score of the base from which on a task at a length is counted."""
 
+MAX_LENGTH = 1 << 20
+"""Most tokens of a text: no model reads more, and a text is made before any model is asked."""
+
 RECORD = np.dtype([("right", "?"), ("nats", "<f8")])
 """One answered case: whether all tokens are right, and their mean -ln p."""
 
@@ -75,13 +78,15 @@ class Grid:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """Lengths "512,1024". Raises GgmlExtError."""
+    """Lengths "512,1024" of up to MAX_LENGTH tokens. Raises GgmlExtError."""
     try:
         lengths = tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
         lengths = ()
     if not lengths or min(lengths) < 1:
         raise GgmlExtError(f"--lengths {text}: no numbers of tokens; write them as 512,1024,2048")
+    if max(lengths) > MAX_LENGTH:
+        raise GgmlExtError(f"--lengths {text}: {max(lengths)} is beyond {MAX_LENGTH}; ask for shorter texts")
     return lengths
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.files import require_no_device
 from ggml_ext.core.outputs import identity
 from ggml_ext.gguf.shards import named_parts
 from ggml_ext.measure.journal import Journal
@@ -35,6 +36,7 @@ def read_text(path: Path) -> tuple[bytes, str]:
 
     Raises GgmlExtError.
     """
+    require_no_device(path)
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.core.atomic import work_folder
-from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import Warn
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE
@@ -112,7 +112,7 @@ def estimate(request: Request, folder: Path, *, warn: Warn) -> Estimate:
     with _float_model(request, folder, existing) as model, named_as(model, request.source):
         prepared = prepare(request, model, content, warn)
         preparing, before = time.monotonic() - started, _anonymous()
-        timed = _time(prepared, request.threads or physical_cores())
+        timed = _time(prepared, threads_or_cores(request.threads))
         source = open_gguf(model)
         mapped = sum(path.stat().st_size for path in source.files)
     disk = {"two generations of sums": 2 * prepared.layout.sums_bytes}

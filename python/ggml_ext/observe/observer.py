@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_ext.core.cpus import require_threads
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.observe.layout import MOMENT
 from ggml_ext.observe.sites import Table, parse
@@ -41,7 +42,8 @@ class Observer:
     """Use it in ``with``, around the model that it observes: C holds its address as long as the context."""
 
     def __init__(self, threads: int) -> None:
-        """threads: of the sums. Raises MemoryError."""
+        """threads: of the sums. Raises GgmlExtError as require_threads, and MemoryError."""
+        require_threads(threads)
         self._ffi, self._library = llama_library()
         self._observer = self._library.ggml_ext_observer_new(threads)
         if self._observer == self._ffi.NULL:

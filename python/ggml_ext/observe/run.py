@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_ext.core.atomic import atomic_path
-from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import GgmlExtError, Warn, listed
 from ggml_ext.core.outputs import check_folder
 from ggml_ext.core.owned_folder import SOURCE, Held, Kind, held
@@ -147,7 +147,7 @@ def _run(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> int:
 
 
 def _add_missing(prepared: Prepared, folder: Path, request: Request, warn: Warn) -> None:
-    threads = request.threads or physical_cores()
+    threads = threads_or_cores(request.threads)
     with (
         Observer(threads) as observer,
         Model(prepared.model, threads=threads) as model,

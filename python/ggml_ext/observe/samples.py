@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ggml_ext.core import paths
 from ggml_ext.core.errors import GgmlExtError, Warn
+from ggml_ext.core.files import require_no_device
 from ggml_ext.runtime.llama import Model
 
 FEWEST_WINDOWS = 128
@@ -53,6 +54,7 @@ def text_or_default(text: Path | None, warn: Warn) -> Path:
 
 def read_text(text: Path) -> bytes:
     """The bytes of a calibration text. Raises GgmlExtError if it cannot be read or is empty."""
+    require_no_device(text)
     try:
         content = text.read_bytes()
     except OSError as exc:
@@ -83,7 +85,7 @@ def windows(
     BOS stands at the start of each where the model wants one, as in llama-perplexity and in chat. Raises
     GgmlExtError for a text shorter than one window.
     """
-    content = text.read_bytes() if content is None else content
+    content = read_text(text) if content is None else content
     tokens, bos = _tokens(model, text, content, ctx, parse_special)
     n = min(samples, len(tokens) // ctx)
     if n < samples:

@@ -23,7 +23,7 @@ import cffi
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.signals import ENDING
 from ggml_ext.runtime import stack
@@ -175,7 +175,7 @@ class Model:
         llama.cpp's own reason if the file cannot be loaded.
         """
         self.path = path
-        self.threads = threads or physical_cores()
+        self.threads = threads_or_cores(threads)
         self._api = bindings()
         self._model: Any = None
         self._context: Any = None

@@ -80,7 +80,7 @@ def test_threads_stay_within_the_quota(
 
 def test_tools_are_told_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp's own defaults know nothing of quotas."""
-    monkeypatch.setattr(bench, "physical_cores", lambda: 3)
+    monkeypatch.setattr(cpus, "physical_cores", lambda: 3)
     monkeypatch.setattr(bench.tools, "find", Path)
     call = bench.command(Path("m.gguf"), prompt=1, generate=1, threads=None)
     assert call[call.index("-t") + 1] == "3"

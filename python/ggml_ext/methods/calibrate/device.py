@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from ggml_ext import recipes
-from ggml_ext.core.cpus import physical_cores
+from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import GgmlExtError
 
 
@@ -26,7 +26,8 @@ def require_device(name: str) -> None:
 
 
 def bound_threads(threads: int) -> None:
-    """Lets PyTorch use so many threads, 0 for one per core that this process may use."""
+    """Lets PyTorch use so many threads, 0 for one per core that this process may use. Raises
+    GgmlExtError as threads_or_cores."""
     import torch
 
-    torch.set_num_threads(threads or physical_cores())
+    torch.set_num_threads(threads_or_cores(threads))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.files import require_no_device
 from ggml_ext.hf.folder import pickled_call
 from ggml_ext.methods.sites import SiteTransform
 from ggml_ext.methods.transforms.flatquant import MAX_CONDITION, condition
@@ -62,6 +63,7 @@ def load_official(path: Path) -> list[dict[SiteKind, SiteTransform]]:
 def sha256(path: Path) -> str:
     """SHA-256 of the file that load_official reads, hexadecimal. Raises GgmlExtError if it cannot be read."""
     path = path / "flat_matrices.pth" if path.is_dir() else path
+    require_no_device(path)
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as exc:
