@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.signals import ENDING
-from ggml_ext.runtime import stack
+from ggml_ext.runtime import aborts, hparams, stack
 from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 
 _ffi = cffi.FFI()
@@ -62,6 +62,7 @@ def bindings() -> Any:
         ) from error
     api.llama_log_set(_log_callback(api), None)
     api.llama_backend_init()
+    aborts.install()
     return api
 
 
@@ -172,7 +173,7 @@ class Model:
         """Load ``path``; decode with ``threads`` threads (None: one per physical core).
 
         Without ``weights`` only the header is read and checked: enough to tokenize. Raises GgmlExtError with
-        llama.cpp's own reason if the file cannot be loaded.
+        llama.cpp's own reason if the file cannot be loaded, and as hparams.check; see aborts.py for the rest.
         """
         self.path = path
         self.threads = threads_or_cores(threads)
@@ -185,6 +186,8 @@ class Model:
             path.open("rb").close()
         except OSError as error:
             raise GgmlExtError(f"{path}: {error.strerror}; name a GGUF file that can be read") from error
+        aborts.running(path)
+        hparams.check(path)
         params = self._api.llama_model_default_params()
         params.progress_callback = _load_callback(self._api)
         if not weights:
@@ -276,6 +279,7 @@ class Model:
         """
         self.check_ctx(n_ctx)
         self._end_context()
+        aborts.running(self.path)
         self._ends = _abort_callback(self._api) if ends is None else _ending_callback(self._api, ends)
         params = self._api.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
@@ -356,6 +360,7 @@ class Model:
         ended: int = 0,
     ) -> None:
         """``ended``: a status that is no error either."""
+        aborts.running(self.path)
         n = len(tokens)
         batch = self._batch
         batch.n_tokens = n
