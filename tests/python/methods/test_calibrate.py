@@ -203,7 +203,7 @@ def killed_when(appears: Path, command: list[str]) -> None:
     assert child.returncode == -signal.SIGKILL
 
 
-def test_killed_anywhere_the_result_is_the_same(
+def test_killed_once_observed_and_after_a_block_the_result_is_the_same(
     base: Path, text: Path, finished: Path, tmp_path: Path
 ) -> None:
     """Byte for byte: a state outside the files, or a file that is there before it is whole, would show. The
