@@ -10,15 +10,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 
+from command_paths import parameters
 from eval_models import make_model, text_of
-from ggml_ext.cli import entry as cli
 from ggml_ext.convert import convert
 from ggml_ext.core.cpus import MAX_THREADS, threads_or_cores
 from ggml_ext.core.errors import GgmlExtError
@@ -54,16 +51,15 @@ def refused(place: Path, *arguments: str) -> str:
     return line
 
 
-def thread_options() -> Iterator[tuple[str, Any]]:
-    group: Any = typer.main.get_command(cli.app)
-    for name, command in group.commands.items():
-        yield from ((name, option) for option in command.params if "--threads" in option.opts)
-
-
 def test_every_threads_option_has_ggmls_bound() -> None:
-    found = dict(thread_options())
+    found = {
+        command: its.info.max
+        for command, all_of_them in parameters().items()
+        for its in all_of_them
+        if its.name == "threads"
+    }
     assert {"convert", "calibrate", "observe", "kv-probe", "perplexity", "compare", "bench"} <= found.keys()
-    assert {name: option.max for name, option in found.items()} == dict.fromkeys(found, MAX_THREADS)
+    assert found == dict.fromkeys(found, MAX_THREADS)
 
 
 def test_the_python_interface_has_the_same_bound(place: Path) -> None:

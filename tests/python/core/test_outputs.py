@@ -5,48 +5,105 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 import pytest
 
 import models
+from command_paths import Parameter, parameters
 from eval_models import make_model, text_of
 from ggml_ext.cli import entry as cli
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.outputs import check_folder, check_outputs, parts
+from ggml_ext.observe.prepare import Request
+from ggml_ext.observe.run import observe
 
-COMMANDS = [
-    ("convert model.gguf -o OUT", "model.gguf"),
-    ("convert model.gguf -o OUT --type q4_0 --imatrix importances.gguf", "model.gguf importances.gguf"),
-    ("convert model.gguf -o OUT --calibration text.txt", "model.gguf text.txt"),
-    ("convert split/m-00001-of-00003.gguf -o OUT", "split/m-00001-of-00003.gguf split/m-00003-of-00003.gguf"),
-    ("convert hf -o OUT", "hf/config.json hf/model.safetensors hf/tokenizer.model"),
-    ("convert hf -o OUT --calibrated cal", "hf/config.json cal/source.gguf cal/plan.json"),
-    (
-        "convert hf -o OUT --recipe flat4 --calibration text.txt --matrices flat_matrices.pth",
-        "hf/model.safetensors text.txt flat_matrices.pth",
-    ),
-    ("perplexity model.gguf -f text.txt --ctx 64 --json OUT", "model.gguf text.txt"),
-    ("perplexity split/m-00001-of-00003.gguf -f text.txt --ctx 64 --json OUT", "split/m-00002-of-00003.gguf"),
-    *(
-        (f"compare model.gguf other.gguf -f text.txt --ctx 64 --rounds 0 --layers 0 {option} OUT", inputs)
-        for option in ("--json", "--report", "--plot")
-        for inputs in ("model.gguf other.gguf text.txt",)
-    ),
-    ("compare model.gguf other.gguf -f text.txt --ctx 64 --rounds 0 --json new --report OUT", "new"),
-    ("bench other.gguf model.gguf -p 8 -n 1 --rounds 1 --json OUT", "model.gguf other.gguf"),
-    ("kv-probe model.gguf -o OUT --calibration text.txt --ctx 16", "model.gguf text.txt"),
-    ("kv-probe model.gguf -o new --calibration text.txt --ctx 16 --json OUT", "model.gguf text.txt new"),
-    ("kv-probe model.gguf -o new --calibration text.txt --json OUT", "new.probes"),
-    ("inspect model.gguf --json OUT", "model.gguf"),
-    (
-        "inspect split/m-00001-of-00003.gguf --json OUT",
-        "split/m-00001-of-00003.gguf split/m-00002-of-00003.gguf",
-    ),
-]
+GGUFS = {
+    "model.gguf": ["model.gguf"],
+    "split/m-00001-of-00003.gguf": ["split/m-00001-of-00003.gguf", "split/m-00003-of-00003.gguf"],
+}
+HF = {"hf": ["hf/config.json", "hf/model.safetensors", "hf/tokenizer.model"]}
+TEXTS = {"text.txt": ["text.txt"]}
+
+INPUTS: dict[str, dict[str, list[str]]] = {
+    "source": {**GGUFS, **HF},
+    "model": GGUFS,
+    "models": GGUFS,
+    "base": GGUFS,
+    "text": TEXTS,
+    "calibration": TEXTS,
+    "imatrix": {"importances.gguf": ["importances.gguf"]},
+    "matrices": {"flat_matrices.pth": ["flat_matrices.pth"]},
+    "observed": {"seen": ["seen/plan.json"]},
+    "calibrated": {"cal": ["cal/source.gguf", "cal/plan.json"]},
+}
+"""What may be given for every parameter that is an input, and the files that are read then."""
+
+SOURCES = {"llama.tar.gz": ["llama.tar.gz"]}  # of ggml-ext build
+
+MODES = {"compare": ["", "--task retrieval"]}
+"""Options that make another command of one; "" is the command itself."""
+
+NEEDS = {"compare": ["text"], "compare --task retrieval": [], "build": ["source"]}
+"""Parameters that are no required ones to typer, and are."""
+
+
+class Case(NamedTuple):
+    """A command line with OUT for an output, and the files that must not be given for it."""
+
+    line: str
+    files: list[str]
+    folder: bool
+
+
+def inputs_of(command: str, parameter: Parameter) -> dict[str, list[str]]:
+    if command == "build":
+        return SOURCES
+    assert parameter.name in INPUTS, f"{command} {parameter.flag}: is it an output? if not, say what it reads"
+    return INPUTS[parameter.name]
+
+
+def line_of(command: str, mode: str, given: dict[str, str]) -> str:
+    """The command line with what is needed, and ``given``: parameter -> value."""
+    words = [command, mode]
+    for its in parameters()[command]:
+        if its.name in given:
+            words += [its.flag, given[its.name]]
+        elif its.is_output and its.required:
+            words += [its.flag, "new"]
+        elif its.is_path and (its.required or its.name in NEEDS.get(f"{command} {mode}".strip(), ())):
+            words += [its.flag, next(iter(inputs_of(command, its)))]
+    return " ".join(word for word in words if word)
+
+
+def commands() -> Iterator[tuple[str, str, list[Parameter], list[Parameter]]]:
+    """Command, mode, outputs, inputs."""
+    for command, its in parameters().items():
+        for mode in MODES.get(command, [""]):
+            outputs = [p for p in its if p.is_output and not (mode and p.name == "report_out")]
+            yield command, mode, outputs, [p for p in its if p.is_path and not p.is_output]
+
+
+def cases() -> Iterator[Case]:
+    for command, mode, outputs, inputs in commands():
+        for out in outputs:
+            for parameter in inputs:
+                for value, files in inputs_of(command, parameter).items():
+                    line = line_of(command, mode, {parameter.name: value, out.name: "OUT"})
+                    yield Case(line, files, out.is_folder)
+
+
+def pairs() -> Iterator[str]:
+    """Command lines with the same file for two outputs."""
+    for command, mode, outputs, _ in commands():
+        files = [out for out in outputs if not out.is_folder]
+        for one, other in combinations(files, 2):
+            yield line_of(command, mode, {one.name: "both", other.name: "both"})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +119,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cal").mkdir()
     (folder / "cal" / "plan.json").write_text("{}")
     shutil.copyfile(folder / "model.gguf", folder / "cal" / "source.gguf")
+    request = Request(folder / "model.gguf", folder / "text.txt", samples=2, ctx=16, threads=1)
+    observe(request, folder / "seen", warn=lambda _: None)
+    (folder / "llama.tar.gz").write_bytes(b"no archive, which is found out later")
     (folder / "split").mkdir()
     _write_split(folder / "split" / "m.gguf")
     return folder
@@ -119,36 +179,50 @@ def run(
     return int(end.value.code or 0), capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spelt", SPELLINGS, ids=lambda spelt: spelt.__name__.strip("_"))
-@pytest.mark.parametrize(
-    "command", COMMANDS, ids=[f"{c.split()[0]}-{i}" for i, (c, _) in enumerate(COMMANDS)]
-)
+def refused(
+    line: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The one line of a command that changes nothing."""
+    before = content(place)
+    status, error = run(line.split(), capsys, monkeypatch)
+    assert content(place) == before, line
+    assert status == 1, f"{line}: {error}"
+    errors = [line for line in error.splitlines() if line.startswith("ggml-ext: error: ")]
+    assert len(errors) == 1, error
+    return errors[0]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.line.replace(" ", "_").replace("/", "."))
 def test_no_output_is_an_input(
-    place: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    command: tuple[str, str],
-    spelt: Callable[[Path], Path],
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    line, inputs = command
-    for name in inputs.split():
-        if name.startswith("new"):
-            if spelt not in (Path, _relative):
-                continue  # there is nothing to link to yet
-            out = spelt(Path(name))
-        else:
-            out = spelt(Path(name))
-        before = content(place)
-        arguments = [str(out) if word == "OUT" else word for word in line.split()]
-        status, error = run(arguments, capsys, monkeypatch)
-        assert content(place) == before, line
-        assert status == 1, line
-        assert error.startswith("ggml-ext: error: "), error
-        assert error.count("\n") == 1, error
-        said = ("same file", "two outputs", "which ggml-ext fills")
-        assert any(words in error for words in said), error
-        for link in place.glob("*.link"):
-            link.unlink()
+    for name in case.files:
+        if case.folder:
+            line = case.line.replace("OUT", str(Path(name).parent))
+            assert "holds " in refused(line, place, capsys, monkeypatch), line
+            continue
+        for spelt in SPELLINGS:
+            line = case.line.replace("OUT", str(spelt(Path(name))))
+            error = refused(line, place, capsys, monkeypatch)
+            assert "same file" in error or "which ggml-ext fills" in error, line
+            for link in place.glob("*.link"):
+                link.unlink()
+
+
+@pytest.mark.parametrize(
+    "line", [*pairs(), "kv-probe model.gguf -o new --calibration text.txt --json new.probes"]
+)
+def test_no_two_outputs_are_one_file(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    assert "two outputs" in refused(line, place, capsys, monkeypatch)
+
+
+def test_every_command_with_outputs_is_among_them() -> None:
+    """What is derived from the signatures: not nothing."""
+    lines = " ".join(case.line.split()[0] for case in cases())
+    for command in ("convert", "calibrate", "observe", "kv-probe", "perplexity", "compare", "bench", "build"):
+        assert command in lines
 
 
 @pytest.mark.parametrize("folder", ["hf", "."])
