@@ -192,7 +192,9 @@ def refused(
     return errors[0]
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.line.replace(" ", "_").replace("/", "."))
+@pytest.mark.parametrize(
+    "case", list(cases()), ids=lambda case: case.line.replace(" ", "_").replace("/", ".")
+)
 def test_no_output_is_an_input(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
