@@ -55,7 +55,7 @@ KvOption = Annotated[
     typer.Option(
         "--kv",
         metavar="BUDGET",
-        help="Cells of the KV cache: 25% of the context, or 4096; or paged, or paged,25%,policy=probe.",
+        help="Cells of the KV cache: 25% of the context, or 4096; or paged, or paged,25%,policy=attention.",
     ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]
