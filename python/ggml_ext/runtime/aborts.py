@@ -7,7 +7,6 @@ the graph of its architecture shows. The process cannot go on: no C++ destructor
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import sys
@@ -15,6 +14,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import cffi
 
 from ggml_ext.core import atomic, paths
 
@@ -29,23 +30,34 @@ def running(path: Path) -> None:
     _running[:] = [path]
 
 
+_CDEF = """
+typedef void (*abort_callback)(const char * message);
+typedef void (*terminate_handler)(void);
+abort_callback ggml_set_abort_callback(abort_callback callback);
+terminate_handler _ZSt13set_terminatePFvvE(terminate_handler handler);
+"""
+
+
 @cache
-def install() -> None:
+def install() -> tuple[Any, ...]:
     """From here on an abort of ggml ends the process with status 1, after one line on stderr: the model, the
-    place in the source, the assertion. Temporary files are removed."""
-    library, (abort, terminate) = ctypes.CDLL(str(paths.library("ggml-base"))), _callbacks()
+    place in the source, the assertion. Temporary files are removed. Returns what C holds on to."""
+    ffi = cffi.FFI()
+    ffi.cdef(_CDEF)
+    library = ffi.dlopen(str(paths.library("ggml-base")))
+
+    @ffi.callback("abort_callback")  # type: ignore[untyped-decorator]
+    def abort(message: Any) -> None:
+        _end(f"at {_readable(ffi.string(message))}")
+
+    @ffi.callback("terminate_handler")  # type: ignore[untyped-decorator]
+    def terminate() -> None:
+        _end("on a C++ exception that nothing caught")
+
     library.ggml_set_abort_callback(abort)
-    with suppress(AttributeError):  # a C++ library that is linked statically, or has other names
-        library._ZSt13set_terminatePFvvE(terminate)  # std::set_terminate
-
-
-@cache
-def _callbacks() -> tuple[Any, Any]:
-    """What C calls with a message, and what C++ calls; cached because they hold on to them for ever."""
-    return (
-        ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda message: _end(f"at {_readable(message)}")),
-        ctypes.CFUNCTYPE(None)(lambda: _end("on a C++ exception that nothing caught")),
-    )
+    with suppress(AttributeError):  # std::set_terminate, where a C++ library has it by this name
+        library._ZSt13set_terminatePFvvE(terminate)
+    return abort, terminate
 
 
 def _readable(message: bytes) -> str:

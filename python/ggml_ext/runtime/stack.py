@@ -50,12 +50,15 @@ def call(function: Callable[[], T], run: int) -> T:
         return function()
     done: list[T] = []
     failed: list[BaseException] = []
+    ended = threading.Event()  # once interrupted, Thread.join takes a running thread for one that has ended
 
     def work() -> None:
         try:
             done.append(function())
         except BaseException as error:
             failed.append(error)
+        finally:
+            ended.set()
 
     before = threading.stack_size()
     try:
@@ -66,7 +69,11 @@ def call(function: Callable[[], T], run: int) -> T:
         raise _no_stack(run) from error
     finally:
         threading.stack_size(before)
-    thread.join()
+    try:
+        ended.wait()
+    except BaseException:
+        ended.wait()  # what the function works on is freed once this has returned
+        raise
     if failed:
         raise failed[0]
     return done[0]

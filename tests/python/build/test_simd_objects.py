@@ -63,6 +63,14 @@ def test_the_attributes_stand_in_simd_files_only(repo_root: Path) -> None:
             assert SIMD_NAME.search(file.as_posix()), f"{file}: not compiled as SIMD chosen at run time is"
 
 
+def test_the_processor_is_asked_in_one_place(repo_root: Path) -> None:
+    """__builtin_cpu_supports lacks features in compilers that we support."""
+    for pattern in ("c", "cpp", "h", "inc"):
+        for file in repo_root.glob(f"ggml_ext/**/*.{pattern}"):
+            code = "\n".join(line.split("//")[0] for line in file.read_text().splitlines())
+            assert not re.search(r"__builtin_cpu_(supports|is)\b", code), file
+
+
 def test_all_simd_is_looked_at(simd: dict[str, list[Instruction]]) -> None:
     assert len(simd) >= 12
     for name, found in simd.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,28 @@ def test_results_and_errors_come_back_from_the_thread() -> None:
     assert stack.call(lambda: 7, 1_000_000) == 7
     with pytest.raises(GgmlExtError, match="as it was"):
         stack.call(fail, 1_000_000)
+
+
+def test_an_interruption_waits_for_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller then frees what the thread works on."""
+    ended: list[bool] = []
+
+    def work() -> None:
+        time.sleep(0.5)
+        ended.append(True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stack, "_ORDINARY", 0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            stack.call(work, 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ended == [True]
 
 
 def test_a_run_beyond_memory_is_one_line() -> None:
