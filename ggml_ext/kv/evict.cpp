@@ -1,11 +1,11 @@
 #include "evict.h"
 
 #include <algorithm>
+#include <array>
 #include <bitset>
 #include <cmath>
 #include <map>
 #include <tuple>
-#include <unordered_map>
 
 namespace {
 
@@ -28,17 +28,22 @@ struct list_slots {
     uint32_t               n_kept = 0;
 };
 
-// Scores by slot, each the highest of its neighbours' in the lanes that hold it. Neighbours that nothing has looked at yet
-// (+Inf) count for nothing.
-std::unordered_map<int32_t, float> pooled_scores(const ggml_ext_kv_pages & pages, uint32_t list,
-                                                 const ggml_ext_kv_eviction & rule) {
-    std::unordered_map<int32_t, float> pooled;
+using block_scores = std::array<float, slots_per_block>;
+
+// Scores of the slots of a list's blocks, each the highest of its neighbours' in the lanes that hold it. Neighbours that
+// nothing has looked at yet (+Inf) count for nothing.
+std::map<int32_t, block_scores> pooled_scores(const ggml_ext_kv_pages & pages, uint32_t list,
+                                              const ggml_ext_kv_eviction & rule) {
+    std::map<int32_t, block_scores> pooled;
     for (uint32_t lane = 0; lane < pages.n_lanes() && rule.pool > 0; ++lane) {
-        std::vector<std::pair<int32_t, float>> row;
+        std::vector<std::pair<float *, float>> row;
         for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            const auto [at, fresh] = pooled.emplace(run.block, block_scores());
+            if (fresh) {
+                at->second.fill(-INFINITY);
+            }
             for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
-                const int32_t slot = run.block * int32_t(slots_per_block) + int32_t(i);
-                row.emplace_back(slot, rule.score(list, slot));
+                row.emplace_back(&at->second[i], rule.score(list, run.block * int32_t(slots_per_block) + int32_t(i)));
             }
         }
         for (size_t i = 0; i < row.size(); ++i) {
@@ -46,8 +51,7 @@ std::unordered_map<int32_t, float> pooled_scores(const ggml_ext_kv_pages & pages
             for (size_t j = i - std::min<size_t>(i, rule.pool); j < std::min(row.size(), i + rule.pool + 1); ++j) {
                 best = row[j].second < INFINITY ? std::max(best, row[j].second) : best;
             }
-            const auto [at, fresh] = pooled.emplace(row[i].first, best);
-            at->second             = fresh ? best : std::max(at->second, best);
+            *row[i].first = std::max(*row[i].first, best);
         }
     }
     return pooled;
@@ -77,8 +81,8 @@ std::map<int32_t, std::pair<uint64_t, uint64_t>> held_and_needed(const ggml_ext_
 }
 
 list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_ext_kv_eviction & rule) {
-    list_slots                               result;
-    const std::unordered_map<int32_t, float> pooled = pooled_scores(pages, list, rule);
+    list_slots                            result;
+    const std::map<int32_t, block_scores> pooled = pooled_scores(pages, list, rule);
     for (const auto & [block, bits] : held_and_needed(pages, list, rule)) {
         for (uint32_t i = 0; i < slots_per_block; ++i) {
             const int32_t slot = block * int32_t(slots_per_block) + int32_t(i);
@@ -86,7 +90,7 @@ list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_e
                 result.n_kept++;
             } else if (bits.first >> i & 1) {
                 // No order has NaN in it.
-                const float score = rule.pool > 0 ? pooled.at(slot) : rule.score(list, slot);
+                const float score = rule.pool > 0 ? pooled.at(block)[i] : rule.score(list, slot);
                 result.evictable.push_back({ std::isnan(score) ? -INFINITY : score, pages.positions(block)[i], slot });
             }
         }

@@ -76,6 +76,9 @@ uint64_t ggml_ext_kv_paged::staying_blocks(const std::vector<bool> & used, uint6
 }
 
 bool ggml_ext_kv_paged::can_fit(const std::vector<llama_ubatch> & ubatches) const {
+    if (lists == 0) {
+        return true;  // no layer with attention
+    }
     std::vector<bool> used(LLAMA_MAX_SEQ);
     for (uint32_t lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
         used[lane] = !held.list(lane, 0).empty();
@@ -106,8 +109,8 @@ bool ggml_ext_kv_paged::can_fit(const llama_ubatch & ubatch, uint64_t stays) con
     return false;
 }
 
-// KV-Compress (arXiv 2410.00161, section 3) takes the queries of a window too. What they look at is compared with what
-// earlier ones did, a little faded.
+// KV-Compress (arXiv 2410.00161, section 3) takes the queries of a window too. What they look at is compared with half of what
+// earlier ones did; docs/kv-cache.md has the figures.
 ggml_ext_kv_score_params ggml_ext_kv_paged::scoring() const {
     ggml_ext_kv_score_params p = {};
     p.window                   = score_window;

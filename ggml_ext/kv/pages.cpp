@@ -130,18 +130,30 @@ std::map<llama_pos, int32_t> ggml_ext_kv_pages::slots_of(uint32_t lane, uint32_t
     return slots;
 }
 
-bool ggml_ext_kv_pages::share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1) {
-    bool again = false;
-    for (uint32_t i = 0; i < lists_per_lane; ++i) {
-        const std::map<llama_pos, int32_t> have = slots_of(to, i, p0, p1), other = slots_of(from, i, p0, p1);
-        if (!std::includes(other.begin(), other.end(), have.begin(), have.end())) {
+// A list's positions with those that `from` has among p0 .. p1 - 1. False where both have one in different slots.
+bool ggml_ext_kv_pages::join(uint32_t from, uint32_t to, uint32_t i, llama_pos p0, llama_pos p1,
+                             std::vector<ggml_ext_kv_entry> & joined) const {
+    std::map<llama_pos, int32_t> slots = slots_of(to, i, 0, INT32_MAX);
+    for (const auto & [position, slot] : slots_of(from, i, p0, p1)) {
+        if (slots.emplace(position, slot).first->second != slot) {
             return false;
         }
-        again |= !have.empty();
     }
-    if (again) {
-        remove(to, p0, p1);
+    joined.clear();
+    for (const auto & [position, slot] : slots) {
+        const int32_t  block = slot / int32_t(kv_slots);
+        const uint32_t place = uint32_t(slot) % kv_slots;
+        if (!joined.empty() && joined.back().block == block &&
+            joined.back().begin + joined.back().count == int(place)) {
+            joined.back().count++;
+        } else {
+            joined.push_back({ block, uint16_t(place), 1 });
+        }
     }
+    return true;
+}
+
+bool ggml_ext_kv_pages::share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1) {
     std::vector<std::vector<ggml_ext_kv_entry>> merged(lists_per_lane);
     for (uint32_t i = 0; i < lists_per_lane; ++i) {
         merged[i] = list(to, i);
@@ -155,10 +167,12 @@ bool ggml_ext_kv_pages::share(uint32_t from, uint32_t to, llama_pos p0, llama_po
             return first_of(a) < first_of(b);
         };
         std::sort(merged[i].begin(), merged[i].end(), before);
-        for (size_t j = 1; j < merged[i].size(); ++j) {
-            if (last_of(merged[i][j - 1]) >= first_of(merged[i][j])) {
-                return false;
-            }
+        const auto meets = [&](const ggml_ext_kv_entry & a, const ggml_ext_kv_entry & b) {
+            return last_of(a) >= first_of(b);
+        };
+        const bool apart = std::adjacent_find(merged[i].begin(), merged[i].end(), meets) == merged[i].end();
+        if (!apart && !join(from, to, i, p0, p1, merged[i])) {
+            return false;
         }
     }
     for (uint32_t i = 0; i < lists_per_lane; ++i) {

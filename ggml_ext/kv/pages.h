@@ -40,8 +40,8 @@ class ggml_ext_kv_pages {
     // Takes positions p0 .. p1 - 1 out of a lane.
     void remove(uint32_t lane, llama_pos p0, llama_pos p1);
 
-    // Lets lane `to` see positions p0 .. p1 - 1 of lane `from`. False, with nothing changed, where `to` holds others
-    // among those than it shares already.
+    // Lets lane `to` see positions p0 .. p1 - 1 of lane `from`, too. False, with nothing changed, where it holds one of them
+    // in another slot.
     bool share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
 
     void clear(uint32_t lane);
@@ -94,6 +94,9 @@ class ggml_ext_kv_pages {
 
     // The slots of positions p0 .. p1 - 1 of a list.
     std::map<llama_pos, int32_t> slots_of(uint32_t lane, uint32_t list, llama_pos p0, llama_pos p1) const;
+
+    bool join(uint32_t from, uint32_t to, uint32_t list, llama_pos p0, llama_pos p1,
+              std::vector<ggml_ext_kv_entry> & joined) const;
 
     uint32_t room(const std::vector<ggml_ext_kv_entry> & list) const;
     void     release(int32_t block);

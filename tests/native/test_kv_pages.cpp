@@ -103,13 +103,15 @@ struct Walk {
         if (from == to) {
             return;
         }
-        Lane copied(lanes[from].lower_bound(p0), lanes[from].lower_bound(std::max(p0, p1)));
-        if (pages.share(from, to, p0, std::max(p0, p1))) {
-            for (const auto & [position, value] : copied) {
-                CHECK(lanes[to].emplace(position, value).second, "a position that was held");
-            }
-        } else {
-            CHECK(!copied.empty() && !lanes[to].empty(), "refused without a reason");
+        Lane       copied(lanes[from].lower_bound(p0), lanes[from].lower_bound(std::max(p0, p1)));
+        const bool other = std::any_of(copied.begin(), copied.end(), [&](const auto & token) {
+            const auto held = lanes[to].find(token.first);
+            return held != lanes[to].end() && held->second != token.second;
+        });
+        const bool done  = pages.share(from, to, p0, std::max(p0, p1));
+        CHECK(done == !other, "a copy that is %s", other ? "of other tokens than are there" : "fine");
+        if (done) {
+            lanes[to].insert(copied.begin(), copied.end());
         }
     }
 
