@@ -24,6 +24,9 @@ namespace {
 // What upstream rounds contexts to, and what its graphs grow by.
 constexpr uint32_t cells_step = 256;
 
+// Beyond, whatever the policy, much of what was said is gone.
+constexpr uint32_t most_compression = 8;
+
 // Their memory holds more than K and V of each position, or is shared with another context's.
 const char * const other_memories[] = {
     "minimax-m3", "glm-dsa",   "deepseek32", "deepseek4", "glm5-next",
@@ -233,4 +236,9 @@ void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
         __func__, double(paged.size()) / 1024 / 1024, (unsigned long long) n, paged.n_lists(),
         (unsigned long long) std::min(n * GGML_EXT_KV_SLOTS, cells), (unsigned long long) cells,
         kv_policy(setting).c_str());
+    if (paged.evicts() && n * most_compression < full) {
+        LLAMA_LOG_WARN("%s: ggml-ext: a full context keeps less than 1 of %u tokens: what is said once in it will be "
+                       "forgotten; docs/kv-cache.md has what is left at which budget\n",
+                       __func__, most_compression);
+    }
 }

@@ -163,6 +163,12 @@ def test_the_order_of_a_setting_is_free(path: Path, kv: str) -> None:
         assert any("policy norm, sink 3" in line for line in context.log)
 
 
+@pytest.mark.parametrize(("n_ctx", "warned"), [(2048, False), (4096, True)])
+def test_a_budget_that_forgets_most_is_warned_of(path: Path, n_ctx: int, warned: bool) -> None:
+    with open_cache(path, "paged,budget=256,policy=norm", n_ctx=n_ctx) as context:
+        assert any("keeps less than 1 of 8 tokens" in line for line in context.log) == warned
+
+
 @pytest.mark.parametrize("kv", ["paged", "paged,budget=128", "25%"])
 def test_a_model_without_a_cache_says_so(architectures: dict[str, ArchModel], kv: str) -> None:
     kv = f"budget={kv}" if "%" in kv else kv
