@@ -171,7 +171,7 @@ def run_tool(name: str, arguments: Sequence[str], *, kv: str | None = None) -> N
     if kv is not None:
         cache = CacheTypes.of("f16", "f16", kv)
         environment["GGML_EXT_KV"] = cache.setting
-        if program.name == "llama-server" and not cache.paged:
+        if program.name == "llama-server" and cache.has_boundary:
             arguments = [*_NO_CHECKPOINTS, *arguments]
     try:
         os.execve(program, [str(program), *arguments], environment)

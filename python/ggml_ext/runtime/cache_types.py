@@ -77,6 +77,11 @@ class CacheTypes(NamedTuple):
         """Whether the cache forgets what it has no room for."""
         return bool(self.kv) and (not self.paged or "policy=" in self.kv)
 
+    @property
+    def has_boundary(self) -> bool:
+        """Whether a sequence cannot be cut in front of the last position that it has lost."""
+        return self.evicts and (not self.paged or "policy=attention" in self.kv)
+
     def ubatch(self, wanted: int) -> int:
         """Tokens of a ubatch: ``wanted``, fewer where there is eviction."""
         return min(wanted, _UBATCH) if self.evicts else wanted

@@ -120,6 +120,7 @@ def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("llama-cli", "4096,sink=32"),
         ("llama-server", "paged,2G"),
         ("llama-server", "paged,25%,policy=norm"),
+        ("llama-server", "paged,25%,policy=attention,sink=8"),
         ("llama-server", None),
     ):
         with pytest.raises(GgmlExtError, match="cannot start"):
@@ -129,6 +130,7 @@ def test_run_gives_tools_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["-m", "x"], "budget=4096,sink=32"),
         (["-m", "x"], "paged,budget=2G"),
         (["-m", "x"], "paged,budget=25%,policy=norm"),
+        (["--ctx-checkpoints", "0", "-m", "x"], "paged,budget=25%,policy=attention,sink=8"),
         (["-m", "x"], None),
     ]
 
