@@ -97,10 +97,9 @@ def test_imported_transforms_keep_the_function(
 
     with pytest.raises(GgmlExtError, match="transforms of 3 blocks for a model of 2"):
         go(3)
-    shutil.rmtree(tmp_path / "m.gguf.calibration")
     with pytest.raises(GgmlExtError, match="block 0: ffn_mid has 256 channels, the model 512"):
         go(2, ffn=256)
-    shutil.rmtree(tmp_path / "m.gguf.calibration")
+    assert not (tmp_path / "m.gguf.calibration").exists()
     go(2)
     assert "ggml_ext.transform.clip" not in read_header(out).keys
     tokens = families.prompt()

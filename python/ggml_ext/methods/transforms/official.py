@@ -83,6 +83,7 @@ def load_official_kv(path: Path) -> list[Tensor | None]:
 
 
 def _load(path: Path) -> dict[int, Saved]:
+    require_no_device(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as exc:
