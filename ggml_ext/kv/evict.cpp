@@ -4,94 +4,137 @@
 #include <array>
 #include <bitset>
 #include <cmath>
-#include <map>
+#include <functional>
+#include <queue>
 #include <tuple>
 
 namespace {
 
 constexpr uint32_t slots_per_block = GGML_EXT_KV_SLOTS;
 
+using block_bits = uint64_t;  // one per slot
+static_assert(slots_per_block == 64, "block_bits");
+
+block_bits bits_of(uint32_t begin, uint32_t count) {
+    return count > 0 ? ~block_bits(0) >> (slots_per_block - count) << begin : 0;
+}
+
+uint32_t count_of(block_bits bits) {
+    return uint32_t(std::bitset<slots_per_block>(bits).count());
+}
+
+// A block of a list: slots that some lane holds, and among them those that a lane needs and those that go.
+struct held_block {
+    int32_t    block;
+    block_bits held = 0, needed = 0, gone = 0;
+};
+
+// Of each list the blocks, in the order of pages.blocks_of; of each block its index in the only list that has it.
+struct held_slots {
+    std::vector<std::vector<held_block>> lists;
+    std::vector<uint32_t>                index;  // [n_blocks]
+};
+
 struct candidate {
-    float   score;
-    int32_t position;
-    int32_t slot;
+    float    score;
+    int32_t  position;
+    int32_t  slot;
+    uint32_t list;
 
     // Among equals the oldest goes first.
     bool operator<(const candidate & other) const {
         return std::tie(score, position, slot) < std::tie(other.score, other.position, other.slot);
     }
+
+    bool operator>(const candidate & other) const { return other < *this; }
 };
 
-// The slots that some lane holds in a list, and those among them that a lane needs.
-struct list_slots {
-    std::vector<candidate> evictable;
-    uint32_t               n_kept = 0;
-};
+using lowest_first = std::priority_queue<candidate, std::vector<candidate>, std::greater<>>;
 
-using block_scores = std::array<float, slots_per_block>;
-
-// Scores of the slots of a list's blocks, each the highest of its neighbours' in the lanes that hold it. Neighbours that
-// nothing has looked at yet (+Inf) count for nothing.
-std::map<int32_t, block_scores> pooled_scores(const ggml_ext_kv_pages & pages, uint32_t list,
-                                              const ggml_ext_kv_eviction & rule) {
-    std::map<int32_t, block_scores> pooled;
-    for (uint32_t lane = 0; lane < pages.n_lanes() && rule.pool > 0; ++lane) {
-        std::vector<std::pair<float *, float>> row;
-        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
-            const auto [at, fresh] = pooled.emplace(run.block, block_scores());
-            if (fresh) {
-                at->second.fill(-INFINITY);
-            }
-            for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
-                row.emplace_back(&at->second[i], rule.score(list, run.block * int32_t(slots_per_block) + int32_t(i)));
-            }
-        }
-        for (size_t i = 0; i < row.size(); ++i) {
-            float best = row[i].second;
-            for (size_t j = i - std::min<size_t>(i, rule.pool); j < std::min(row.size(), i + rule.pool + 1); ++j) {
-                best = row[j].second < INFINITY ? std::max(best, row[j].second) : best;
-            }
-            *row[i].first = std::max(*row[i].first, best);
-        }
+// The blocks of a list, whose indices are noted.
+std::vector<held_block> held_blocks(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_ext_kv_eviction & rule,
+                                    std::vector<uint32_t> & index) {
+    std::vector<held_block> blocks;
+    for (const int32_t block : pages.blocks_of(list)) {
+        index[block] = uint32_t(blocks.size());
+        blocks.push_back({ block });
     }
-    return pooled;
-}
-
-// Held and needed slots of a list's blocks, a bit each.
-std::map<int32_t, std::pair<uint64_t, uint64_t>> held_and_needed(const ggml_ext_kv_pages & pages, uint32_t list,
-                                                                 const ggml_ext_kv_eviction & rule) {
-    std::map<int32_t, std::pair<uint64_t, uint64_t>> blocks;
     for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
         const std::vector<ggml_ext_kv_entry> & runs = pages.list(lane, list);
         if (runs.empty()) {
             continue;
         }
-        const llama_pos end =
+        const llama_pos recent =
             pages.positions(runs.back().block)[runs.back().begin + runs.back().count - 1] + 1 - llama_pos(rule.recent);
         for (const ggml_ext_kv_entry & run : runs) {
-            auto & [held, needed] = blocks[run.block];
-            for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
-                const llama_pos position = pages.positions(run.block)[i];
-                held |= uint64_t(1) << i;
-                needed |= uint64_t(position < llama_pos(rule.sink) || position >= end) << i;
-            }
+            held_block &    block  = blocks[index[run.block]];
+            const int32_t * begin  = pages.positions(run.block) + run.begin;
+            const int32_t * end    = begin + run.count;
+            const uint32_t  n_sink = uint32_t(std::lower_bound(begin, end, llama_pos(rule.sink)) - begin);
+            const uint32_t  n_old  = uint32_t(std::lower_bound(begin, end, recent) - begin);
+            block.held |= bits_of(run.begin, run.count);
+            block.needed |= bits_of(run.begin, n_sink) | bits_of(run.begin + n_old, run.count - n_old);
         }
     }
     return blocks;
 }
 
-list_slots slots_of(const ggml_ext_kv_pages & pages, uint32_t list, const ggml_ext_kv_eviction & rule) {
-    list_slots                            result;
-    const std::map<int32_t, block_scores> pooled = pooled_scores(pages, list, rule);
-    for (const auto & [block, bits] : held_and_needed(pages, list, rule)) {
+using block_scores = std::array<float, slots_per_block>;
+
+// Scores of the slots of a list's blocks, each the highest of its neighbours' in the lanes that hold it. Neighbours
+// that nothing has looked at yet (+Inf) count for nothing.
+std::vector<block_scores> pooled_scores(const held_slots & slots, const ggml_ext_kv_pages & pages, uint32_t list,
+                                        const ggml_ext_kv_eviction & rule) {
+    block_scores none;
+    none.fill(-INFINITY);
+    std::vector<block_scores> pooled(slots.lists[list].size(), none);
+    std::vector<float>        row, seen;
+    for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
+        const std::vector<ggml_ext_kv_entry> & runs = pages.list(lane, list);
+        row.clear();
+        for (const ggml_ext_kv_entry & run : runs) {
+            for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
+                row.push_back(rule.score(list, run.block * int32_t(slots_per_block) + int32_t(i)));
+            }
+        }
+        seen.assign(row.size() + 2 * rule.pool, -INFINITY);
+        std::transform(row.begin(), row.end(), seen.begin() + rule.pool,
+                       [](float score) { return score < INFINITY ? score : -INFINITY; });
+        // Neighbour by neighbour, which compilers vectorise. A NaN stays one.
+        for (uint32_t shift = 0; shift <= 2 * rule.pool; ++shift) {
+            for (size_t i = 0; i < row.size(); ++i) {
+                row[i] = std::max(row[i], seen[i + shift]);
+            }
+        }
+        size_t i = 0;
+        for (const ggml_ext_kv_entry & run : runs) {
+            float * to = pooled[slots.index[run.block]].data() + run.begin;
+            for (uint32_t j = 0; j < run.count; ++j, ++i) {
+                to[j] = std::max(to[j], row[i]);
+            }
+        }
+    }
+    return pooled;
+}
+
+// The slots of a list that no lane needs.
+std::vector<candidate> candidates_of(const held_slots & slots, const ggml_ext_kv_pages & pages, uint32_t list,
+                                     const ggml_ext_kv_eviction & rule) {
+    const std::vector<held_block> & blocks = slots.lists[list];
+    std::vector<block_scores>       pooled;
+    if (rule.pool > 0) {
+        pooled = pooled_scores(slots, pages, list, rule);
+    }
+    std::vector<candidate> result;
+    result.reserve(blocks.size() * slots_per_block);
+    for (size_t b = 0; b < blocks.size(); ++b) {
         for (uint32_t i = 0; i < slots_per_block; ++i) {
-            const int32_t slot = block * int32_t(slots_per_block) + int32_t(i);
-            if (bits.second >> i & 1) {
-                result.n_kept++;
-            } else if (bits.first >> i & 1) {
+            if ((blocks[b].held & ~blocks[b].needed) >> i & 1) {
+                const int32_t slot     = blocks[b].block * int32_t(slots_per_block) + int32_t(i);
+                const int32_t position = pages.positions(blocks[b].block)[i];
+                const float   score    = rule.pool > 0 ? pooled[b][i] : rule.score(list, slot);
                 // No order has NaN in it.
-                const float score = rule.pool > 0 ? pooled.at(block)[i] : rule.score(list, slot);
-                result.evictable.push_back({ std::isnan(score) ? -INFINITY : score, pages.positions(block)[i], slot });
+                result.push_back({ std::isnan(score) ? -INFINITY : score, position, slot, list });
             }
         }
     }
@@ -102,76 +145,80 @@ uint32_t blocks_for(uint32_t n_slots) {
     return (n_slots + slots_per_block - 1) / slots_per_block;
 }
 
-// Of all lists' droppable slots, the lowest ones that make the blocks suffice; empty where none do.
-std::vector<std::vector<int32_t>> choose(std::vector<list_slots> & lists, uint32_t n_blocks, double floor) {
-    struct droppable {
-        candidate what;
-        uint32_t  list;
-
-        bool operator<(const droppable & other) const {
-            return std::tie(what, list) < std::tie(other.what, other.list);
+// Of all lists' slots that may go, the lowest ones that make the blocks suffice are gone. False where none do.
+bool choose(held_slots & slots, const ggml_ext_kv_pages & pages, uint32_t n_blocks, const ggml_ext_kv_eviction & rule) {
+    const uint32_t            n_lists = pages.n_lists();
+    const uint32_t            least = uint32_t(rule.floor * n_blocks / double(std::max(1u, n_lists))) * slots_per_block;
+    // Heaps, since few of all go: of each list, and of the lowest one of each list that may still lose it.
+    std::vector<lowest_first> candidates;
+    lowest_first              next;
+    std::vector<uint32_t>     n(n_lists);  // slots that stay
+    uint64_t                  used  = 0;
+    const auto                offer = [&](uint32_t list) {
+        if (!candidates[list].empty() && n[list] > least) {
+            next.push(candidates[list].top());
         }
     };
-
-    const uint32_t least = uint32_t(floor * n_blocks / double(std::max<size_t>(1, lists.size()))) * slots_per_block;
-    std::vector<droppable> all;
-    std::vector<uint32_t>  n(lists.size());
-    uint64_t               used = 0;
-    for (uint32_t i = 0; i < lists.size(); ++i) {
-        std::vector<candidate> & slots = lists[i].evictable;
-        n[i]                           = lists[i].n_kept + uint32_t(slots.size());
-        used += blocks_for(n[i]);
-        const uint32_t keeps = std::max(lists[i].n_kept, std::min(n[i], least));
-        std::sort(slots.begin(), slots.end());
-        for (uint32_t j = 0; j < n[i] - keeps; ++j) {
-            all.push_back({ slots[j], i });
+    for (uint32_t list = 0; list < n_lists; ++list) {
+        candidates.emplace_back(std::greater<>(), candidates_of(slots, pages, list, rule));
+        for (const held_block & block : slots.lists[list]) {
+            n[list] += count_of(block.held);
         }
+        used += blocks_for(n[list]);
+        offer(list);
     }
-    std::sort(all.begin(), all.end());
-    std::vector<std::vector<int32_t>> dropped(lists.size());
-    for (const droppable & slot : all) {
-        if (used <= n_blocks) {
-            break;
-        }
-        used -= blocks_for(n[slot.list]) - blocks_for(n[slot.list] - 1);
-        n[slot.list]--;
-        dropped[slot.list].push_back(slot.what.slot);
+    while (used > n_blocks && !next.empty()) {
+        const candidate lowest = next.top();
+        const uint32_t  list   = lowest.list;
+        const uint32_t  index  = slots.index[lowest.slot / int32_t(slots_per_block)];
+        next.pop();
+        slots.lists[list][index].gone |= bits_of(uint32_t(lowest.slot) % slots_per_block, 1);
+        used -= blocks_for(n[list]) - blocks_for(n[list] - 1);
+        n[list]--;
+        candidates[list].pop();
+        offer(list);
     }
-    return used <= n_blocks ? dropped : std::vector<std::vector<int32_t>>();
+    return used <= n_blocks;
 }
 
-void drop(ggml_ext_kv_pages & pages, uint32_t list, std::vector<int32_t> & slots, const ggml_ext_kv_eviction & rule) {
-    std::sort(slots.begin(), slots.end());
-    const std::vector<int32_t> order = pages.blocks_of(list);
-    std::vector<uint64_t>      held(order.size());
-    std::map<int32_t, size_t>  index;
-    for (size_t b = 0; b < order.size(); ++b) {
-        index[order[b]] = b;
-    }
+void tell_lost(const std::vector<held_block> & blocks, const std::vector<uint32_t> & index,
+               const ggml_ext_kv_pages & pages, uint32_t list, const ggml_ext_kv_eviction & rule) {
     for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
         for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            const block_bits gone = blocks[index[run.block]].gone;
             for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
-                held[index[run.block]] |= uint64_t(1) << i;
-                if (rule.lost &&
-                    std::binary_search(slots.begin(), slots.end(), run.block * int32_t(slots_per_block) + int32_t(i))) {
+                if (gone >> i & 1) {
                     rule.lost(lane, pages.positions(run.block)[i]);
                 }
             }
         }
     }
-    std::vector<int32_t> target(order.size() * slots_per_block, -1);
+}
+
+// What is not gone of a list comes to lie without gaps.
+void pack(const std::vector<held_block> & blocks, ggml_ext_kv_pages & pages, uint32_t list,
+          const ggml_ext_kv_eviction & rule) {
+    std::vector<int32_t> order;
+    std::vector<int32_t> target;
     int32_t              n = 0;
-    for (size_t i = 0; i < target.size(); ++i) {
-        const int32_t from = order[i / slots_per_block] * int32_t(slots_per_block) + int32_t(i % slots_per_block);
-        if ((held[i / slots_per_block] >> i % slots_per_block & 1) &&
-            !std::binary_search(slots.begin(), slots.end(), from)) {
-            const int32_t to =
-                order[n / int32_t(slots_per_block)] * int32_t(slots_per_block) + n % int32_t(slots_per_block);
-            if (to != from) {
-                rule.move(list, from, to);
-            }
-            target[i] = n++;
+    for (const held_block & block : blocks) {
+        order.push_back(block.block);
+        for (uint32_t i = 0; i < slots_per_block; ++i) {
+            target.push_back((block.held & ~block.gone) >> i & 1 ? n++ : -1);
         }
+    }
+    const auto slot_of = [&](size_t i) {
+        return order[i / slots_per_block] * int32_t(slots_per_block) + int32_t(i % slots_per_block);
+    };
+    for (size_t i = 0, end = 0; i < target.size(); i = end) {
+        end = i + 1;
+        if (target[i] < 0 || target[i] == int32_t(i)) {
+            continue;
+        }
+        while (end % slots_per_block != 0 && target[end] >= 0 && target[end] % int32_t(slots_per_block) != 0) {
+            ++end;
+        }
+        rule.move(list, slot_of(i), slot_of(size_t(target[i])), uint32_t(end - i));
     }
     pages.pack(list, order, target);
 }
@@ -179,11 +226,12 @@ void drop(ggml_ext_kv_pages & pages, uint32_t list, std::vector<int32_t> & slots
 }  // namespace
 
 uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t list) {
-    size_t n = 0;
-    for (const auto & [block, bits] : held_and_needed(pages, list, rule)) {
-        n += std::bitset<slots_per_block>(bits.second).count();
+    std::vector<uint32_t> index(pages.n_blocks());
+    uint32_t              n = 0;
+    for (const held_block & block : held_blocks(pages, list, rule, index)) {
+        n += count_of(block.needed);
     }
-    return uint32_t(n);
+    return n;
 }
 
 bool ggml_ext_kv_evict(ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t wanted) {
@@ -193,14 +241,20 @@ bool ggml_ext_kv_evict(ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & r
     if (wanted > pages.n_blocks()) {
         return false;
     }
-    std::vector<list_slots> lists;
+    held_slots slots;
+    slots.index.resize(pages.n_blocks());
     for (uint32_t list = 0; list < pages.n_lists(); ++list) {
-        lists.push_back(slots_of(pages, list, rule));
+        slots.lists.push_back(held_blocks(pages, list, rule, slots.index));
     }
-    std::vector<std::vector<int32_t>> dropped = choose(lists, pages.n_blocks() - wanted, rule.floor);
-    for (uint32_t list = 0; list < dropped.size(); ++list) {
+    if (!choose(slots, pages, pages.n_blocks() - wanted, rule)) {
+        return false;
+    }
+    for (uint32_t list = 0; list < pages.n_lists(); ++list) {
+        if (rule.lost) {
+            tell_lost(slots.lists[list], slots.index, pages, list, rule);
+        }
         // Also where nothing goes: blocks that are half empty after cuts are counted as packed.
-        drop(pages, list, dropped[list], rule);
+        pack(slots.lists[list], pages, list, rule);
     }
-    return !dropped.empty();
+    return true;
 }

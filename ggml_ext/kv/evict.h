@@ -16,11 +16,12 @@ struct ggml_ext_kv_eviction {
     uint32_t pool;  // a slot has the highest score within so many places of it in a lane's list, +Inf apart; 0: its own
 
     // Of a slot of a list, block * 64 + place: the lowest go first, NaN before all.
-    std::function<float(uint32_t list, int32_t slot)>            score;
-    // A slot's rows, score and position become another one's. Slots move downwards in their list only.
-    std::function<void(uint32_t list, int32_t from, int32_t to)> move;
+    std::function<float(uint32_t list, int32_t slot)>                        score;
+    // Rows, scores and positions of n slots of a block become those of n slots of one block, which may be among them.
+    // Slots move downwards in their list only.
+    std::function<void(uint32_t list, int32_t from, int32_t to, uint32_t n)> move;
     // A lane loses a position of a list; called before anything moves. Empty: nobody asks.
-    std::function<void(uint32_t lane, llama_pos position)>       lost;
+    std::function<void(uint32_t lane, llama_pos position)>                   lost;
 };
 
 // Slots of a list that no eviction takes: sinks and recent positions of some lane.

@@ -139,7 +139,7 @@ class ggml_ext_kv_paged {
     size_t  row_size(const layer & layer, bool v) const;
     char *  row(const layer & layer, bool v, int32_t slot) const;
     float * score(const layer & layer, int32_t slot) const;
-    void    move(uint32_t list, int32_t from, int32_t to) const;
+    void    move(uint32_t list, int32_t from, int32_t to, uint32_t n) const;
 
     std::pair<uint32_t, uint32_t>     lanes_of(uint32_t stream) const;
     std::vector<int32_t>              slots_of(uint32_t list, uint32_t stream, const std::vector<int32_t> & index,

@@ -30,16 +30,16 @@ float * ggml_ext_kv_paged::score(const layer & layer, int32_t slot) const {
     return reinterpret_cast<float *>(block + block_of(layer).score) + slot % GGML_EXT_KV_SLOTS;
 }
 
-void ggml_ext_kv_paged::move(uint32_t list, int32_t from, int32_t to) const {
+void ggml_ext_kv_paged::move(uint32_t list, int32_t from, int32_t to, uint32_t n) const {
     const layer & layer = layers[layer_of[list]];
     for (const bool v : { false, true }) {
-        std::memcpy(row(layer, v, to), row(layer, v, from), row_size(layer, v));
+        std::memmove(row(layer, v, to), row(layer, v, from), n * row_size(layer, v));
     }
     if (scored()) {
-        *score(layer, to) = *score(layer, from);
+        std::memmove(score(layer, to), score(layer, from), n * sizeof(float));
     }
-    held.positions(to / GGML_EXT_KV_SLOTS)[to % GGML_EXT_KV_SLOTS] =
-        held.positions(from / GGML_EXT_KV_SLOTS)[from % GGML_EXT_KV_SLOTS];
+    std::memmove(held.positions(to / GGML_EXT_KV_SLOTS) + to % GGML_EXT_KV_SLOTS,
+                 held.positions(from / GGML_EXT_KV_SLOTS) + from % GGML_EXT_KV_SLOTS, n * sizeof(int32_t));
 }
 
 // A bound of the blocks that a ubatch takes: with the room of open blocks as it is, or without any. Where tokens of
@@ -139,7 +139,7 @@ bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
         return scored() ? *score(layers[layer_of[list]], slot) :
                                          kv_random(list, held.positions(slot / GGML_EXT_KV_SLOTS)[slot % GGML_EXT_KV_SLOTS]);
     };
-    how.move = [this](uint32_t list, int32_t from, int32_t to) { move(list, from, to); };
+    how.move = [this](uint32_t list, int32_t from, int32_t to, uint32_t n) { move(list, from, to, n); };
     if (attended()) {
         how.lost = [this](uint32_t lane, llama_pos position) { boundary[lane] = std::max(boundary[lane], position); };
     }

@@ -233,8 +233,9 @@ void ggml_ext_kv_pages::pack(uint32_t i, const std::vector<int32_t> & order, con
         const std::vector<ggml_ext_kv_entry> before = std::move(runs(lane, i));
         runs(lane, i).clear();
         for (const ggml_ext_kv_entry & entry : before) {
+            const int32_t * targets = &target[index[entry.block] * kv_slots];
             for (uint32_t slot = entry.begin; slot < uint32_t(entry.begin + entry.count); ++slot) {
-                const int32_t to = target[index[entry.block] * kv_slots + slot];
+                const int32_t to = targets[slot];
                 if (to >= 0) {
                     show(lane, i, order[to / int32_t(kv_slots)], uint32_t(to) % kv_slots);
                 }

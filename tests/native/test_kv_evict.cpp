@@ -1,15 +1,19 @@
 // Eviction by head against its rule, over random sequences that share, part and are cut: what is needed stays, the lowest
 // scores go first wherever they are, no list falls below its floor, sharers lose the same tokens, the blocks asked for
-// are free, and what stays is found where the runs say it is.
+// are free, and what stays is found where the runs say it is. The rule taken word by word says which slots go, also where
+// scores are equal, not numbers or not there yet, and where neighbours lend each other theirs.
 
 #include "check.h"
 #include "kv/evict.h"
 #include "kv/pages.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <random>
 #include <set>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -37,10 +41,11 @@ struct Walk {
     explicit Walk(unsigned seed) : random(seed) {
         pages.keep_positions(positions.data(), SLOTS);
         rule.score = [this](uint32_t, int32_t slot) { return stored[slot].score; };
-        rule.move  = [this](uint32_t, int32_t from, int32_t to) {
+        rule.move  = [this](uint32_t, int32_t from, int32_t to, uint32_t n) {
             CHECK(to / int32_t(SLOTS) != from / int32_t(SLOTS) || to < from, "a slot moved upwards");
-            stored[to]    = stored[from];
-            positions[to] = positions[from];
+            CHECK(n > 0 && std::max(from % SLOTS, to % SLOTS) + n <= SLOTS, "%u slots are of several blocks", n);
+            std::copy_n(stored.begin() + from, n, stored.begin() + to);
+            std::copy_n(positions.begin() + from, n, positions.begin() + to);
         };
     }
 
@@ -86,16 +91,23 @@ struct Walk {
         }
     }
 
+    std::vector<int32_t> slots_of(uint32_t lane, uint32_t list) const {
+        std::vector<int32_t> slots;
+        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            for (int i = run.begin; i < run.begin + run.count; ++i) {
+                slots.push_back(run.block * int32_t(SLOTS) + i);
+            }
+        }
+        return slots;
+    }
+
     Lane found(uint32_t lane, uint32_t list) const {
         Lane result;
         int  last = -1;
-        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
-            for (int i = run.begin; i < run.begin + run.count; ++i) {
-                const int position = pages.positions(run.block)[i];
-                CHECK(position > last, "positions do not rise");
-                last             = position;
-                result[position] = stored[run.block * int(SLOTS) + i];
-            }
+        for (const int32_t slot : slots_of(lane, list)) {
+            CHECK(positions[slot] > last, "positions do not rise");
+            last         = positions[slot];
+            result[last] = stored[slot];
         }
         return result;
     }
@@ -186,29 +198,122 @@ struct Walk {
         }
         CHECK(highest_gone <= lowest_left, "a score of %.0f went, one of %.0f stayed", highest_gone, lowest_left);
     }
+
+    // Of slot i of a lane's list.
+    float pooled(const std::vector<int32_t> & slots, size_t i) const {
+        float best = stored[slots[i]].score;
+        if (std::isnan(best)) {
+            return -INFINITY;
+        }
+        for (size_t j = i - std::min<size_t>(i, rule.pool); j < std::min(slots.size(), i + rule.pool + 1); ++j) {
+            const float score = stored[slots[j]].score;
+            best              = score < INFINITY ? std::max(best, score) : best;
+        }
+        return best;
+    }
+
+    // The slots that go for `wanted` blocks; enough: whether that suffices.
+    std::set<int32_t> gone_by_rule(uint32_t wanted, bool & enough) const {
+        std::vector<std::tuple<float, llama_pos, int32_t, uint32_t>> order;
+        std::vector<size_t>                                          n(N_LISTS);
+        for (uint32_t list = 0; list < N_LISTS; ++list) {
+            std::map<int32_t, float> scores;
+            std::set<int32_t>        keep;
+            for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+                const std::vector<int32_t> slots = slots_of(lane, list);
+                for (size_t i = 0; i < slots.size(); ++i) {
+                    float & score = scores.emplace(slots[i], -INFINITY).first->second;
+                    score         = std::max(score, pooled(slots, i));
+                    if (needed(lanes[lane][list], positions[slots[i]])) {
+                        keep.insert(slots[i]);
+                    }
+                }
+            }
+            n[list] = scores.size();
+            for (const auto & [slot, score] : scores) {
+                if (!keep.count(slot)) {
+                    order.emplace_back(score, positions[slot], slot, list);
+                }
+            }
+        }
+        std::sort(order.begin(), order.end());
+        std::set<int32_t> gone;
+        for (auto next = order.begin();; ++next) {
+            size_t used = 0;
+            for (const size_t each : n) {
+                used += (each + SLOTS - 1) / SLOTS;
+            }
+            enough = used + wanted <= N_BLOCKS;
+            if (enough || next == order.end()) {
+                return gone;
+            }
+            const auto [score, position, slot, list] = *next;
+            if (n[list] > least(wanted)) {
+                gone.insert(slot);
+                n[list]--;
+            }
+        }
+    }
+
+    void evict_by_rule(uint32_t wanted) {
+        bool                                          enough;
+        const std::set<int32_t>                       gone = gone_by_rule(wanted, enough);
+        std::multiset<std::pair<uint32_t, llama_pos>> lost, expected;
+        for (uint32_t lane = 0; lane < N_LANES && enough; ++lane) {
+            for (uint32_t list = 0; list < N_LISTS; ++list) {
+                for (const int32_t slot : slots_of(lane, list)) {
+                    if (gone.count(slot)) {
+                        expected.emplace(lane, positions[slot]);
+                        lanes[lane][list].erase(positions[slot]);
+                    }
+                }
+            }
+        }
+        rule.lost = [&](uint32_t lane, llama_pos position) { lost.emplace(lane, position); };
+        CHECK(ggml_ext_kv_evict(pages, rule, wanted) == enough, "%u of %u blocks", wanted, N_BLOCKS);
+        CHECK(lost == expected, "%zu lost, %zu expected", lost.size(), expected.size());
+    }
 };
+
+template <typename Evict> void random_walk(Walk & walk, const Evict & evict) {
+    for (int i = 0; i < 250 && check_failures == 0; ++i) {
+        const uint32_t lane = walk.below(N_LANES);
+        switch (walk.below(7)) {
+            case 0:
+                walk.remove(lane, llama_pos(walk.below(uint32_t(walk.end_of(lane)) + 1)), INT32_MAX);
+                break;
+            case 1:
+                walk.copy(lane, walk.below(N_LANES));
+                break;
+            case 2:
+            case 3:
+                evict(walk.below(N_BLOCKS / 2));
+                break;
+            default:
+                walk.append(lane, walk.below(300));
+        }
+        walk.check("walk");
+    }
+}
 
 void test_random_walks() {
     for (unsigned seed = 1; seed <= 10 && check_failures == 0; ++seed) {
         Walk walk(seed);
-        for (int i = 0; i < 250 && check_failures == 0; ++i) {
-            const uint32_t lane = walk.below(N_LANES);
-            switch (walk.below(7)) {
-                case 0:
-                    walk.remove(lane, llama_pos(walk.below(uint32_t(walk.end_of(lane)) + 1)), INT32_MAX);
-                    break;
-                case 1:
-                    walk.copy(lane, walk.below(N_LANES));
-                    break;
-                case 2:
-                case 3:
-                    walk.evict(walk.below(N_BLOCKS / 2));
-                    break;
-                default:
-                    walk.append(lane, walk.below(300));
+        random_walk(walk, [&](uint32_t wanted) { walk.evict(wanted); });
+    }
+}
+
+void test_the_rule_word_by_word() {
+    for (unsigned seed = 1; seed <= 5 && check_failures == 0; ++seed) {
+        Walk walk(seed);
+        walk.rule.pool = seed % 5;
+        random_walk(walk, [&](uint32_t wanted) {
+            for (Token & token : walk.stored) {
+                const float values[] = { NAN, INFINITY, -INFINITY, float(walk.below(3)), float(walk.below(1000)) };
+                token.score          = values[walk.below(5)];
             }
-            walk.check("walk");
-        }
+            walk.evict_by_rule(wanted);
+        });
     }
 }
 
@@ -282,5 +387,6 @@ int main() {
     test_lists_differ();
     test_nan_goes_first();
     test_random_walks();
+    test_the_rule_word_by_word();
     return check_done();
 }
