@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import server_files
-from arch_models import ArchModel
 from ggml_ext.runtime.llama import log_lines
 from kv_evicted import KV_HEADS, Kept, OneLayer, attended, different_tokens, drop_lowest, kept, pooled
-from kv_paged import F16, Q8_0, close, open_cache, random_tokens, read
+from kv_paged import F16, Q8_0, open_cache, read
 
 LAYER = OneLayer()
 KV = "paged,budget=256,policy=attention"
@@ -177,66 +175,7 @@ def test_several_sequences_in_a_ubatch(path: Path) -> None:
             assert np.isfinite(found.scores[0][: 100 - RECENT]).all()
 
 
-@pytest.mark.parametrize("name", ["llama-dense", "gemma3-dense"])
-def test_the_server_reads_again_what_is_missing(
-    architectures: dict[str, ArchModel],
-    patched_bin_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    name: str,
-) -> None:
-    """A prompt that goes on is continued; one that branches off in front of the boundary is read from its
-    beginning, and none makes the server end."""
-    monkeypatch.setenv("GGML_EXT_KV", "paged,budget=512,policy=attention")
-    model, tokens, log = architectures[name], random_tokens(800), tmp_path / "log"
-    options = [
-        "-c",
-        "1024",
-        "-ub",
-        "64",
-        "-fa",
-        "on",
-        "-ctk",
-        "q8_0",
-        "-ctv",
-        "q8_0",
-        "--ctx-checkpoints",
-        "0",
-    ]
-    options += ["--override-kv", f"{model.arch}.context_length=int:1024"]
-    with server_files.server(patched_bin_dir / "llama-server", model.path, log, *options) as ask:
-
-        def read_tokens(prompt: list[int]) -> int:
-            body = {"prompt": prompt, "n_predict": 1, "cache_prompt": True, "temperature": 0}
-            status, reply = ask("completion", body)
-            assert status == 200, reply
-            return int(reply["timings"]["prompt_n"])
-
-        assert read_tokens(tokens) == 800
-        assert read_tokens([*tokens, 5, 6, 7]) < 10
-        assert read_tokens([*tokens[:200], *random_tokens(20, seed=3)]) == 220
-        assert read_tokens([*tokens[:200], *random_tokens(20, seed=4)]) <= 21
-    assert "policy attention, sink 16, recent 64 stay" in log.read_text()
-
-
 def test_too_small_a_ubatch_is_refused(path: Path) -> None:
     with open_cache(path, KV, ubatch=7, batch=7) as context:
         assert not context.context
         assert any("scores by a ubatch's queries, and 7 are too few" in line for line in context.log)
-
-
-@pytest.mark.parametrize(
-    "name", ["llama-dense", "gemma3-dense", "gpt-oss-moe", "falcon-h1-dense", "bloom-dense"]
-)
-def test_other_graphs(architectures: dict[str, ArchModel], name: str) -> None:
-    """They run on, with finite logits, and a state carries them."""
-    model, tokens = architectures[name].path, random_tokens(700)
-    with (
-        open_cache(model, KV, n_ctx=1024) as context,
-        open_cache(model, KV, n_ctx=1024) as other,
-    ):
-        read(context, tokens[:600])
-        assert other.restore(context.save())
-        a, b = (read(c, tokens[600:], 600) for c in (context, other))
-        assert np.isfinite(a).all()
-        assert close(a, b)

@@ -310,12 +310,13 @@ def test_tokens_of_several_sequences(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["llama-dense", "gemma3-dense", "gpt-oss-moe", "falcon-h1-dense", "bloom-dense"]
 )
-def test_other_graphs(architectures: dict[str, ArchModel], name: str) -> None:
+@pytest.mark.parametrize("policy", ["norm", "attention"])
+def test_other_graphs(architectures: dict[str, ArchModel], name: str, policy: str) -> None:
     """They run on, with finite logits, and a state carries them."""
     model, tokens = architectures[name].path, random_tokens(700)
     with (
-        open_cache(model, NORM, n_ctx=1024) as context,
-        open_cache(model, NORM, n_ctx=1024) as other,
+        open_cache(model, BUDGET + policy, n_ctx=1024) as context,
+        open_cache(model, BUDGET + policy, n_ctx=1024) as other,
     ):
         read(context, tokens[:600])
         assert other.restore(context.save())

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import server_files
 from arch_models import ArchModel
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.runtime.llama import Model
@@ -243,37 +242,6 @@ def test_contexts_that_cannot_have_a_budget(
     monkeypatch.setenv("GGML_EXT_KV", kv)
     with Model(architectures[name].path) as model, pytest.raises(GgmlExtError, match=line):
         model.start(n_ctx=1024, n_seq=1, n_batch=256)
-
-
-def _prompt_tokens(ask: server_files.Ask, tokens: Sequence[int]) -> int:
-    """How many tokens of the prompt llama-server has read."""
-    body = {"prompt": tokens, "n_predict": 1, "cache_prompt": True, "temperature": 0}
-    status, reply = ask("completion", body)
-    assert status == 200, reply
-    return int(reply["timings"]["prompt_n"])
-
-
-@pytest.mark.parametrize("name", ["llama-dense", "gemma3-dense"])
-def test_the_server_reads_again_what_is_missing(
-    architectures: dict[str, ArchModel],
-    patched_bin_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    name: str,
-) -> None:
-    """A prompt that goes on is continued; one that branches off where positions are missing is read from its
-    beginning, and none makes the server end."""
-    monkeypatch.setenv("GGML_EXT_KV", KV)
-    program, log, tokens = patched_bin_dir / "llama-server", tmp_path / "log", _tokens(800)
-    model = architectures[name]
-    options = ["-c", "1024", "-ub", "64", "--ctx-checkpoints", "0"]
-    options += ["--override-kv", f"{model.arch}.context_length=int:1024"]
-    with server_files.server(program, model.path, log, *options) as ask:
-        assert _prompt_tokens(ask, tokens) == 800
-        assert _prompt_tokens(ask, [*tokens, 5, 6, 7]) < 10
-        assert _prompt_tokens(ask, [*tokens[:200], *_tokens(20, seed=3)]) == 220
-        assert _prompt_tokens(ask, [*tokens[:200], *_tokens(20, seed=4)]) <= 21
-    assert "policy window: 512 cells" in log.read_text()
 
 
 def test_a_budget_of_everything_changes_nothing(llama: Path) -> None:
