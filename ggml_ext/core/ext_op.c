@@ -16,6 +16,7 @@ static const struct {
     [GGML_EXT_OP_KV_STORE]  = { "kv_store",  ggml_ext_kv_store_fault  },
     [GGML_EXT_OP_KV_ATTEND] = { "kv_attend", ggml_ext_kv_attend_fault },
     [GGML_EXT_OP_KV_SCORE]  = { "kv_score",  ggml_ext_kv_score_fault  },
+    [GGML_EXT_OP_KV_CODE]   = { "kv_code",   ggml_ext_kv_code_fault   },
 };
 
 static bool ext_op_exists(int32_t sub_op) {

@@ -5,6 +5,7 @@
 #define GGML_EXT_OP_H
 
 #include "ggml.h"
+#include "kv_code/cold.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -19,6 +20,7 @@ enum ggml_ext_op {
     GGML_EXT_OP_KV_STORE  = 4,
     GGML_EXT_OP_KV_ATTEND = 5,
     GGML_EXT_OP_KV_SCORE  = 6,
+    GGML_EXT_OP_KV_CODE   = 7,
     GGML_EXT_OP_COUNT,
 };
 
@@ -116,6 +118,14 @@ struct ggml_ext_kv_attend_params {
     float   cap;             // of the logits; 0: none
 };
 
+// Coupled codes of a layer (kv_code/cold.h lays pool and books out).
+struct ggml_ext_kv_codes {
+    struct ggml_tensor *           pool;    // I8 [block_bytes, n_blocks], contiguous
+    struct ggml_tensor *           books;   // I8 [bytes of a head, n_head_kv], contiguous
+    struct ggml_tensor *           angles;  // F32 [n_rot, 8192], contiguous; NULL where n_rot is 0
+    struct ggml_ext_kv_cold_params p;
+};
+
 // Attention of queries over the blocks of their lanes' lists, as docs/attention.md computes it. A lane is what one
 // sequence sees: for each layer and head a list of runs of slots. A slot holds the token's position; the lane says in
 // which cell of llama.cpp's cache that token is, and so in which column of the mask.
@@ -127,12 +137,14 @@ struct ggml_ext_kv_attend_params {
 //   order: I32 [n_lanes + 1 + n_tokens]: where each lane's tokens start, n_tokens, then the tokens by lane.
 //   mask:  F16 [n_cells, n_queries, *, *], nb0 == 2.
 //   sinks: F32 [n_head] or NULL.
+//   codes: old tokens' codes, or NULL. An entry's block n_blocks + i is block i of theirs, and K and V are q8_0.
 // Result: F32 [dv, n_head, n_queries, n_streams].
 GGML_API struct ggml_tensor * ggml_ext_kv_attend(struct ggml_context * ctx, struct ggml_tensor * q,
                                                  struct ggml_tensor * pool, struct ggml_tensor * table,
                                                  struct ggml_tensor * cells, struct ggml_tensor * order,
                                                  struct ggml_tensor * mask, struct ggml_tensor * sinks,
-                                                 const struct ggml_ext_kv_attend_params * params);
+                                                 const struct ggml_ext_kv_attend_params * params,
+                                                 const struct ggml_ext_kv_codes *         codes);
 
 struct ggml_ext_kv_score_params {
     struct ggml_ext_kv_attend_params attend;
@@ -153,6 +165,23 @@ GGML_API struct ggml_tensor * ggml_ext_kv_score(struct ggml_context * ctx, struc
                                                 struct ggml_tensor * cells, struct ggml_tensor * order,
                                                 struct ggml_tensor * mask, struct ggml_tensor * sinks,
                                                 const struct ggml_ext_kv_score_params * params);
+
+struct ggml_ext_kv_code_params {
+    struct ggml_ext_kv_cold_params cold;
+    int32_t                        dk, dv;
+    int32_t                        scored;  // whether slots have scores, which go with them
+};
+
+// Writes slots' rows, which are q8_0, as coupled codes: for each place of a head the nearest of its 256 words, of V's channels
+// and of K's before RoPE, by the positions that the slots of rows hold.
+//   pool, books, angles: as kv_attend's codes have them.
+//   rows:  I8 [block_bytes, n_blocks], contiguous: the pool that the slots are in.
+//   moves: I32 [3, n_moves], contiguous: slot of rows, slot of pool, head; each slot of pool at most once.
+// Result: a view of pool.
+GGML_API struct ggml_tensor * ggml_ext_kv_code(struct ggml_context * ctx, struct ggml_tensor * pool,
+                                               struct ggml_tensor * rows, struct ggml_tensor * moves,
+                                               struct ggml_tensor * books, struct ggml_tensor * angles,
+                                               const struct ggml_ext_kv_code_params * params);
 
 #ifdef __cplusplus
 }

@@ -22,5 +22,6 @@ const char * ggml_ext_sample_fault(const struct ggml_tensor * dst);
 const char * ggml_ext_kv_store_fault(const struct ggml_tensor * dst);
 const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst);
 const char * ggml_ext_kv_score_fault(const struct ggml_tensor * dst);
+const char * ggml_ext_kv_code_fault(const struct ggml_tensor * dst);
 
 #endif  // GGML_EXT_OP_NEW_H

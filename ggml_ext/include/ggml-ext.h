@@ -73,6 +73,11 @@ GGML_EXT_API const char * ggml_ext_cpu_paths(void);
 GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
                                       float * result);
 
+// The nearest of 256 words for each of n vectors, of equally near ones the first, as coupled codes of a KV cache have it
+// (docs/kv-cache.md). x: [n][channels], words: [256][channels], channels 4 or 8. Returns 0 or GGML_EXT_E_SHAPE. [ggml-cpu]
+GGML_EXT_API int32_t ggml_ext_nearest_words(int64_t n, int32_t channels, const float * x, const float * words,
+                                            uint8_t * codes);
+
 // Quantised attention (docs/attention.md) for the whole process and every backend; it takes the place of the environment's
 // GGML_EXT_ATTN. mode: "off", "half", "full", "half/f16", "full/f16", "half/f16/smooth", "full/f16/smooth" or
 // "default". Not between the planning of a graph (ggml_graph_plan, or a backend's graph_compute) and the end of its
@@ -216,6 +221,13 @@ GGML_EXT_API int64_t ggml_ext_observer_end(struct ggml_ext_observer * observer);
 
 // The anchor of the site that an error of ggml_ext_observer_end is about, or "". [llama]
 GGML_EXT_API const char * ggml_ext_observer_culprit(const struct ggml_ext_observer * observer);
+
+// For a graph's callback: what RoPE has done to a tensor that is its result, or a view of one. frequencies: room for half a
+// head's channels, radians per position, of each pair that is turned; adjacent: whether pairs are channels 2 i and 2 i + 1,
+// and not i and i + half of them; length: the factor that all values are multiplied by. Returns how many of a head's
+// channels are turned, 0 for another tensor, or GGML_EXT_E_TYPE for a form that codes cannot undo. [llama]
+GGML_EXT_API int32_t ggml_ext_rope_of(const struct ggml_tensor * tensor, double * frequencies, int32_t * adjacent,
+                                      float * length);
 
 // Fused sampler (docs/sampling.md): top-k, locally typical, top-p, min-p and temperature in any order, and the draw, as
 // one llama_sampler. Logit bias, penalties and grammars stay upstream's and run before it in a chain.

@@ -38,6 +38,7 @@ struct kv_scope {
     ggml_ext_kv_setting setting;
     uint32_t            n_seq_max = 0;
     uint32_t            n_ubatch  = 0;
+    int                 n_threads = 1;
     bool                opened    = false;
 };
 
@@ -73,6 +74,7 @@ ggml_ext_kv_scope::ggml_ext_kv_scope(const llama_model & model, const llama_cpar
     scope.model     = &model;
     scope.n_seq_max = cparams.n_seq_max;
     scope.n_ubatch  = cparams.n_ubatch;
+    scope.n_threads = cparams.n_threads_batch;
     kv_current      = scope;
 }
 
@@ -138,6 +140,17 @@ static std::shared_ptr<ggml_ext_kv> kv_open_paged(ggml_type type_k, ggml_type ty
                       "; take -ctk and -ctv of q8_0, q5_0, q4_0, iq4_nl or f16");
         }
     }
+    if (kv_current->setting.cold > 0) {
+        if (type_k != GGML_TYPE_Q8_0 || type_v != GGML_TYPE_Q8_0) {
+            kv_refuse("codes are made of a cache of type q8_0; take -ctk q8_0 -ctv q8_0");
+        }
+        if (kv_current->setting.policy == ggml_ext_kv_policy::attention) {
+            kv_refuse("codes have no scores of policy attention; take policy=probe, norm or random, or none");
+        }
+        if (model.ggml_ext && (model.ggml_ext->has_k || model.ggml_ext->has_v)) {
+            kv_refuse("this model transforms its cache, whose codes would be of what it was before; unset cold=");
+        }
+    }
     if (v_trans) {
         kv_refuse("paged storage needs flash attention; take -fa on");
     }
@@ -157,7 +170,8 @@ static std::shared_ptr<ggml_ext_kv> kv_open_paged(ggml_type type_k, ggml_type ty
         return nullptr;
     }
     auto ext   = std::make_shared<ggml_ext_kv>();
-    ext->paged = std::make_unique<ggml_ext_kv_paged>(kv_size, n_stream, kv_current->setting, kv_current->n_seq_max);
+    ext->paged = std::make_unique<ggml_ext_kv_paged>(kv_size, n_stream, kv_current->setting, kv_current->n_seq_max,
+                                                     kv_current->n_threads);
     kv_size    = 1;
     return ext;
 }
@@ -173,6 +187,24 @@ std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v
                kv_open_window(cells, kv_size);
 }
 
+bool ggml_ext_kv_codes_rows() {
+    return kv_current && kv_current->setting.cold > 0;
+}
+
+// A layer's codebooks; null where the setting wants none.
+static ggml_tensor * kv_books(uint32_t il) {
+    const int channels = kv_current->setting.cold;
+    if (channels == 0) {
+        return nullptr;
+    }
+    const auto & known = kv_current->model->ggml_ext;
+    if (known && known->codebooks.layers.count(channels) && known->codebooks.layers.at(channels)[il]) {
+        return known->codebooks.layers.at(channels)[il];
+    }
+    kv_refuse(std::string("the model has no codebooks of ") + (channels == 4 ? "2 bits" : "1 bit") + " of layer " +
+              std::to_string(il) + "; make them with 'ggml-ext kv-codebook'");
+}
+
 void ggml_ext_kv_add_layer(ggml_ext_kv & ext, uint32_t il, const ggml_tensor * k, const ggml_tensor * v) {
     const llama_hparams & hparams = kv_current->model->hparams;
     const auto &          known   = kv_current->model->ggml_ext;
@@ -182,8 +214,8 @@ void ggml_ext_kv_add_layer(ggml_ext_kv & ext, uint32_t il, const ggml_tensor * k
                   "; make probes with 'ggml-ext kv-probe', or take policy=norm");
     }
     ext.paged->add({ int32_t(hparams.n_embd_head_k(il)), int32_t(hparams.n_embd_head_v(il)),
-                     int32_t(hparams.n_head_kv(il)), k->type, v->type, 0, il },
-                   k, v);
+                     int32_t(hparams.n_head_kv(il)), k->type, v->type, 0, il, 0 },
+                   k, v, kv_books(il));
 }
 
 static std::string kv_policy(const ggml_ext_kv_setting & setting) {
@@ -194,6 +226,69 @@ static std::string kv_policy(const ggml_ext_kv_setting & setting) {
            ", recent " + std::to_string(setting.recent) + " stay";
 }
 
+// Blocks of each list: rows', and codes'.
+struct kv_blocks {
+    uint64_t rows = 0, codes = 0;
+};
+
+// Without eviction or codes, `least` is one ubatch; of all of the context's cells it is `full`.
+static kv_blocks kv_blocks_of(const ggml_ext_kv_paged & paged, const ggml_ext_kv_setting & setting, uint64_t full,
+                              uint64_t least) {
+    const uint64_t cells  = uint64_t(paged.n_cells) * paged.n_stream;
+    const double   tokens = double(setting.tokens) * double(kv_current->n_seq_max);
+    kv_blocks      n      = { full, 0 };
+    if (!paged.cold()) {
+        if (setting.bytes > 0) {
+            n.rows = setting.bytes / paged.list_size();
+        } else if (setting.share > 0 || setting.tokens > 0) {
+            n.rows =
+                uint64_t(std::ceil((setting.share > 0 ? setting.share * double(cells) : tokens) / GGML_EXT_KV_SLOTS));
+        }
+        n.rows = std::min(n.rows, full);
+        return n;
+    }
+    // What is old is coded when rows are short, so they are as few as can be, and one more, for that to be seldom. Of the
+    // codes each sequence may leave a block open, and packing one more.
+    const uint64_t open = kv_current->n_seq_max + 1;
+    const uint64_t list = paged.cold()->block_bytes() * paged.n_lists();
+    n                   = { least + 1, full + open };
+    if (setting.tokens > 0) {
+        n.codes = std::min(n.codes, uint64_t(std::ceil(tokens / GGML_EXT_KV_SLOTS)) + open);
+    } else if (setting.share > 0 || setting.bytes > 0) {
+        const double bytes =
+            setting.bytes > 0 ? double(setting.bytes) : setting.share * double(full) * double(paged.list_size());
+        const double left = bytes - double(n.rows) * double(paged.list_size());
+        n.codes           = std::min(n.codes, uint64_t(std::max(0.0, left) / double(list)));
+    }
+    if (n.codes < n.rows + open) {
+        kv_refuse("a budget of " + std::to_string(n.codes) + " blocks of 64 coded tokens beside " +
+                  std::to_string(n.rows) + " of rows is less than " + std::to_string(n.rows + open) +
+                  "; raise it, or lower -ub, sink or recent");
+    }
+    return n;
+}
+
+static void kv_log(const ggml_ext_kv_paged & paged, const ggml_ext_kv_setting & setting, const kv_blocks & n,
+                   uint64_t full) {
+    const uint64_t    cells = uint64_t(paged.n_cells) * paged.n_stream;
+    const uint64_t    room  = std::min((n.rows + n.codes) * GGML_EXT_KV_SLOTS, cells);
+    const std::string codes = paged.cold() ? " and " + std::to_string(n.codes) + " of 64 codes of " +
+                                                 (setting.cold == 4 ? "2 bits" : "1 bit") + ", sink " +
+                                                 std::to_string(setting.sink) + ", recent " +
+                                                 std::to_string(setting.recent) + " stay as they are," :
+                                             "";
+    LLAMA_LOG_WARN(
+        "%s: ggml-ext: paged: %.2f MiB, %llu blocks of 64 tokens%s for each of %u heads, room for %llu of %llu "
+        "tokens; %s\n",
+        __func__, double(paged.size()) / 1024 / 1024, (unsigned long long) n.rows, codes.c_str(), paged.n_lists(),
+        (unsigned long long) room, (unsigned long long) cells, kv_policy(setting).c_str());
+    if (paged.evicts() && (n.rows + n.codes) * most_compression < full) {
+        LLAMA_LOG_WARN("%s: ggml-ext: a full context keeps less than 1 of %u tokens: what is said once in it will be "
+                       "forgotten; docs/kv-cache.md has what is left at which budget\n",
+                       __func__, most_compression);
+    }
+}
+
 void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
     ggml_ext_kv_paged &         paged   = *ext.paged;
     const ggml_ext_kv_setting & setting = kv_current->setting;
@@ -201,44 +296,27 @@ void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
         LLAMA_LOG_WARN("%s: ggml-ext: this model has no layer with attention; GGML_EXT_KV changes nothing\n", __func__);
         return;
     }
-    const uint64_t cells = uint64_t(paged.n_cells) * paged.n_stream;
+    const uint64_t cells    = uint64_t(paged.n_cells) * paged.n_stream;
     // With all of the cells to itself each sequence may leave a block open.
-    const uint64_t open  = paged.n_stream == 1 ? kv_current->n_seq_max - 1 : 0;
-    const uint64_t full  = (cells + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS + open;
-    uint64_t       n     = full;
-    if (setting.bytes > 0) {
-        n = setting.bytes / paged.list_size();
-    } else if (setting.share > 0 || setting.tokens > 0) {
-        const double tokens =
-            setting.share > 0 ? setting.share * double(cells) : double(setting.tokens) * double(kv_current->n_seq_max);
-        n = uint64_t(std::ceil(tokens / GGML_EXT_KV_SLOTS));
-    }
-    n                       = std::min(n, full);
+    const uint64_t open     = paged.n_stream == 1 ? kv_current->n_seq_max - 1 : 0;
+    const uint64_t full     = (cells + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS + open;
     const uint32_t n_ubatch = kv_current->n_ubatch;
     if (paged.attended() && !ggml_ext_kv_paged::scores_by(n_ubatch)) {
         kv_refuse("policy attention scores by a ubatch's queries, and " + std::to_string(n_ubatch) +
                   " are too few; raise -ub to 8 or more");
     }
-    // With eviction a ubatch of several sequences is sure to fit: each opens a block of its own.
-    const uint64_t stays = paged.evicts() ? paged.least_blocks() + std::min(kv_current->n_seq_max, n_ubatch) - 1 : 0;
-    const uint64_t least = stays + (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
-    if (n < least) {
+    // Where room is made a ubatch of several sequences is sure to fit: each opens a block of its own.
+    const bool      makes_room = paged.evicts() || paged.cold();
+    const uint64_t  stays      = makes_room ? paged.least_blocks() + std::min(kv_current->n_seq_max, n_ubatch) - 1 : 0;
+    const uint64_t  least      = stays + (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    const kv_blocks n          = kv_blocks_of(paged, setting, full, least);
+    if (n.rows < least) {
         kv_refuse(
-            "a budget of " + std::to_string(n) + " blocks of 64 tokens is less than " + std::to_string(least) +
+            "a budget of " + std::to_string(n.rows) + " blocks of 64 tokens is less than " + std::to_string(least) +
             " for -ub " + std::to_string(n_ubatch) +
             (stays ? ", sinks and recent tokens of " + std::to_string(kv_current->n_seq_max) + " sequences" : "") +
             "; raise it or lower -ub");
     }
-    paged.allocate(uint32_t(n), !kv_current->model->hparams.no_alloc);
-    LLAMA_LOG_WARN(
-        "%s: ggml-ext: paged: %.2f MiB, %llu blocks of 64 tokens for each of %u heads, room for %llu of %llu "
-        "tokens; %s\n",
-        __func__, double(paged.size()) / 1024 / 1024, (unsigned long long) n, paged.n_lists(),
-        (unsigned long long) std::min(n * GGML_EXT_KV_SLOTS, cells), (unsigned long long) cells,
-        kv_policy(setting).c_str());
-    if (paged.evicts() && n * most_compression < full) {
-        LLAMA_LOG_WARN("%s: ggml-ext: a full context keeps less than 1 of %u tokens: what is said once in it will be "
-                       "forgotten; docs/kv-cache.md has what is left at which budget\n",
-                       __func__, most_compression);
-    }
+    paged.allocate(n.rows, n.codes, !kv_current->model->hparams.no_alloc);
+    kv_log(paged, setting, n, full);
 }

@@ -234,6 +234,16 @@ uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_e
     return n;
 }
 
+void ggml_ext_kv_drop(ggml_ext_kv_pages & pages, uint32_t list, const std::vector<int32_t> & slots,
+                      const ggml_ext_kv_eviction & rule) {
+    std::vector<uint32_t>   index(pages.n_blocks());
+    std::vector<held_block> blocks = held_blocks(pages, list, rule, index);
+    for (const int32_t slot : slots) {
+        blocks[index[slot / int32_t(slots_per_block)]].gone |= bits_of(uint32_t(slot) % slots_per_block, 1);
+    }
+    pack(blocks, pages, list, rule);
+}
+
 bool ggml_ext_kv_evict(ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t wanted) {
     if (wanted <= pages.n_free()) {
         return true;

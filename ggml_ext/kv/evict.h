@@ -27,6 +27,11 @@ struct ggml_ext_kv_eviction {
 // Slots of a list that no eviction takes: sinks and recent positions of some lane.
 uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t list);
 
+// Takes slots out of a list, whatever the rule says of them, and packs what stays as evict does. Nobody is told what a lane
+// has lost.
+void ggml_ext_kv_drop(ggml_ext_kv_pages & pages, uint32_t list, const std::vector<int32_t> & slots,
+                      const ggml_ext_kv_eviction & rule);
+
 // Takes slots out of all lists until `wanted` blocks are free: those of the lowest scores, wherever they are, but no sinks
 // and recent positions of any lane, and no more of a list than its floor allows. Lanes that share a slot lose it together.
 // What stays is packed. False, with nothing changed, where that does not suffice.

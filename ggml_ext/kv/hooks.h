@@ -48,6 +48,9 @@ class ggml_ext_kv_scope {
 std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v, bool v_trans, bool offload,
                                               bool sliding, std::vector<llama_kv_cells> & cells, uint32_t & kv_size);
 
+// Whether the context that is being made codes old rows, which codebooks know as the model has them: without a rotation.
+bool ggml_ext_kv_codes_rows();
+
 // Whether the cache's rows are in blocks of ours.
 bool ggml_ext_kv_is_paged(const ggml_ext_kv * ext);
 

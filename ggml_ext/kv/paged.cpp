@@ -13,11 +13,16 @@
 #include <string>
 
 ggml_ext_kv_paged::ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream, const ggml_ext_kv_setting & rule,
-                                     uint32_t n_seq) :
+                                     uint32_t n_seq, int n_threads) :
     n_cells(n_cells), n_stream(n_stream), rule(rule), n_seq(n_seq), held(0, 0, 0), prefixes(LLAMA_MAX_SEQ),
-    cell_of(LLAMA_MAX_SEQ), boundary(LLAMA_MAX_SEQ, -1) {}
+    cell_of(LLAMA_MAX_SEQ), boundary(LLAMA_MAX_SEQ, -1) {
+    if (rule.cold > 0) {
+        codes = std::make_unique<ggml_ext_kv_cold_pool>(rule.cold, scored(), n_threads);
+    }
+}
 
-void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tensor * v) {
+void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tensor * v, ggml_tensor * books) {
+    layer.index      = n_layers();
     layer.first_list = lists;
     names[k]         = uint32_t(layers.size());
     names[v]         = uint32_t(layers.size());
@@ -25,10 +30,13 @@ void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tenso
     lists += uint32_t(layer.n_head_kv);
     layer_of.resize(lists, uint32_t(layers.size()));
     layers.push_back(layer);
+    if (codes) {
+        codes->add(layer.dk, layer.dv, layer.n_head_kv, books);
+    }
 }
 
-void ggml_ext_kv_paged::allocate(uint32_t blocks_per_list, bool alloc) {
-    const uint64_t n_blocks = uint64_t(blocks_per_list) * lists;
+void ggml_ext_kv_paged::allocate(uint64_t blocks_per_list, uint64_t cold_blocks_per_list, bool alloc) {
+    const uint64_t n_blocks = blocks_per_list * lists;
     if (n_blocks > INT32_MAX / GGML_EXT_KV_SLOTS) {
         throw std::runtime_error("ggml-ext: a paged KV cache of " + std::to_string(n_blocks) + " blocks, at most " +
                                  std::to_string(INT32_MAX / GGML_EXT_KV_SLOTS) + "; lower the budget or -c");
@@ -49,6 +57,9 @@ void ggml_ext_kv_paged::allocate(uint32_t blocks_per_list, bool alloc) {
     }
     held = ggml_ext_kv_pages(LLAMA_MAX_SEQ, lists, uint32_t(n_blocks));
     held.keep_positions(static_cast<int32_t *>(blocks->data), block_size / sizeof(int32_t));
+    if (codes) {
+        codes->allocate(cold_blocks_per_list * lists, alloc);
+    }
 }
 
 const ggml_ext_kv_paged::layer * ggml_ext_kv_paged::find(const ggml_tensor * name) const {
@@ -86,8 +97,8 @@ bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) {
     if (!kv_positions_fit(ubatches)) {
         return false;
     }
-    if (evicts()) {
-        return can_fit(ubatches);
+    if (evicts() || codes) {
+        return can_fit(ubatches) && has_cold_room(ubatches);
     }
     std::vector<uint32_t> n(LLAMA_MAX_SEQ);
     bool                  coupled = false;
@@ -119,7 +130,7 @@ bool ggml_ext_kv_paged::fits(const std::vector<llama_ubatch> & ubatches) {
 
 // The blocks that the last ubatch has filled, once it is computed.
 void ggml_ext_kv_paged::merge() {
-    if (computed && kind > 0) {
+    if (computed && kind > 0 && !codes) {
         for (const token & token : tokens) {
             prefixes.add(uint32_t(token.lane), token.position, token.id, kind);
         }
@@ -143,7 +154,7 @@ void ggml_ext_kv_paged::end(uint32_t kind) {
 
 void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells) {
     merge();
-    if (evicts() && most_blocks(ubatch, true) > held.n_free() && !make_room(most_blocks(ubatch, false))) {
+    if ((evicts() || codes) && most_blocks(ubatch, true) > held.n_free() && !make_room(most_blocks(ubatch, false))) {
         GGML_ABORT("ggml-ext: a paged KV cache took a batch that it cannot make room for");
     }
     begun = true;
@@ -184,6 +195,9 @@ void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
                  tokens.end());
     for (llama_seq_id lane = std::max(s, 0); lane < (s < 0 ? LLAMA_MAX_SEQ : s + 1); ++lane) {
         held.remove(uint32_t(lane), p0, p1);
+        if (codes) {
+            codes->pages.remove(uint32_t(lane), p0, p1);
+        }
         prefixes.cut(uint32_t(lane), p0);
         if (p0 <= boundary[lane] && p1 > boundary[lane]) {
             boundary[lane] = -1;
@@ -201,6 +215,19 @@ bool ggml_ext_kv_paged::removable(llama_seq_id s, llama_pos p0, llama_pos p1) co
     return true;
 }
 
+// Both pools' or neither's.
+bool ggml_ext_kv_paged::share_pages(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1) {
+    if (!codes) {
+        return held.share(from, to, p0, p1);
+    }
+    const ggml_ext_kv_pages before = held;
+    if (held.share(from, to, p0, p1) && codes->pages.share(from, to, p0, p1)) {
+        return true;
+    }
+    held = before;
+    return false;
+}
+
 void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
     if (from == to) {
         return;
@@ -210,13 +237,16 @@ void ggml_ext_kv_paged::share(llama_seq_id from, llama_seq_id to, llama_pos p0, 
     p1 = p1 < 0 ? INT32_MAX : p1;
     if (n_stream > 1) {  // upstream copies the stream
         held.clear(uint32_t(to));
+        if (codes) {
+            codes->pages.clear(uint32_t(to));
+        }
         prefixes.cut(uint32_t(to), 0);
         cell_of[to].clear();
         boundary[to] = -1;
         p0           = 0;
         p1           = INT32_MAX;
     }
-    if (!held.share(uint32_t(from), uint32_t(to), p0, p1)) {
+    if (!share_pages(uint32_t(from), uint32_t(to), p0, p1)) {
         LLAMA_LOG_ERROR("%s: ggml-ext: a paged KV cache cannot copy positions %d .. of sequence %d into sequence %d, "
                         "which has others there and keeps them; remove them first\n",
                         __func__, p0, from, to);
@@ -253,7 +283,8 @@ uint32_t ggml_ext_kv_paged::n_entries() const {
     size_t most = 1;
     for (llama_seq_id lane : lanes) {
         for (uint32_t i = 0; i < lists; ++i) {
-            most = std::max(most, held.list(uint32_t(lane), i).size());
+            most = std::max(
+                most, held.list(uint32_t(lane), i).size() + (codes ? codes->pages.list(uint32_t(lane), i).size() : 0));
         }
     }
     return uint32_t(most);
@@ -281,6 +312,12 @@ void ggml_ext_kv_paged::fill_table(int32_t * to, uint32_t n_lanes) const {
         for (uint32_t i = 0; i < lists; ++i) {
             *to++ = n;
             if (lane < lanes.size()) {
+                if (codes) {
+                    for (ggml_ext_kv_entry entry : codes->pages.list(uint32_t(lanes[lane]), i)) {
+                        entry.block += int32_t(held.n_blocks());
+                        entries[n++] = entry;
+                    }
+                }
                 const std::vector<ggml_ext_kv_entry> & list = held.list(uint32_t(lanes[lane]), i);
                 std::copy(list.begin(), list.end(), entries + n);
                 n += int32_t(list.size());

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cold_pool.h"
 #include "core/ext_op.h"
 #include "evict.h"
 #include "ggml-cpp.h"
@@ -14,12 +15,16 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 // A sequence's positions are below: each has an entry in tables.
 constexpr llama_pos GGML_EXT_KV_POSITIONS = 1 << 24;
+
+// Of a position in a list: any order, the same for equal runs.
+float ggml_ext_kv_random(uint32_t list, llama_pos position);
 
 class llama_io_read_i;
 class llama_io_write_i;
@@ -34,17 +39,20 @@ class ggml_ext_kv_paged {
         ggml_type type_k, type_v;
         uint32_t  first_list;  // of its heads'
         uint32_t  il;
+        uint32_t  index;       // among the cache's layers
     };
 
-    // n_cells: of a stream; rule: which slots go where blocks are short; n_seq: sequences.
-    ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream, const ggml_ext_kv_setting & rule, uint32_t n_seq);
+    // n_cells: of a stream; rule: which slots go where blocks are short, and whether old ones become codes; n_seq:
+    // sequences; n_threads: that code.
+    ggml_ext_kv_paged(uint32_t n_cells, uint32_t n_stream, const ggml_ext_kv_setting & rule, uint32_t n_seq,
+                      int n_threads);
 
-    // The cache's next layer; k, v: upstream's tensors of it, which have no rows and name it.
-    void add(layer layer, const ggml_tensor * k, const ggml_tensor * v);
+    // The cache's next layer; k, v: upstream's tensors of it, which have no rows and name it; books: its codebooks.
+    void add(layer layer, const ggml_tensor * k, const ggml_tensor * v, ggml_tensor * books);
 
-    // Makes the pool once all layers are there. Without alloc it has its size and no memory. Throws std::runtime_error
-    // where the memory cannot be had.
-    void allocate(uint32_t blocks_per_list, bool alloc);
+    // Makes the pools once all layers are there. Without alloc they have their size and no memory. Throws
+    // std::runtime_error where the memory cannot be had.
+    void allocate(uint64_t blocks_per_list, uint64_t cold_blocks_per_list, bool alloc);
 
     // The layer that a tensor, or what it is a view of, names; null: none.
     const layer * find(const ggml_tensor * name) const;
@@ -87,6 +95,9 @@ class ggml_ext_kv_paged {
 
     uint32_t n_lists() const { return lists; }
 
+    // Old tokens' codes; null: they stay rows.
+    ggml_ext_kv_cold_pool * cold() const { return codes.get(); }
+
     // Whether slots go where blocks are short, and whether by a score that the graph stores behind their rows.
     bool evicts() const { return rule.policy != ggml_ext_kv_policy::keep; }
 
@@ -115,7 +126,7 @@ class ggml_ext_kv_paged {
         return ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv, scored());
     }
 
-    size_t size() const { return blocks ? ggml_nbytes(blocks) : 0; }
+    size_t size() const { return (blocks ? ggml_nbytes(blocks) : 0) + (codes ? codes->size() : 0); }
 
     // Bytes of a block for each list.
     size_t list_size() const { return block_size * lists; }
@@ -134,20 +145,30 @@ class ggml_ext_kv_paged {
     uint64_t             staying_blocks(const std::vector<bool> & used, uint64_t before) const;
     ggml_ext_kv_eviction keeps() const;
     bool                 make_room(uint64_t wanted);
+    bool                 cool();
+    bool                 share_pages(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
+    bool                 has_cold_room(const std::vector<llama_ubatch> & ubatches) const;
+    bool                 make_cold_room(uint64_t wanted);
+    ggml_ext_kv_eviction eviction() const;
     void    find_boundaries(const llama_kv_cells & cells, uint32_t stream, const std::vector<uint32_t> & restored,
                             const std::vector<std::vector<uint32_t>> & present);
-    size_t  row_size(const layer & layer, bool v) const;
-    char *  row(const layer & layer, bool v, int32_t slot) const;
-    float * score(const layer & layer, int32_t slot) const;
+    size_t  row_size(const layer & layer, bool v, bool cold = false) const;
+    char *  row(const layer & layer, bool v, int32_t slot, bool cold = false) const;
+    float * score(const layer & layer, int32_t slot, bool cold = false) const;
     void    move(uint32_t list, int32_t from, int32_t to, uint32_t n) const;
 
-    std::pair<uint32_t, uint32_t>     lanes_of(uint32_t stream) const;
-    std::vector<int32_t>              slots_of(uint32_t list, uint32_t stream, const std::vector<int32_t> & index,
-                                               size_t count) const;
-    std::vector<std::vector<int32_t>> lay_out(const llama_kv_cells & cells, uint32_t stream,
+    ggml_ext_kv_pages &       pages_of(bool cold) { return cold ? codes->pages : held; }
+    const ggml_ext_kv_pages & pages_of(bool cold) const { return cold ? codes->pages : held; }
+
+    std::pair<uint32_t, uint32_t> lanes_of(uint32_t stream) const;
+    std::vector<int32_t> slots_of(bool cold, uint32_t list, uint32_t stream, const std::vector<int32_t> & index,
+                                  size_t count) const;
+    std::vector<std::vector<int32_t>> lay_out(bool cold, const llama_kv_cells & cells, uint32_t stream,
                                               const std::vector<uint32_t> &              restored,
                                               const std::vector<std::vector<uint32_t>> & present);
-    void write_present(llama_io_write_i & io, std::vector<std::vector<int32_t>> & slots) const;
+    void write_part(llama_io_write_i & io, bool cold, std::vector<std::vector<int32_t>> slots) const;
+    bool read_part(llama_io_read_i & io, bool cold, const llama_kv_cells & cells, uint32_t stream,
+                   const std::vector<uint32_t> & restored, std::vector<std::vector<uint32_t>> & present);
     bool read_present(llama_io_read_i & io, const llama_kv_cells & cells, uint32_t stream,
                       const std::vector<uint32_t> & restored);
 
@@ -162,6 +183,7 @@ class ggml_ext_kv_paged {
     ggml_ext_kv_prefixes                              prefixes;
     std::vector<std::vector<int32_t>>                 cell_of;   // [lane][position] that it holds
     std::vector<llama_pos>                            boundary;  // of each lane, as last_lost has it
+    std::unique_ptr<ggml_ext_kv_cold_pool>            codes;
     ggml_context_ptr                                  context;
     ggml_backend_buffer_ptr                           buffer;
     ggml_tensor *                                     blocks = nullptr;  // I8 [block, n_blocks]

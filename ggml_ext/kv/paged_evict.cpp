@@ -13,8 +13,7 @@ static constexpr int32_t  score_window = 32;    // queries of a ubatch
 static constexpr float    score_decay  = 0.5f;
 static constexpr uint32_t score_pool   = 3;     // neighbours on each side
 
-// Any order, the same for equal runs.
-static float kv_random(uint32_t list, llama_pos position) {
+float ggml_ext_kv_random(uint32_t list, llama_pos position) {
     uint64_t x = (uint64_t(list) << 32 | uint32_t(position)) + 0x9e3779b97f4a7c15;  // splitmix64
     x          = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
     x          = (x ^ x >> 27) * 0x94d049bb133111eb;
@@ -25,7 +24,10 @@ uint64_t ggml_ext_kv_paged::least_blocks() const {
     return (n_seq * (uint64_t(rule.sink) + rule.recent) + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
 }
 
-float * ggml_ext_kv_paged::score(const layer & layer, int32_t slot) const {
+float * ggml_ext_kv_paged::score(const layer & layer, int32_t slot, bool cold) const {
+    if (cold) {
+        return codes->score(layer.index, slot);
+    }
     char * block = static_cast<char *>(blocks->data) + size_t(slot / GGML_EXT_KV_SLOTS) * block_size;
     return reinterpret_cast<float *>(block + block_of(layer).score) + slot % GGML_EXT_KV_SLOTS;
 }
@@ -130,16 +132,25 @@ ggml_ext_kv_eviction ggml_ext_kv_paged::keeps() const {
     return how;
 }
 
-bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
+// As rows are evicted.
+ggml_ext_kv_eviction ggml_ext_kv_paged::eviction() const {
     ggml_ext_kv_eviction how = keeps();
     // Norms of different heads say nothing of each other; probes' scores and probabilities do.
     how.floor                = policy() == ggml_ext_kv_policy::probe || attended() ? shared_floor : 1.0;
     how.pool                 = attended() ? score_pool : 0;
     how.score                = [this](uint32_t list, int32_t slot) {
         return scored() ? *score(layers[layer_of[list]], slot) :
-                                         kv_random(list, held.positions(slot / GGML_EXT_KV_SLOTS)[slot % GGML_EXT_KV_SLOTS]);
+                                         ggml_ext_kv_random(list, held.positions(slot / GGML_EXT_KV_SLOTS)[slot % GGML_EXT_KV_SLOTS]);
     };
     how.move = [this](uint32_t list, int32_t from, int32_t to, uint32_t n) { move(list, from, to, n); };
+    return how;
+}
+
+bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
+    if (codes) {
+        return cool() && wanted <= held.n_free();
+    }
+    ggml_ext_kv_eviction how = eviction();
     if (attended()) {
         how.lost = [this](uint32_t lane, llama_pos position) { boundary[lane] = std::max(boundary[lane], position); };
     }

@@ -145,6 +145,13 @@ ggml_tensor * ggml_ext_kv_graph::store(ggml_context * ctx, ggml_ext_kv_paged & p
     cache &                          c     = use(ctx, paged);
     ggml_tensor *                    slots =
         ggml_view_2d(ctx, c.slots, layer.n_head_kv, c.slots->ne[1], c.slots->nb[1], layer.first_list * sizeof(int32_t));
+    if (paged.cold() && !v) {
+        try {
+            paged.cold()->turned(layer.index, key);
+        } catch (const std::exception & error) {
+            fault = error.what();
+        }
+    }
     const bool scored = paged.scored() && !v;
     c.stored =
         ggml_ext_kv_store(ctx, c.stored, x, slots, cells, scored ? scores(ctx, paged, layer.il) : nullptr,
@@ -190,7 +197,10 @@ ggml_tensor * ggml_ext_kv_graph::attend(ggml_context * ctx, ggml_tensor * q, ggm
             scoring.score                    = int32_t(paged->block_of(*layer).score);
             c.stored = ggml_ext_kv_score(ctx, q, c.stored, c.table, c.cells, c.order, mask, sinks, &scoring);
         }
-        ggml_tensor * out = ggml_ext_kv_attend(ctx, q, c.stored, c.table, c.cells, c.order, mask, sinks, &p);
+        const bool              coded = paged->cold() && fault.empty();
+        const ggml_ext_kv_codes codes = coded ? paged->cold()->codes_of(layer->index) : ggml_ext_kv_codes();
+        ggml_tensor *           out =
+            ggml_ext_kv_attend(ctx, q, c.stored, c.table, c.cells, c.order, mask, sinks, &p, coded ? &codes : nullptr);
         return ggml_reshape_2d(ctx, out, out->ne[0] * out->ne[1], out->ne[2] * out->ne[3]);
     }
     return nullptr;

@@ -37,14 +37,10 @@ void ggml_ext_kv_pages::release(int32_t block) {
     }
 }
 
-// Slots of a list's last block that its lane may still fill.
-uint32_t ggml_ext_kv_pages::room(const std::vector<ggml_ext_kv_entry> & list) const {
-    if (list.empty()) {
-        return 0;
-    }
-    const ggml_ext_kv_entry & last = list.back();
-    const uint32_t            end  = last.begin + last.count;
-    const state &             s    = blocks[last.block];
+// Slots behind a run that its lane may still fill.
+uint32_t ggml_ext_kv_pages::room(const ggml_ext_kv_entry & last) const {
+    const uint32_t end = last.begin + last.count;
+    const state &  s   = blocks[last.block];
     return s.references == 1 || s.fill == end ? kv_slots - end : 0;
 }
 
@@ -53,7 +49,7 @@ uint64_t ggml_ext_kv_pages::n_needed(uint32_t lane, uint32_t n) const {
     for (uint32_t i = 0; i < lists_per_lane; ++i) {
         const std::vector<ggml_ext_kv_entry> & list = this->list(lane, i);
         // Of a shared block another lane may take the room first.
-        const uint32_t free = list.empty() || blocks[list.back().block].references > 1 ? 0 : room(list);
+        const uint32_t free = list.empty() || blocks[list.back().block].references > 1 ? 0 : room(list.back());
         sum += n > free ? (n - free + kv_slots - 1) / kv_slots : 0;
     }
     return sum;
@@ -70,26 +66,77 @@ void ggml_ext_kv_pages::show(uint32_t lane, uint32_t i, int32_t block, uint32_t 
     blocks[block].fill = std::max(blocks[block].fill, slot + 1);
 }
 
+// A slot behind a run, or of a fresh block; -1: no block is free. last may be null.
+int32_t ggml_ext_kv_pages::next_slot(const ggml_ext_kv_entry * last) {
+    const bool     fits  = last && room(*last) > 0;
+    const int32_t  block = fits ? last->block : take_block();
+    const uint32_t slot  = fits ? last->begin + last->count : 0;
+    if (block < 0) {
+        return -1;
+    }
+    blocks[block].generation += slot < blocks[block].fill;
+    blocks[block].fill = slot;  // what its only lane gave up behind it can be written again
+    return int32_t(block * kv_slots + slot);
+}
+
 bool ggml_ext_kv_pages::append(const llama_seq_id * lanes, uint32_t n_lanes, llama_pos position, int32_t * slots) {
     for (uint32_t i = 0; i < lists_per_lane; ++i) {
-        const std::vector<ggml_ext_kv_entry> & own   = list(lanes[0], i);
-        const bool                             fits  = room(own) > 0;
-        const int32_t                          block = fits ? own.back().block : take_block();
-        const uint32_t                         slot  = fits ? own.back().begin + own.back().count : 0;
-        if (block < 0) {
+        const std::vector<ggml_ext_kv_entry> & own = list(lanes[0], i);
+        slots[i]                                   = next_slot(own.empty() ? nullptr : &own.back());
+        if (slots[i] < 0) {
             return false;
         }
-        blocks[block].generation += slot < blocks[block].fill;
-        blocks[block].fill = slot;  // what its only lane gave up behind it can be written again
+        const int32_t  block = slots[i] / int32_t(kv_slots);
+        const uint32_t slot  = uint32_t(slots[i]) % kv_slots;
         for (uint32_t l = 0; l < n_lanes; ++l) {
             show(lanes[l], i, block, slot);
         }
         if (first_position) {
             positions(block)[slot] = position;
         }
-        slots[i] = int32_t(block * kv_slots + slot);
     }
     return true;
+}
+
+// A run of one slot among a list's, one of which may end in front of it and go on behind.
+void ggml_ext_kv_pages::place(uint32_t lane, uint32_t i, llama_pos position, int32_t slot) {
+    std::vector<ggml_ext_kv_entry> & list  = runs(lane, i);
+    const ggml_ext_kv_entry          added = { slot / int32_t(kv_slots), uint16_t(slot % int32_t(kv_slots)), 1 };
+    auto                             at    = std::partition_point(list.begin(), list.end(),
+                                                                  [&](const ggml_ext_kv_entry & e) { return first_of(e) < position; });
+    if (at != list.begin() && last_of(*(at - 1)) > position) {
+        const ggml_ext_kv_entry cut    = *(at - 1);
+        const ggml_ext_kv_entry behind = part(cut, position, INT32_MAX);
+        *(at - 1)                      = part(cut, -1, position);
+        at                             = list.insert(at, behind);
+        blocks[behind.block].references++;
+    }
+    list.insert(at, added);
+    state & block = blocks[added.block];
+    block.references++;
+    block.fill = std::max(block.fill, uint32_t(added.begin) + 1);
+}
+
+int32_t ggml_ext_kv_pages::insert(uint32_t i, const std::vector<llama_seq_id> & lanes, llama_pos position) {
+    // Behind the token in front of it, so that tokens that come in their order share a block wherever they come.
+    const std::vector<ggml_ext_kv_entry> & first  = list(lanes[0], i);
+    const auto                             behind = std::partition_point(first.begin(), first.end(),
+                                                                         [&](const ggml_ext_kv_entry & e) { return last_of(e) < position; });
+    const int32_t                          slot   = next_slot(behind == first.begin() ? nullptr : &*(behind - 1));
+    if (slot < 0) {
+        return -1;
+    }
+    const int32_t block                        = slot / int32_t(kv_slots);
+    positions(block)[slot % int32_t(kv_slots)] = position;
+    for (const llama_seq_id lane : lanes) {
+        const std::vector<ggml_ext_kv_entry> & own = list(lane, i);
+        if (own.empty() || last_of(own.back()) < position) {
+            show(lane, i, block, uint32_t(slot) % kv_slots);
+        } else {
+            place(lane, i, position, slot);
+        }
+    }
+    return slot;
 }
 
 ggml_ext_kv_entry ggml_ext_kv_pages::part(const ggml_ext_kv_entry & entry, llama_pos p0, llama_pos p1) const {

@@ -37,6 +37,10 @@ class ggml_ext_kv_pages {
     // slots[list] = block * 64 + slot. False, with nothing to rely on, where the free blocks do not suffice.
     bool append(const llama_seq_id * lanes, uint32_t n_lanes, llama_pos position, int32_t * slots);
 
+    // A token of one list, anywhere between those that the lanes hold there: stored once, for the first lane, and seen by
+    // the others. Returns block * 64 + slot, or -1, with nothing changed, where no block is free.
+    int32_t insert(uint32_t list, const std::vector<llama_seq_id> & lanes, llama_pos position);
+
     // Takes positions p0 .. p1 - 1 out of a lane.
     void remove(uint32_t lane, llama_pos p0, llama_pos p1);
 
@@ -98,7 +102,9 @@ class ggml_ext_kv_pages {
     bool join(uint32_t from, uint32_t to, uint32_t list, llama_pos p0, llama_pos p1,
               std::vector<ggml_ext_kv_entry> & joined) const;
 
-    uint32_t room(const std::vector<ggml_ext_kv_entry> & list) const;
+    uint32_t room(const ggml_ext_kv_entry & last) const;
+    int32_t  next_slot(const ggml_ext_kv_entry * last);
+    void     place(uint32_t lane, uint32_t list, llama_pos position, int32_t slot);
     void     release(int32_t block);
 
     uint32_t                                    lists_per_lane;

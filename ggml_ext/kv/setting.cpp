@@ -57,6 +57,10 @@ static bool kv_item(std::string_view item, ggml_ext_kv_setting & setting) {
         }
         return false;
     }
+    if (key == "cold" && setting.paged) {
+        setting.cold = value == "cq2" ? 4 : value == "cq1" ? 8 : 0;
+        return setting.cold > 0;
+    }
     if (key == "sink") {
         return kv_number(value, setting.sink);
     }
@@ -95,7 +99,7 @@ bool ggml_ext_kv_parse(const char * value, ggml_ext_kv_setting & setting) {
         }
         rest.remove_prefix(comma + 1);
     }
-    if (stays && setting.paged && setting.policy == ggml_ext_kv_policy::keep) {
+    if (stays && setting.paged && setting.policy == ggml_ext_kv_policy::keep && setting.cold == 0) {
         return false;  // nothing is evicted
     }
     setting.on = setting.paged || setting.share > 0 || setting.tokens > 0;

@@ -3,6 +3,7 @@
 #include "attention/setting.h"
 #include "core/ext_op_new.h"
 #include "ggml-impl.h"
+#include "kv_code/kv_code.h"
 #include "kv_store/block.h"
 
 #include <string.h>
@@ -10,6 +11,13 @@
 struct ggml_ext_kv_attend_params ggml_ext_kv_attend_params_of(const struct ggml_tensor * dst) {
     struct ggml_ext_kv_attend_params params;
     memcpy(&params, dst->op_params + 1, sizeof(params));
+    return params;
+}
+
+struct ggml_ext_kv_cold_params ggml_ext_kv_attend_cold_of(const struct ggml_tensor * dst) {
+    struct ggml_ext_kv_cold_params params;
+    const size_t                   behind = 1 + sizeof(struct ggml_ext_kv_attend_params) / sizeof(int32_t);
+    memcpy(&params, dst->op_params + behind, sizeof(params));
     return params;
 }
 
@@ -70,10 +78,24 @@ const char * ggml_ext_kv_attend_sources_fault(const struct ggml_tensor * dst) {
     return NULL;
 }
 
+static const char * kv_attend_codes_fault(const struct ggml_tensor * dst, const struct ggml_ext_kv_attend_params * p) {
+    if (dst->src[7] == NULL) {
+        return NULL;
+    }
+    const struct ggml_ext_kv_cold_params cold = ggml_ext_kv_attend_cold_of(dst);
+    if (p->type_k != GGML_TYPE_Q8_0 || p->type_v != GGML_TYPE_Q8_0) {
+        return "kv_attend: beside codes K and V are q8_0";
+    }
+    return ggml_ext_kv_cold_fault(&cold, p->dk, p->dv, p->n_head_kv, dst->src[7], dst->src[8], dst->src[9]);
+}
+
 const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
     const struct ggml_ext_kv_attend_params p     = ggml_ext_kv_attend_params_of(dst);
     const struct ggml_tensor *             q     = dst->src[0];
     const char *                           fault = ggml_ext_kv_attend_sources_fault(dst);
+    if (fault == NULL) {
+        fault = kv_attend_codes_fault(dst, &p);
+    }
     if (fault != NULL) {
         return fault;
     }
@@ -86,10 +108,29 @@ const char * ggml_ext_kv_attend_fault(const struct ggml_tensor * dst) {
 struct ggml_tensor * ggml_ext_kv_attend(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * pool,
                                         struct ggml_tensor * table, struct ggml_tensor * cells,
                                         struct ggml_tensor * order, struct ggml_tensor * mask,
-                                        struct ggml_tensor * sinks, const struct ggml_ext_kv_attend_params * params) {
+                                        struct ggml_tensor * sinks, const struct ggml_ext_kv_attend_params * params,
+                                        const struct ggml_ext_kv_codes * codes) {
+    struct {
+        struct ggml_ext_kv_attend_params attend;
+        struct ggml_ext_kv_cold_params   cold;
+    } all = { *params, { 0 } };
+    if (codes) {
+        all.cold = codes->p;
+    }
     struct ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, params->dv, q->ne[2], q->ne[1], q->ne[3]);
-    ggml_ext_op_init(result, GGML_EXT_OP_KV_ATTEND, params, sizeof(*params));
-    struct ggml_tensor * const sources[] = { q, pool, table, cells, order, mask, sinks };
+    ggml_ext_op_init(result, GGML_EXT_OP_KV_ATTEND, &all, sizeof(all));
+    struct ggml_tensor * const sources[] = {
+        q,
+        pool,
+        table,
+        cells,
+        order,
+        mask,
+        sinks,
+        codes ? codes->pool : NULL,
+        codes ? codes->books : NULL,
+        codes ? codes->angles : NULL,
+    };
     memcpy(result->src, sources, sizeof(sources));
     ggml_ext_op_check(result);
     return result;

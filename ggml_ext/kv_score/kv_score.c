@@ -22,6 +22,9 @@ const char * ggml_ext_kv_score_fault(const struct ggml_tensor * dst) {
     if (fault != NULL) {
         return fault;
     }
+    if (dst->src[7] != NULL) {
+        return "kv_score: codes are not scored";
+    }
     if (p.window < 1 || p.window > MAX_WINDOW || p.recent < 1 || !(p.decay >= 0 && p.decay <= 1)) {
         return "kv_score: a window of 1 to 1024 queries, at least one recent position, a decay of 0 to 1";
     }

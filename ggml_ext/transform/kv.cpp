@@ -2,6 +2,7 @@
 // of attention. They take the place of upstream's Hadamard rotation, and act where that acts.
 
 #include "core/ext_op.h"
+#include "kv/hooks.h"
 #include "kv/paged_graph.h"
 #include "llama-arch.h"
 #include "llama-impl.h"
@@ -118,6 +119,9 @@ void ggml_ext_llama_cache(const llama_model & model, const llama_model * source,
     if (source && (learned_k(*source, type_k) || learned_v(*source, type_v))) {
         throw std::runtime_error(
             "ggml-ext: a draft model cannot share a cache that has learned KV transforms; use an f16 cache");
+    }
+    if (ggml_ext_kv_codes_rows()) {
+        rotate_k = rotate_v = false;
     }
     if (learned_k(model, type_k)) {
         rotate_k = false;

@@ -215,9 +215,10 @@ std::shared_ptr<ggml_ext_model> ggml_ext_transform_loader::load() {
     round_inputs();
     const bool plain  = transform == "none" && result->weights.empty() && result->activation.bits == 8;
     result->probes    = ggml_ext_kv_load_probes(ml, model, loaded);
+    result->codebooks = ggml_ext_kv_load_codebooks(ml, model);
     result->transform = transform;
     if (plain) {
-        return result->probes.layers.empty() ? nullptr : result;
+        return result->probes.layers.empty() && result->codebooks.layers.empty() ? nullptr : result;
     }
     result->digest = digest_all();
     uploads.upload(ml.no_alloc, result->contexts, result->buffers);

@@ -6,6 +6,7 @@
 #include "ggml-cpp.h"
 #include "ggml.h"
 #include "hooks.h"
+#include "kv/codebooks.h"
 #include "kv/probe.h"
 
 #include <cstdint>
@@ -76,6 +77,7 @@ struct ggml_ext_model {
     bool                                 has_k    = false;
     bool                                 has_v    = false;
     ggml_ext_kv_probes                   probes;
+    ggml_ext_kv_codebooks                codebooks;
     std::vector<ggml_context_ptr>        contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
 };

@@ -6,6 +6,7 @@
 #include "core/ext_op.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
+#include "kv_codes.h"
 #include "kv_store/block.h"
 
 #include <algorithm>
@@ -19,8 +20,6 @@
 
 namespace kv {
 
-constexpr int SLOTS = GGML_EXT_KV_SLOTS;
-
 struct Case {
     ggml_type type_k = GGML_TYPE_Q8_0, type_v = GGML_TYPE_Q8_0;
     int       dk = 64, dv = 64, n_head_kv = 2, gqa = 3;
@@ -31,12 +30,14 @@ struct Case {
     bool      sinks = false, mask_heads = false;
     bool      whole  = false;  // lists of whole blocks: position = cell, and so the bits of a plain cache
     bool      shared = false;  // lane 1 holds what lane 0 does
+    CodesOf   codes;           // with channels about half of the runs are codes
 };
 
 struct Slot {
     int32_t            slot;
     int                position;
-    std::vector<float> k, v;  // as the pool holds them
+    std::vector<float> k, v;          // as the pool holds them
+    bool               code = false;  // slot is one of the codes' pool
 };
 
 inline double error(const std::vector<float> & a, const std::vector<float> & b) {
@@ -56,6 +57,7 @@ struct Problem {
         c(c), random(seed), block(ggml_ext_kv_block_of(c.type_k, c.dk, c.type_v, c.dv, true)),
         ctx(ggml_init({ size_t(256) << 20, nullptr, false }), ggml_free) {
         make_lists();
+        make_codes();
         make_tensors();
     }
 
@@ -64,7 +66,8 @@ struct Problem {
     ggml_ext_kv_block                                       block;
     std::unique_ptr<ggml_context, void (*)(ggml_context *)> ctx;
 
-    int                                         n_positions = 0, n_blocks = 0;
+    int                                         n_positions = 0, n_blocks = 0, n_code_blocks = 0;
+    Codes                                       codes;
     std::vector<std::vector<ggml_ext_kv_entry>> runs;     // [lane][list]
     std::vector<std::vector<Slot>>              held;     // the same, in their order
     std::vector<std::vector<int>>               cells;    // [lane][position]
@@ -120,13 +123,14 @@ struct Problem {
         std::vector<ggml_ext_kv_entry> list;
         std::vector<Slot>              slots;
         for (int p = 0; p < n;) {
-            const int begin = c.whole ? 0 : below(SLOTS), room = SLOTS - begin;
-            const int count = c.whole ? std::min(SLOTS, n - p) : std::min(1 + below(room), n - p);
-            list.push_back({ n_blocks, uint16_t(begin), uint16_t(count) });
+            const int  begin = c.whole ? 0 : below(SLOTS), room = SLOTS - begin;
+            const int  count = c.whole ? std::min(SLOTS, n - p) : std::min(1 + below(room), n - p);
+            const bool code  = c.codes.channels > 0 && below(2) == 0;
+            const int  block = code ? n_code_blocks++ : n_blocks++;
+            list.push_back({ code ? -1 - block : block, uint16_t(begin), uint16_t(count) });
             for (int i = 0; i < count; ++i) {
-                slots.push_back({ n_blocks * SLOTS + begin + i, p++, {}, {} });
+                slots.push_back({ block * SLOTS + begin + i, p++, {}, {}, code });
             }
-            n_blocks++;
             p += c.whole ? 0 : below(3) * below(20);  // evicted
         }
         runs.push_back(list);
@@ -136,7 +140,7 @@ struct Problem {
     ggml_tensor * integers(int64_t ne0, int64_t ne1) { return ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, ne0, ne1); }
 
     void make_tensors() {
-        pool = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, int64_t(block.size), n_blocks);
+        pool = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, int64_t(block.size), std::max(1, n_blocks));
         std::memset(pool->data, 0xff, ggml_nbytes(pool));  // what no list holds is never looked at
         store_rows();
         make_table();
@@ -157,42 +161,77 @@ struct Problem {
         }
     }
 
+    void make_codes() {
+        if (c.codes.channels == 0) {
+            return;
+        }
+        codes = Codes(c.codes, c.dk, c.dv, c.n_head_kv, ctx.get(), random, std::max(1, n_code_blocks));
+        for (size_t list = 0; list < held.size(); ++list) {
+            for (Slot & slot : held[list]) {
+                if (slot.code) {
+                    const int head             = int(list) % c.n_head_kv;
+                    *codes.position(slot.slot) = slot.position;
+                    slot.k                     = codes.decoded(head, false, slot.slot);
+                    slot.v                     = codes.decoded(head, true, slot.slot);
+                }
+            }
+        }
+        for (std::vector<ggml_ext_kv_entry> & list : runs) {
+            for (ggml_ext_kv_entry & entry : list) {
+                entry.block = entry.block < 0 ? n_blocks - 1 - entry.block : entry.block;
+            }
+        }
+    }
+
     // A list at a time.
     void store_rows() {
-        for (std::vector<Slot> & list : held) {
-            const int64_t n     = int64_t(list.size());
-            ggml_tensor * k     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dk, 1, n);
-            ggml_tensor * v     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dv, 1, n);
-            ggml_tensor * slots = integers(1, n);
-            for (int64_t i = 0; i < n; ++i) {
-                const Slot & slot                               = list[i];
-                ((int32_t *) slots->data)[i]                    = slot.slot;
-                ((int32_t *) block_of(slot))[slot.slot % SLOTS] = slot.position;
+        for (std::vector<Slot> & all : held) {
+            std::vector<Slot> list;
+            std::copy_if(all.begin(), all.end(), std::back_inserter(list),
+                         [](const Slot & slot) { return !slot.code; });
+            if (!list.empty()) {
+                store_list(list);
             }
-            const std::vector<float> all_k = normal(int(n) * c.dk), all_v = normal(int(n) * c.dv);
-            std::memcpy(k->data, all_k.data(), ggml_nbytes(k));
-            std::memcpy(v->data, all_v.data(), ggml_nbytes(v));
-            ggml_tensor *            keys     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dk, 1, n);
-            const std::vector<float> all_keys = normal(int(n) * c.dk);
-            std::memcpy(keys->data, all_keys.data(), ggml_nbytes(keys));
-            ggml_tensor * stored =
-                ggml_ext_kv_store(ctx.get(), pool, k, slots, nullptr, keys, c.type_k, int(block.k), int(block.score));
-            run(ggml_ext_kv_store(ctx.get(), stored, v, slots, nullptr, nullptr, c.type_v, int(block.v), 0), 2);
-
-            std::vector<float> stored_k, stored_v;
-            for (Slot & slot : list) {
-                const float * key = all_keys.data() + (&slot - list.data()) * c.dk;
-                const double  sum = std::inner_product(key, key + c.dk, key, 0.0);
-                const float   got = ((const float *) (block_of(slot) + block.score))[slot.slot % SLOTS];
-                CHECK(std::fabs(got + sum) <= 1e-5 * sum, "score %g, sum of squares %g", got, sum);
-                slot.k = decoded(c.type_k, block_of(slot) + block.k, slot.slot % SLOTS, c.dk);
-                slot.v = decoded(c.type_v, block_of(slot) + block.v, slot.slot % SLOTS, c.dv);
-                stored_k.insert(stored_k.end(), slot.k.begin(), slot.k.end());
-                stored_v.insert(stored_v.end(), slot.v.begin(), slot.v.end());
+            auto next = list.begin();
+            for (Slot & slot : all) {
+                slot = slot.code ? slot : *next++;
             }
-            CHECK(error(stored_k, all_k) < 0.1 && error(stored_v, all_v) < 0.1,
-                  "rows of %s and %s are not what was stored", ggml_type_name(c.type_k), ggml_type_name(c.type_v));
         }
+    }
+
+    void store_list(std::vector<Slot> & list) {
+        const int64_t n     = int64_t(list.size());
+        ggml_tensor * k     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dk, 1, n);
+        ggml_tensor * v     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dv, 1, n);
+        ggml_tensor * slots = integers(1, n);
+        for (int64_t i = 0; i < n; ++i) {
+            const Slot & slot                               = list[i];
+            ((int32_t *) slots->data)[i]                    = slot.slot;
+            ((int32_t *) block_of(slot))[slot.slot % SLOTS] = slot.position;
+        }
+        const std::vector<float> all_k = normal(int(n) * c.dk), all_v = normal(int(n) * c.dv);
+        std::memcpy(k->data, all_k.data(), ggml_nbytes(k));
+        std::memcpy(v->data, all_v.data(), ggml_nbytes(v));
+        ggml_tensor *            keys     = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.dk, 1, n);
+        const std::vector<float> all_keys = normal(int(n) * c.dk);
+        std::memcpy(keys->data, all_keys.data(), ggml_nbytes(keys));
+        ggml_tensor * stored =
+            ggml_ext_kv_store(ctx.get(), pool, k, slots, nullptr, keys, c.type_k, int(block.k), int(block.score));
+        run(ggml_ext_kv_store(ctx.get(), stored, v, slots, nullptr, nullptr, c.type_v, int(block.v), 0), 2);
+
+        std::vector<float> stored_k, stored_v;
+        for (Slot & slot : list) {
+            const float * key = all_keys.data() + (&slot - list.data()) * c.dk;
+            const double  sum = std::inner_product(key, key + c.dk, key, 0.0);
+            const float   got = ((const float *) (block_of(slot) + block.score))[slot.slot % SLOTS];
+            CHECK(std::fabs(got + sum) <= 1e-5 * sum, "score %g, sum of squares %g", got, sum);
+            slot.k = decoded(c.type_k, block_of(slot) + block.k, slot.slot % SLOTS, c.dk);
+            slot.v = decoded(c.type_v, block_of(slot) + block.v, slot.slot % SLOTS, c.dv);
+            stored_k.insert(stored_k.end(), slot.k.begin(), slot.k.end());
+            stored_v.insert(stored_v.end(), slot.v.begin(), slot.v.end());
+        }
+        CHECK(error(stored_k, all_k) < 0.1 && error(stored_v, all_v) < 0.1, "rows of %s and %s are not what was stored",
+              ggml_type_name(c.type_k), ggml_type_name(c.type_v));
     }
 
     char * block_of(const Slot & slot) const { return (char *) pool->data + slot.slot / SLOTS * pool->nb[1]; }
@@ -263,7 +302,8 @@ struct Problem {
     // [token][head][dv]
     std::vector<float> attend(int layer, int n_threads) {
         const ggml_ext_kv_attend_params p = params(layer);
-        ggml_tensor * out = ggml_ext_kv_attend(ctx.get(), q, pool, table, cell_of, order, mask, sinks, &p);
+        ggml_tensor * out = ggml_ext_kv_attend(ctx.get(), q, pool, table, cell_of, order, mask, sinks, &p,
+                                               c.codes.channels ? &codes.tensors : nullptr);
         std::memset(out->data, 0xff, ggml_nbytes(out));
         run(out, n_threads);
         return { (const float *) out->data, (const float *) out->data + ggml_nelements(out) };

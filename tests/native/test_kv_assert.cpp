@@ -26,8 +26,14 @@ struct Attend {
     // As kv_score, behind the same parameters.
     bool                 score  = false;
     int32_t              window = 1, recent = 1, offset = 256 + 2 * 64 * 34;
-    float                decay  = 1;
-    size_t               stride = 0;  // of the result's blocks; 0: the pool's
+    float                decay    = 1;
+    size_t               stride   = 0;  // of the result's blocks; 0: the pool's
+    // Coupled codes beside the rows.
+    bool                 codes    = false;
+    int32_t              channels = 4, n_rot = 0;
+    float                length     = 1;
+    int64_t              code_block = 256 + 2 * 64 * 8, book = 64 + 2 * 256 * 32, turns = 2 * GGML_EXT_KV_TURN;
+    bool                 angles = false;
 };
 
 Node attend(Tensors & t, const Attend & a) {
@@ -47,25 +53,34 @@ Node attend(Tensors & t, const Attend & a) {
     const ggml_ext_kv_attend_params params = { a.type, a.type, 32, 32, 1, 0, a.n_lists, 1, 0, 0 };
     std::vector<int32_t>            words(sizeof(params) / sizeof(int32_t));
     std::memcpy(words.data(), &params, sizeof(params));
+    const auto with = [&](const std::vector<ggml_tensor *> & behind) {
+        std::vector<ggml_tensor *> sources = {
+            q, pool, integers(a.table), integers({ a.cell }), integers(a.order), mask
+        };
+        sources.insert(sources.end(), behind.begin(), behind.end());
+        return sources;
+    };
+    std::vector<ggml_tensor *> behind;
+    if (a.codes) {
+        ggml_tensor * codes = table(t, GGML_TYPE_I8, a.code_block, 1);
+        std::memset(codes->data, 0, ggml_nbytes(codes));
+        ggml_tensor * books = table(t, GGML_TYPE_I8, a.book, 1);
+        std::memset(books->data, 0, ggml_nbytes(books));
+        ggml_tensor * angles = a.angles ? ggml_new_tensor_2d(t.ctx, GGML_TYPE_F32, 2, a.turns) : nullptr;
+        behind               = { nullptr, codes, books, angles };
+    }
     if (a.score) {
         int32_t decay;
         std::memcpy(&decay, &a.decay, sizeof(decay));
         words.insert(words.end(), { a.window, a.recent, a.offset, decay });
         ggml_tensor * result = ggml_view_tensor(t.ctx, pool);
         result->nb[1]        = a.stride ? a.stride : result->nb[1];
-        return {
-            GGML_EXT_OP_KV_SCORE,
-            result,
-            { q, pool, integers(a.table), integers({ a.cell }), integers(a.order), mask },
-            words
-        };
+        return { GGML_EXT_OP_KV_SCORE, result, with(behind), words };
     }
-    return {
-        GGML_EXT_OP_KV_ATTEND,
-        table(t, GGML_TYPE_F32, 32, 1),
-        { q, pool, integers(a.table), integers({ a.cell }), integers(a.order), mask },
-        words
-    };
+    int32_t length;
+    std::memcpy(&length, &a.length, sizeof(length));
+    words.insert(words.end(), { a.channels, a.n_rot, 0, length });
+    return { GGML_EXT_OP_KV_ATTEND, table(t, GGML_TYPE_F32, 32, 1), with(behind), words };
 }
 
 void expect_attend(const char * reason, const std::function<void(Attend &)> & change) {
@@ -101,6 +116,64 @@ void test_kv() {
     expect_attend("mask is F16", [](Attend & a) { a.mask_heads = 0; });
     expect_attend("mask is F16", [](Attend & a) { a.mask_streams = 0; });
 
+    const auto expect_codes = [](const char * reason, const std::function<void(Attend &)> & change) {
+        expect_attend(reason, [&](Attend & a) {
+            a.codes    = true;
+            a.table[2] = 2;  // the codes' only block
+            change(a);
+        });
+    };
+    expect_codes("not refused", [](Attend &) {});
+    expect_codes("a run of a block", [](Attend & a) { a.table[2] = 3; });
+    expect_codes("4 or 8 channels", [](Attend & a) { a.channels = 5; });
+    expect_codes("4 or 8 channels", [](Attend & a) { a.channels = 0; });
+    expect_codes("that the codes fit in", [](Attend & a) { a.channels = 4, a.code_block -= 64; });
+    expect_codes("books is I8", [](Attend & a) { a.book -= 64; });
+    expect_codes("not refused", [](Attend & a) { a.channels = 8; });  // books of one size
+    expect_codes("an even number of K's channels", [](Attend & a) { a.n_rot = 3; });
+    expect_codes("an even number of K's channels", [](Attend & a) { a.n_rot = 34; });
+    expect_codes("an even number of K's channels", [](Attend & a) { a.n_rot = -2; });
+    expect_codes("an even number of K's channels", [](Attend & a) { a.length = NAN; });
+    expect_codes("an even number of K's channels", [](Attend & a) { a.length = 0; });
+    expect_codes("angles is F32", [](Attend & a) { a.n_rot = 2; });
+    expect_codes("angles is F32", [](Attend & a) { a.n_rot = 4, a.angles = true; });
+    expect_codes("angles is F32", [](Attend & a) { a.n_rot = 2, a.angles = true, a.turns--; });
+    expect_codes("not refused", [](Attend & a) { a.n_rot = 2, a.angles = true; });
+
+    // Slot of the rows, of the codes, head; heads: of the codebooks.
+    const auto code = [](std::vector<int32_t> move, int64_t heads, int64_t block, size_t stride = 256 + 2 * 64 * 8) {
+        return compute([=](Tensors & t) {
+            ggml_tensor * pool  = table(t, GGML_TYPE_I8, 256 + 2 * 64 * 8, 2);
+            ggml_tensor * rows  = table(t, GGML_TYPE_I8, block, 2);
+            ggml_tensor * moves = table(t, GGML_TYPE_I32, int64_t(move.size()), 1);
+            ggml_tensor * books = table(t, GGML_TYPE_I8, 64 + 2 * 256 * 32, heads);
+            for (ggml_tensor * tensor : { pool, rows, books }) {
+                std::memset(tensor->data, 0, ggml_nbytes(tensor));
+            }
+            std::copy(move.begin(), move.end(), (int32_t *) moves->data);
+            ggml_tensor * result = ggml_view_tensor(t.ctx, pool);
+            result->nb[1]        = stride;
+            const float length   = 1;
+            int32_t     bits;
+            std::memcpy(&bits, &length, sizeof(bits));
+            return Node{
+                GGML_EXT_OP_KV_CODE, result, { pool, rows, moves, books },
+                  { 4, 0, 0, bits, 32, 32, 0 }
+            };
+        });
+    };
+    const int64_t row_block = 256 + 2 * 64 * 34;
+    expect_text("not refused", code({ 127, 127, 0 }, 1, row_block));
+    expect_text("a move between slots", code({ 128, 0, 0 }, 1, row_block));
+    expect_text("a move between slots", code({ -1, 0, 0 }, 1, row_block));
+    expect_text("a move between slots", code({ 0, 128, 0 }, 1, row_block));
+    expect_text("a move between slots", code({ 0, -1, 0 }, 1, row_block));
+    expect_text("a move between slots", code({ 0, 0, 1 }, 1, row_block));
+    expect_text("a move between slots", code({ 0, 0, -1 }, 1, row_block));
+    expect_text("moves is I32", code({ 0, 0 }, 1, row_block));
+    expect_text("rows' pool", code({ 0, 0, 0 }, 1, row_block - 64));
+    expect_text("a view of the codes' pool", code({ 0, 0, 0 }, 1, row_block, 2 * (256 + 2 * 64 * 8)));
+
     const auto expect_score = [](const char * reason, const std::function<void(Attend &)> & change) {
         expect_attend(reason, [&](Attend & a) {
             a.score = true;
@@ -123,6 +196,8 @@ void test_kv() {
     expect_score("the scores fit", [](Attend & a) { a.offset += 4; });
     expect_score("the scores fit", [](Attend & a) { a.offset = -256; });
     expect_score("a view of the pool", [](Attend & a) { a.stride = 2 * (256 + 2 * 64 * 34 + 256) - 1; });
+
+    expect_score("codes are not scored", [](Attend & a) { a.codes = true; });
 
     const auto strided = [](size_t stride) {
         return compute([=](Tensors & t) {

@@ -69,6 +69,24 @@ void test_against_double() {
     }
 }
 
+void test_codes() {
+    for (const int channels : { 4, 8 }) {
+        Case c;
+        c.codes.channels = channels;
+        check(c, 50, "codes, nothing turned");
+        c.codes.n_rot = c.dk;
+        check(c, 51, "codes");
+        c.codes.neox = true;
+        check(c, 52, "codes, pairs half a head apart");
+        c.codes.n_rot = 24, c.codes.length = 1.3f;
+        check(c, 53, "codes, a part turned, lengthened");
+        c.dk = 128, c.dv = 32, c.gqa = 1, c.n_head_kv = 3, c.codes.n_rot = 128;
+        check(c, 54, "codes, heads of 128 and 32");
+        c.n_query = 70, c.sinks = true, c.cap = 5;
+        check(c, 55, "codes, many queries");
+    }
+}
+
 void test_bugs_are_seen() {
     Problem                  problem(Case{}, 1);
     const std::vector<float> got = problem.attend(0, 1);
@@ -132,6 +150,7 @@ void test_bits_of_a_plain_cache() {
 
 int main() {
     test_against_double();
+    test_codes();
     test_bugs_are_seen();
     test_bits_of_a_plain_cache();
     return check_done();

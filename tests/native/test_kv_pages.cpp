@@ -82,6 +82,25 @@ struct Walk {
         }
     }
 
+    // One token at a position that none of the lanes has, most often among those that they have.
+    void insert(const std::vector<llama_seq_id> & to, llama_pos position) {
+        const bool taken =
+            std::any_of(to.begin(), to.end(), [&](llama_seq_id lane) { return lanes[lane].count(position) > 0; });
+        if (taken || pages.n_free() < N_LISTS) {
+            return;
+        }
+        for (uint32_t list = 0; list < N_LISTS; ++list) {
+            const int32_t slot = pages.insert(list, to, position);
+            CHECK(slot >= 0, "no slot with %u blocks free", pages.n_free());
+            CHECK(positions[slot] == position, "slot %d holds position %d", slot, positions[slot]);
+            values[slot] = next * int(N_LISTS) + int(list);
+        }
+        for (llama_seq_id lane : to) {
+            lanes[lane][position] = next;
+        }
+        next++;
+    }
+
     bool would_fit(const std::vector<llama_seq_id> & to, uint32_t n, llama_pos position) const {
         ggml_ext_kv_pages copy = pages;
         copy.keep_positions(nullptr, 0);
@@ -118,7 +137,7 @@ struct Walk {
     std::string step() {
         const uint32_t  lane = below(N_LANES), other = below(N_LANES);
         const llama_pos end = end_of(lane), cut = llama_pos(below(uint32_t(end) + 2));
-        switch (below(10)) {
+        switch (below(12)) {
             case 0:
                 pages.clear(lane);
                 lanes[lane].clear();
@@ -139,6 +158,12 @@ struct Walk {
             case 5:
                 append({ llama_seq_id(lane), llama_seq_id((lane + 1 + below(N_LANES - 1)) % N_LANES) }, below(20));
                 return "coupled";
+            case 6:
+                insert({ llama_seq_id(lane) }, cut);
+                return "insert";
+            case 7:
+                insert({ llama_seq_id(lane), llama_seq_id((lane + 1 + below(N_LANES - 1)) % N_LANES) }, cut);
+                return "insert into two";
             default:
                 append({ llama_seq_id(lane) }, 1 + below(below(4) ? 8 : 200));
                 return "append";
@@ -193,6 +218,26 @@ void test_what_was_cut_is_written_again() {
     walk.check("cut under another lane");
 }
 
+void test_tokens_between_others() {
+    Walk walk(0);
+    walk.append({ 0 }, 40);
+    walk.remove(0, 10, 20);
+    walk.share(0, 1, 0, INT32_MAX);
+    for (llama_pos position : { 15, 16, 17, 12, 13 }) {
+        walk.insert({ 0, 1 }, position);
+    }
+    walk.insert({ 0 }, 40);
+    walk.check("inserted");
+    CHECK(N_BLOCKS - walk.pages.n_free() <= 4 * N_LISTS, "%u free", walk.pages.n_free());
+    while (walk.pages.n_free() > 0) {
+        walk.insert({ 2 }, walk.end_of(2));
+        if (walk.pages.n_free() < N_LISTS) {
+            break;
+        }
+    }
+    walk.check("full");
+}
+
 void test_the_last_block() {
     Walk walk(0);
     walk.append({ 0 }, N_BLOCKS / N_LISTS * SLOTS);
@@ -208,6 +253,7 @@ int main() {
     test_a_shared_prefix_is_stored_once();
     test_what_was_cut_is_written_again();
     test_the_last_block();
+    test_tokens_between_others();
     test_random_walks();
     return check_done();
 }

@@ -7,7 +7,7 @@ static const struct ggml_ext_cpu_op * const table[GGML_EXT_OP_COUNT] = {
     [GGML_EXT_OP_SCALE_ADD] = &ggml_ext_cpu_scale_add, [GGML_EXT_OP_KRON] = &ggml_ext_cpu_kron,
     [GGML_EXT_OP_ACT_ROUND] = &ggml_ext_cpu_act_round, [GGML_EXT_OP_SAMPLE] = &ggml_ext_cpu_sample,
     [GGML_EXT_OP_KV_STORE] = &ggml_ext_cpu_kv_store,   [GGML_EXT_OP_KV_ATTEND] = &ggml_ext_cpu_kv_attend,
-    [GGML_EXT_OP_KV_SCORE] = &ggml_ext_cpu_kv_score,
+    [GGML_EXT_OP_KV_SCORE] = &ggml_ext_cpu_kv_score,   [GGML_EXT_OP_KV_CODE] = &ggml_ext_cpu_kv_code,
 };
 
 static const struct ggml_ext_cpu_op * ext_op_find(const struct ggml_tensor * dst) {

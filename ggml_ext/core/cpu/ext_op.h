@@ -30,6 +30,7 @@ extern const struct ggml_ext_cpu_op ggml_ext_cpu_sample;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_store;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_attend;
 extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_score;
+extern const struct ggml_ext_cpu_op ggml_ext_cpu_kv_code;
 
 #ifdef __cplusplus
 }

@@ -14,8 +14,8 @@
 static size_t kv_attend_work_size(const struct ggml_tensor * dst, int n_threads) {
     const struct ggml_ext_kv_lists    op = ggml_ext_kv_lists_of(dst);
     struct ggml_ext_attention_scratch scratch;
-    return GGML_EXT_ATTENTION_ALIGNMENT + ggml_ext_attention_lay_out(&op.plan, NULL, &scratch) * n_threads +
-           ggml_ext_attention_partials_size(&op.plan);
+    const size_t thread = ggml_ext_attention_lay_out(&op.plan, NULL, &scratch) + ggml_ext_kv_lists_decoded_size(&op);
+    return GGML_EXT_ATTENTION_ALIGNMENT + thread * n_threads + ggml_ext_attention_partials_size(&op.plan);
 }
 
 static int64_t kv_attend_n_blocks(const struct ggml_ext_kv_lists * op, int64_t lane) {
@@ -25,7 +25,7 @@ static int64_t kv_attend_n_blocks(const struct ggml_ext_kv_lists * op, int64_t l
 // Task i of a lane's: heads come fastest, then chunks, then blocks of query tokens.
 static void kv_attend_task(const struct ggml_ext_kv_lists * op, int64_t lane, int64_t i,
                            const struct ggml_ext_attention_path * path, const struct ggml_ext_attention_result * result,
-                           const struct ggml_tensor * q, struct ggml_ext_attention_scratch * scratch) {
+                           const struct ggml_tensor * q, struct ggml_ext_attention_scratch * scratch, char * decoded) {
     const struct ggml_ext_attention_plan * plan  = &op->plan;
     const int64_t                          group = i % plan->n_groups;
     const int64_t                          chunk = i / plan->n_groups % plan->n_chunks;
@@ -50,6 +50,7 @@ static void kv_attend_task(const struct ggml_ext_kv_lists * op, int64_t lane, in
         .n       = task.end - task.begin,
         .cells   = op->cells + lane * op->n_positions,
         .columns = columns,
+        .decoded = decoded,
     };
     const struct ggml_ext_attention_tiles tiles = {
         .cache    = &list,
@@ -67,12 +68,14 @@ static void kv_attend_compute(const struct ggml_compute_params * params, struct 
     struct ggml_ext_attention_scratch      scratch;
 
     char *       base = (char *) GGML_PAD((uintptr_t) params->wdata, GGML_EXT_ATTENTION_ALIGNMENT);
-    const size_t size = ggml_ext_attention_lay_out(&op.plan, NULL, &scratch);
+    const size_t used = ggml_ext_attention_lay_out(&op.plan, NULL, &scratch);
+    const size_t size = used + ggml_ext_kv_lists_decoded_size(&op);
     ggml_ext_attention_lay_out(&op.plan, base + size * params->ith, &scratch);
-    const struct ggml_ext_attention_result result = {
-        .dst      = dst,
-        .sinks    = dst->src[6],
-        .partials = (float *) (base + size * params->nth),
+    char *                                 decoded = base + size * params->ith + used;
+    const struct ggml_ext_attention_result result  = {
+         .dst      = dst,
+         .sinks    = dst->src[6],
+         .partials = (float *) (base + size * params->nth),
     };
     if (params->ith == 0) {
         ggml_ext_kv_lists_check(&op);
@@ -86,7 +89,7 @@ static void kv_attend_compute(const struct ggml_compute_params * params, struct 
     for (int64_t lane = 0; lane < op.n_lanes; lane++) {
         const int64_t n = kv_attend_n_blocks(&op, lane) * per_block;
         while (task < before + n) {
-            kv_attend_task(&op, lane, task - before, path, &result, dst->src[0], &scratch);
+            kv_attend_task(&op, lane, task - before, path, &result, dst->src[0], &scratch, decoded);
             task = ggml_threadpool_chunk_add(params->threadpool, 1);
         }
         before += n;

@@ -9,6 +9,7 @@ struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst) {
     struct ggml_ext_kv_lists op = {
         .p           = ggml_ext_kv_attend_params_of(dst),
         .pool        = dst->src[1],
+        .codes       = dst->src[7],
         .mask        = dst->src[5],
         .cells       = dst->src[3]->data,
         .n_positions = dst->src[3]->ne[0],
@@ -22,6 +23,11 @@ struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst) {
     op.tokens               = op.starts + op.n_lanes + 1;
     op.block =
         ggml_ext_kv_block_of((enum ggml_type) op.p.type_k, op.p.dk, (enum ggml_type) op.p.type_v, op.p.dv, false);
+
+    if (op.codes != NULL) {
+        const struct ggml_ext_kv_cold_params cold = ggml_ext_kv_attend_cold_of(dst);
+        op.cold = ggml_ext_kv_cold_of(&cold, op.p.dk, op.p.dv, op.codes, dst->src[8], dst->src[9]);
+    }
 
     const struct ggml_ext_attention_shape shape = {
         .type_k    = (enum ggml_type) op.p.type_k,
@@ -58,10 +64,23 @@ void ggml_ext_kv_lists_check(const struct ggml_ext_kv_lists * op) {
     }
 }
 
+size_t ggml_ext_kv_lists_decoded_size(const struct ggml_ext_kv_lists * op) {
+    const size_t slot = op->p.dk * sizeof(float) + op->block.k_row + op->block.v_row;
+    return op->codes ? GGML_PAD(GGML_EXT_KV_SLOTS * slot, GGML_EXT_ATTENTION_ALIGNMENT) : 0;
+}
+
+// Blocks of codes come behind the pool's.
+static bool kv_lists_are_codes(const struct ggml_ext_kv_lists * op, const struct ggml_ext_kv_entry * entry) {
+    return op->codes != NULL && entry->block >= op->pool->ne[1];
+}
+
 const char * ggml_ext_kv_lists_block(const struct ggml_ext_kv_lists * op, const struct ggml_ext_kv_entry * entry) {
-    GGML_ASSERT(entry->block >= 0 && entry->block < op->pool->ne[1] && entry->count > 0 &&
+    const bool                 codes = kv_lists_are_codes(op, entry);
+    const struct ggml_tensor * pool  = codes ? op->codes : op->pool;
+    const int64_t              block = entry->block - (codes ? op->pool->ne[1] : 0);
+    GGML_ASSERT(block >= 0 && block < pool->ne[1] && entry->count > 0 &&
                 entry->begin + entry->count <= GGML_EXT_KV_SLOTS && "ggml-ext: kv_attend: a run of a block");
-    return (const char *) op->pool->data + entry->block * op->pool->nb[1];
+    return (const char *) pool->data + block * pool->nb[1];
 }
 
 struct ggml_ext_attention_span ggml_ext_kv_lists_span(const void * cache, const struct ggml_ext_attention_task * task,
@@ -80,10 +99,18 @@ struct ggml_ext_attention_span ggml_ext_kv_lists_span(const void * cache, const 
         list->columns[t] = cell;
         adjacent &= cell == list->columns[0] + t;
     }
-    GGML_UNUSED(task);
+    const char * k = block + op->block.k + entry->begin * op->block.k_row;
+    const char * v = block + op->block.v + entry->begin * op->block.v_row;
+    if (kv_lists_are_codes(op, entry)) {
+        char * rows = list->decoded + GGML_EXT_KV_SLOTS * op->p.dk * sizeof(float);
+        k           = rows;
+        v           = rows + GGML_EXT_KV_SLOTS * op->block.k_row;
+        ggml_ext_kv_cold_decode(&op->cold, task->group, block, entry->begin, entry->count, (float *) list->decoded,
+                                rows, rows + GGML_EXT_KV_SLOTS * op->block.k_row);
+    }
     return (struct ggml_ext_attention_span) {
-        .k        = block + op->block.k + entry->begin * op->block.k_row,
-        .v        = block + op->block.v + entry->begin * op->block.v_row,
+        .k        = k,
+        .v        = v,
         .k_stride = op->block.k_row,
         .v_stride = op->block.v_row,
         .n        = entry->count,
@@ -99,7 +126,9 @@ void ggml_ext_kv_lists_prefetch(const void * cache, const struct ggml_ext_attent
         return;
     }
     const char * block = ggml_ext_kv_lists_block(list->op, list->entries + i + 1);
-    for (size_t at = 0; at < list->op->block.size; at += 64) {
+    const size_t size =
+        kv_lists_are_codes(list->op, list->entries + i + 1) ? list->op->cold.block.size : list->op->block.size;
+    for (size_t at = 0; at < size; at += 64) {
         __builtin_prefetch(block + at, 0, 2);
     }
 }

@@ -5,6 +5,7 @@
 
 #include "attention/cpu/task.h"
 #include "kv_attend/kv_attend.h"
+#include "kv_code/cpu/cold.h"
 #include "kv_store/block.h"
 
 // An op's sources and the layout of its blocks.
@@ -12,7 +13,9 @@ struct ggml_ext_kv_lists {
     struct ggml_ext_kv_attend_params p;
     struct ggml_ext_kv_block         block;
     struct ggml_ext_attention_plan   plan;
+    struct ggml_ext_kv_cold          cold;
     const struct ggml_tensor *       pool;
+    const struct ggml_tensor *       codes;      // their pool, NULL: none
     const struct ggml_tensor *       mask;
     const int32_t *                  offsets;    // [n_lanes * n_lists + 1], in entries
     const struct ggml_ext_kv_entry * entries;
@@ -27,10 +30,14 @@ struct ggml_ext_kv_lists {
 struct ggml_ext_kv_list {
     const struct ggml_ext_kv_lists * op;
     const struct ggml_ext_kv_entry * entries;
-    int64_t                          n;      // of the list from here on
-    const int32_t *                  cells;  // [n_positions], of the lane
+    int64_t                          n;        // of the list from here on
+    const int32_t *                  cells;    // [n_positions], of the lane
     int32_t *                        columns;
+    char *                           decoded;  // of ggml_ext_kv_lists_decoded_size bytes; NULL without codes
 };
+
+// What a tile of codes is decoded into.
+size_t ggml_ext_kv_lists_decoded_size(const struct ggml_ext_kv_lists * op);
 
 // Of a tensor with kv_attend's sources and, first among its own, kv_attend's parameters.
 struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst);
@@ -38,7 +45,7 @@ struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst);
 // Aborts for a table that does not hold together: over RPC it was made by another process.
 void ggml_ext_kv_lists_check(const struct ggml_ext_kv_lists * op);
 
-// A run's block. Aborts for one that is not in the pool.
+// A run's block, which begins with positions. Aborts for one that is in no pool.
 const char * ggml_ext_kv_lists_block(const struct ggml_ext_kv_lists * op, const struct ggml_ext_kv_entry * entry);
 
 // For ggml_ext_attention_tiles, whose cache is a struct ggml_ext_kv_list. Aborts for a position or a cell that is none.

@@ -1,0 +1,162 @@
+// Old tokens of a paged cache become codes: when, and where they go. Rows are short of blocks as with eviction, and what
+// no sequence needs in them is not forgotten but coded, slot by slot, in the order of positions.
+
+#include "evict.h"
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "paged.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+namespace {
+
+constexpr uint32_t kv_slots = GGML_EXT_KV_SLOTS;
+
+struct held_slot {
+    std::vector<llama_seq_id> lanes;
+    llama_pos                 position;
+    bool                      needed;
+};
+
+// The slots of a list that nobody needs as rows, by position.
+std::vector<std::pair<int32_t, held_slot>> old_slots(const ggml_ext_kv_pages & pages, uint32_t list,
+                                                     const ggml_ext_kv_eviction & rule) {
+    std::map<int32_t, held_slot> slots;
+    for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
+        const std::vector<ggml_ext_kv_entry> & runs = pages.list(lane, list);
+        if (runs.empty()) {
+            continue;
+        }
+        const llama_pos last = pages.positions(runs.back().block)[runs.back().begin + runs.back().count - 1];
+        for (const ggml_ext_kv_entry & run : runs) {
+            for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
+                held_slot & slot = slots[run.block * int32_t(kv_slots) + int32_t(i)];
+                slot.position    = pages.positions(run.block)[i];
+                slot.lanes.push_back(llama_seq_id(lane));
+                slot.needed |= slot.position < llama_pos(rule.sink) || slot.position > last - llama_pos(rule.recent);
+            }
+        }
+    }
+    std::vector<std::pair<int32_t, held_slot>> old;
+    std::copy_if(slots.begin(), slots.end(), std::back_inserter(old),
+                 [](const auto & slot) { return !slot.second.needed; });
+    std::sort(old.begin(), old.end(), [](const auto & a, const auto & b) {
+        return std::make_pair(a.second.position, a.first) < std::make_pair(b.second.position, b.first);
+    });
+    return old;
+}
+
+uint64_t blocks_for(uint64_t n) {
+    return (n + kv_slots - 1) / kv_slots;
+}
+
+// Slots that a list holds.
+uint64_t n_held(const ggml_ext_kv_pages & pages, uint32_t list) {
+    std::map<int32_t, uint64_t> bits;
+    uint64_t                    n = 0;
+    for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
+        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            const uint64_t ones = run.count == kv_slots ? ~uint64_t(0) : (uint64_t(1) << run.count) - 1;
+            uint64_t &     held = bits[run.block];
+            const uint64_t now  = held | ones << run.begin;
+            n += uint64_t(__builtin_popcountll(now ^ held));
+            held = now;
+        }
+    }
+    return n;
+}
+
+}  // namespace
+
+// Sequences that leave tokens in a list of codes leave a block open each, and packing one more.
+static uint64_t kv_open_blocks(const std::set<llama_seq_id> & lanes) {
+    return lanes.size() + 1;
+}
+
+// Whether there is room for all that is held, and a batch, as codes: what has become a code stays one.
+bool ggml_ext_kv_paged::has_cold_room(const std::vector<llama_ubatch> & ubatches) const {
+    if (!codes || evicts() || lists == 0) {
+        return true;
+    }
+    std::set<llama_seq_id> used;
+    uint64_t               n = 0;
+    for (const llama_ubatch & ubatch : ubatches) {
+        n += ubatch.n_tokens;
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            used.insert(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i]);
+        }
+    }
+    for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
+        if (!held.list(uint32_t(lane), 0).empty() || !codes->pages.list(uint32_t(lane), 0).empty()) {
+            used.insert(lane);
+        }
+    }
+    // Nothing is evicted, so all lists hold the same tokens.
+    const uint64_t most = blocks_for(n_held(held, 0) + n_held(codes->pages, 0) + n) + kv_open_blocks(used);
+    if (most * lists <= codes->pages.n_blocks()) {
+        return true;
+    }
+    LLAMA_LOG_ERROR("%s: ggml-ext: a batch of %llu tokens takes up to %llu blocks of codes for each head, of %u; raise "
+                    "the budget\n",
+                    __func__, (unsigned long long) n, (unsigned long long) most, codes->pages.n_blocks() / lists);
+    return false;
+}
+
+bool ggml_ext_kv_paged::make_cold_room(uint64_t wanted) {
+    if (wanted <= codes->pages.n_free()) {
+        return true;
+    }
+    ggml_ext_kv_eviction how = eviction();
+    how.sink                 = 0;
+    how.recent               = evicts() ? 0 : INT32_MAX;  // nothing goes, and what is there is packed
+    how.score                = [this](uint32_t list, int32_t slot) {
+        const uint32_t layer = layer_of[list];
+        return scored() ?
+                                  *codes->score(layer, slot) :
+                                  ggml_ext_kv_random(list, codes->pages.positions(slot / int32_t(kv_slots))[slot % int32_t(kv_slots)]);
+    };
+    how.move = [this](uint32_t list, int32_t from, int32_t to, uint32_t n) {
+        for (uint32_t i = 0; i < n; ++i) {
+            codes->move_slot(layer_of[list], from + int32_t(i), to + int32_t(i));
+        }
+    };
+    return wanted <= codes->pages.n_blocks() && ggml_ext_kv_evict(codes->pages, how, uint32_t(wanted));
+}
+
+// Codes what no sequence needs as rows, and packs what is left of them.
+bool ggml_ext_kv_paged::cool() {
+    const ggml_ext_kv_eviction                              how = eviction();
+    std::vector<std::vector<std::pair<int32_t, held_slot>>> old;
+    uint64_t                                                wanted = 0;
+    for (uint32_t list = 0; list < lists; ++list) {
+        old.push_back(old_slots(held, list, how));
+        std::set<llama_seq_id> first;
+        for (const auto & [slot, what] : old.back()) {
+            first.insert(what.lanes[0]);
+        }
+        wanted += old.back().empty() ? 0 : blocks_for(old.back().size()) + kv_open_blocks(first) - 1;
+    }
+    if (!make_cold_room(wanted)) {
+        return false;
+    }
+    std::vector<std::vector<ggml_ext_kv_cold_pool::move>> moves(n_layers());
+    for (uint32_t list = 0; list < lists; ++list) {
+        const layer & layer = layers[layer_of[list]];
+        for (const auto & [slot, what] : old[list]) {
+            const int32_t to = codes->pages.insert(list, what.lanes, what.position);
+            GGML_ASSERT(to >= 0 && "ggml-ext: a paged KV cache has no block for codes that it made room for");
+            moves[layer.index].push_back({ slot, to, int32_t(list - layer.first_list) });
+        }
+    }
+    codes->encode(blocks, moves);
+    for (uint32_t list = 0; list < lists; ++list) {
+        std::vector<int32_t> gone;
+        for (const auto & [slot, what] : old[list]) {
+            gone.push_back(slot);
+        }
+        ggml_ext_kv_drop(held, list, gone, how);
+    }
+    return true;
+}
