@@ -25,7 +25,7 @@ def _norm(x: Floats, weight: Floats) -> Floats:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + _EPSILON) * weight
 
 
-def _rope(x: Floats, positions: NDArray[np.int64]) -> Floats:
+def rope(x: Floats, positions: NDArray[np.int64]) -> Floats:
     """Pairs of neighbours are turned, as llama.cpp has it for Llama; x: [n_tokens, n_heads, HEAD]."""
     angle = positions[:, None] * _BASE ** (-np.arange(0, HEAD, 2) / HEAD)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -94,11 +94,11 @@ class OneLayer:
     def keys(self, tokens: Sequence[int]) -> Floats:
         """[n_tokens, KV_HEADS, HEAD], of positions 0, 1, ..."""
         x = _norm(self._weight("token_embd")[list(tokens)], self._weight("blk.0.attn_norm"))
-        return _rope(self._heads("k", x, KV_HEADS), np.arange(len(tokens)))
+        return rope(self._heads("k", x, KV_HEADS), np.arange(len(tokens)))
 
     def queries(self, tokens: Sequence[int]) -> Floats:
         """[n_tokens, HEADS, HEAD], of positions 0, 1, ..."""
-        return _rope(self._heads("q", self.inputs(tokens), HEADS), np.arange(len(tokens)))
+        return rope(self._heads("q", self.inputs(tokens), HEADS), np.arange(len(tokens)))
 
     def inputs(self, tokens: Sequence[int]) -> Floats:
         """What attn_k reads, [n_tokens, WIDTH]."""
@@ -120,7 +120,7 @@ class OneLayer:
         x = _norm(embedded, self._weight("blk.0.attn_norm"))
         values = self._heads("v", x, KV_HEADS)
         keys = self.keys(tokens)
-        query = _rope(self._heads("q", x[-1:], HEADS), np.array([len(tokens) - 1]))[0]
+        query = rope(self._heads("q", x[-1:], HEADS), np.array([len(tokens) - 1]))[0]
         out = []
         for head in range(HEADS):
             group = head * KV_HEADS // HEADS
@@ -128,7 +128,11 @@ class OneLayer:
             score = keys[at, group] @ query[head] / np.sqrt(HEAD)
             weight = np.exp(score - score.max())
             out.append(weight @ values[at, group] / weight.sum())
-        y = embedded[-1] + self._weight("blk.0.attn_output") @ np.concatenate(out)
+        return self.behind_attention(tokens[-1], np.concatenate(out))
+
+    def behind_attention(self, token: int, out: Floats) -> Floats:
+        """Logits of a token whose query heads have seen ``out``, one head after the other."""
+        y = self._weight("token_embd")[token] + self._weight("blk.0.attn_output") @ out
         z = _norm(y, self._weight("blk.0.ffn_norm"))
         gate = self._weight("blk.0.ffn_gate") @ z
         gated = gate / (1 + np.exp(-gate)) * (self._weight("blk.0.ffn_up") @ z)

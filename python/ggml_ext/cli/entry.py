@@ -24,6 +24,7 @@ from rich.text import Text
 from ggml_ext import __version__
 from ggml_ext.cli.compare import compare
 from ggml_ext.cli.convert import calibrate, convert, recipes
+from ggml_ext.cli.kv_codebook import kv_codebook
 from ggml_ext.cli.kv_probe import kv_probe
 from ggml_ext.cli.observe import observe
 from ggml_ext.cli.shared import (
@@ -132,6 +133,7 @@ app.command()(convert)
 app.command()(calibrate)
 app.command()(observe)
 app.command()(kv_probe)
+app.command()(kv_codebook)
 app.command()(recipes)
 
 

@@ -15,6 +15,7 @@ from ggml_ext.gguf.source import Tensor, open_gguf, read_bytes, reading
 from ggml_ext.gguf.writer import OutTensor, padding, write_header
 from ggml_ext.runtime import native
 
+_TYPES = {np.dtype(np.float32): GGMLQuantizationType.F32, np.dtype(np.float16): GGMLQuantizationType.F16}
 _SLAB_BYTES = 16 * 1024 * 1024
 
 
@@ -23,9 +24,9 @@ def _slabs(tensor: Tensor) -> list[tuple[int, int]]:
     return [(at, min(rows, tensor.n_rows - at)) for at in range(0, tensor.n_rows, rows)]
 
 
-def write_with(source: Path, added: Mapping[str, NDArray[np.float32]], out: Path) -> None:
+def write_with(source: Path, added: Mapping[str, NDArray[np.floating]], out: Path) -> None:
     """The model ``source`` (its first part, if split) as one file ``out``, whole or not at all, with
-    ``added`` in the place of its tensors of those names, if any.
+    ``added``, float32 or float16, in the place of its tensors of those names, if any.
 
     Raises GgmlExtError as open_gguf does, for a file that changes meanwhile, and where ``out`` cannot be
     written.
@@ -37,8 +38,10 @@ def write_with(source: Path, added: Mapping[str, NDArray[np.float32]], out: Path
         OutTensor(tensor.name, tensor.dims, native.type_id(tensor.type_name), tensor.n_bytes)
         for tensor in kept
     ]
-    f32 = int(GGMLQuantizationType.F32)
-    outs += [OutTensor(name, values.shape[::-1], f32, values.nbytes) for name, values in added.items()]
+    outs += [
+        OutTensor(name, values.shape[::-1], int(_TYPES[values.dtype]), values.nbytes)
+        for name, values in added.items()
+    ]
     total = sum(tensor.n_bytes for tensor in outs)
     with atomic_path(out) as path, path.open("wb") as file, track(total, out.name, "bytes") as advance:
         write_header(file, keys, outs, model.alignment)

@@ -22,6 +22,8 @@ from ggml_ext.gguf.shards import Part, named_errors, read_parts
 from ggml_ext.runtime import native
 
 _FACTOR = re.compile(r"^blk\.\d+\.(?P<site>.*)\.(?P<kind>fq_[lrh])$")
+_PROBE = re.compile(r"^blk\.\d+\.attn_k\.kv_probe$")
+_CODEBOOK = re.compile(r"^blk\.(?P<layer>\d+)\.attn_[kv]\.kv_cq(?P<bits>[12])$")
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -64,7 +66,7 @@ class Factor:
 @dataclass(frozen=True)
 class InspectResult:
     """``files``: names of the model's files, one but for a split model, whose first is ``path``. ``bytes``:
-    of all of them. ``bits_per_weight``: tensor data only, over all tensors but ``factors``'.
+    of all of them. ``bits_per_weight``: tensor data only, over all tensors but ``factors``' and codebooks.
     ``quantized_bits_per_weight``: of the quantised tensors, with the factors' bytes. ``types``: the one with
     most bytes first. ``ext``: None for a file without keys under ggml_ext."""
 
@@ -99,7 +101,7 @@ def inspect(path: Path) -> InspectResult:
         architecture, name = (_text(header, f"general.{key}") for key in ("architecture", "name"))
     errors = {} if ext is None or ext.errors is None else dict(_errors(ext.errors))
     tensors = tuple(_tensor(part, described, errors) for part in parts for described in part.header.tensors)
-    own = tuple(tensor for tensor in tensors if not _FACTOR.match(tensor.name))
+    own = tuple(tensor for tensor in tensors if not _beside(tensor.name))
     parameters = sum(tensor.weights for tensor in own)
     return InspectResult(
         path=path,
@@ -134,6 +136,11 @@ def _text(header: Header, key: str) -> str | None:
 
 def _bits(n_bytes: int, weights: int) -> float:
     return 8 * n_bytes / weights if weights else 0.0
+
+
+def _beside(name: str) -> bool:
+    """Whether a tensor holds no weights of the model."""
+    return any(pattern.match(name) for pattern in (_FACTOR, _CODEBOOK))
 
 
 def _quantized_bits(tensors: Sequence[TensorInfo]) -> float | None:
@@ -208,11 +215,7 @@ def _facts(result: InspectResult) -> dict[str, str]:
     }
     if result.quantized_bits_per_weight is not None:
         facts["of quantised"] = f"{result.quantized_bits_per_weight:.4f}, with transforms"
-    probes = [
-        math.prod(tensor.dims[1:]) for tensor in result.tensors if tensor.name.endswith(".attn_k.kv_probe")
-    ]
-    if probes:
-        facts["KV probes"] = f"{sum(probes)} heads in {len(probes)} layers"
+    facts |= _kv_facts(result.tensors)
     if result.ext is None:
         return {**facts, f"{PREFIX}*": "none"}
     facts["format version"] = str(result.ext.version)
@@ -222,6 +225,30 @@ def _facts(result: InspectResult) -> dict[str, str]:
     if result.ext.calibration is not None:
         parts = dataclasses.asdict(result.ext.calibration)
         facts["calibration"] = ", ".join(f"{name} {part}" for name, part in parts.items() if part is not None)
+    return facts
+
+
+def bits_text(bits: Sequence[int]) -> str:
+    """Of codebooks: "2 and 1 bits"."""
+    return " and ".join(map(str, bits)) + (" bit" if list(bits) == [1] else " bits")
+
+
+def _kv_facts(tensors: Sequence[TensorInfo]) -> dict[str, str]:
+    """What the file has for a paged KV cache."""
+    facts = {}
+    probes = [math.prod(tensor.dims[1:]) for tensor in tensors if _PROBE.match(tensor.name)]
+    if probes:
+        facts["KV probes"] = f"{sum(probes)} heads in {len(probes)} layers"
+    heads: dict[str, int] = {}
+    bits = set()
+    for tensor in tensors:
+        match = _CODEBOOK.match(tensor.name)
+        if match is not None:
+            heads[match["layer"]] = math.prod(tensor.dims[3:])
+            bits.add(int(match["bits"]))
+    if bits:
+        of_all = f"{sum(heads.values())} heads in {len(heads)} layers"
+        facts["KV codebooks"] = f"{of_all}, {bits_text(sorted(bits, reverse=True))}"
     return facts
 
 

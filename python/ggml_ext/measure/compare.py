@@ -60,7 +60,7 @@ class FileFacts:
     tensor_errors: dict[str, Any] | None
 
 
-_BESIDE = re.compile(r"\.(fq_|kv_probe)")
+_BESIDE = re.compile(r"\.(fq_|kv_probe|kv_cq)")
 """Tensors of a block that are no weights of the model's own."""
 
 

@@ -12,8 +12,6 @@ a ridge, the one of several that predicts the windows held out best.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -21,25 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cffi
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.core import paths
 from ggml_ext.core.atomic import atomic_path
 from ggml_ext.core.errors import GgmlExtError, Warn
-from ggml_ext.core.outputs import identity
 from ggml_ext.core.progress import track
-from ggml_ext.gguf.header import value
 from ggml_ext.gguf.source import Source, open_gguf
+from ggml_ext.observe.nodes import NodeReader, heads_per_layer, reading_of
 from ggml_ext.observe.samples import read_text, windows
 from ggml_ext.runtime.llama import Model
 
-_DECLARATIONS = """
-const char * ggml_get_name(const void *);
-size_t ggml_nbytes(const void *);
-void ggml_backend_tensor_get(const void *, void *, size_t, size_t);
-"""
 _NODE = re.compile(r"(attn_norm|kq_soft_max)-(\d+)")
 _LEAST = 1e-6  # added to probabilities
 _RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the mean of the moments' diagonal
@@ -121,59 +111,28 @@ class Probes:
         return float(np.mean([probe.correlation for probe in self.layers.values()]))
 
 
-class _Reader:
+class _Reader(NodeReader):
     """Sees the nodes of a graph that reads BOS or a first token, then the window twice."""
 
     def __init__(self, source: Source, window: int) -> None:
+        super().__init__(_NODE)
         self.window = window
-        self.heads = _per_layer(source, "attention.head_count")
-        self.kv_heads = _per_layer(source, "attention.head_count_kv")
+        self.heads = heads_per_layer(source, "attention.head_count", "probes")
+        self.kv_heads = heads_per_layer(source, "attention.head_count_kv", "probes")
         self.inputs: dict[int, NDArray[np.float32]] = {}
         self.worth: dict[int, NDArray[np.float32]] = {}
-        self.error: Exception | None = None
-        self._ffi = cffi.FFI()
-        self._ffi.cdef(_DECLARATIONS)
-        self._library = self._ffi.dlopen(str(paths.library("ggml-base")))
-        self._callback = self._ffi.callback("bool(void *, bool, void *)", self._see)
 
-    @property
-    def address(self) -> int:
-        """Of the callback, which lives as long as this object."""
-        return int(self._ffi.cast("uintptr_t", self._callback))
-
-    def _see(self, tensor: Any, ask: bool, _data: Any) -> bool:
-        name = _NODE.fullmatch(
-            self._ffi.string(self._library.ggml_get_name(tensor)).decode("utf-8", "replace")
-        )
-        if name is None or ask:
-            return name is not None
-        try:
-            self._take(tensor, name[1] == "attn_norm", int(name[2]))
-        except Exception as error:  # an exception must not pass through C
-            self.error = error
-        return self.error is None
-
-    def _take(self, tensor: Any, is_input: bool, layer: int) -> None:
-        values = np.empty(self._library.ggml_nbytes(tensor) // 4, np.float32)
-        self._library.ggml_backend_tensor_get(
-            tensor, self._ffi.cast("void *", values.ctypes.data), 0, values.nbytes
-        )
+    def take(self, tensor: Any, name: re.Match[str]) -> None:
+        """Inputs and probabilities of a layer."""
+        values, layer = self.values(tensor), int(name[2])
         n_tokens = 2 * self.window + 1
         first = slice(1, self.window + 1)
-        if is_input:
+        if name[1] == "attn_norm":
             self.inputs[layer] = values.reshape(n_tokens, -1)[first].copy()
             return
         heads, kv_heads = self.heads[layer], self.kv_heads[layer]
         seen = values.reshape(heads, n_tokens, -1)[:, self.window + 1 :, first].max(1)
         self.worth[layer] = seen.reshape(kv_heads, heads // kv_heads, self.window).max(1).T
-
-
-def _per_layer(source: Source, key: str) -> list[int]:
-    name = f"{source.arch}.{key}"
-    if name not in source.keys:
-        raise GgmlExtError(f"{source.path}: no key {name}; probes need a model with attention")
-    found = value(source.keys[name])
-    return list(found) if isinstance(found, (list, tuple)) else [int(found)] * source.n_blocks
 
 
 def _solve(layer: _Layer) -> Probe:
@@ -213,7 +172,7 @@ def fit(
     cut = windows(model, text, ctx=ctx, samples=samples, seed=seed, warn=warn, content=content)
     if len(cut) < 2:
         raise GgmlExtError(f"{text}: {len(cut)} window of {ctx} tokens; probes need two or more")
-    sums = _State(state, _identity(source, cut))
+    sums = _State(state, reading_of(source, cut))
     reader = _Reader(source, ctx - 1)
     with Model(model, threads=threads) as loaded, track(len(cut), "probes", "windows") as advance:
         loaded.start(n_ctx=2 * ctx, n_seq=1, n_batch=2 * ctx - 1, exact=True, observer=(reader.address, 0))
@@ -235,14 +194,6 @@ def fit(
         )
     fitted = {index: _solve(layer) for index, layer in sorted(sums.layers.items())}
     return Probes(fitted, len(cut) * (ctx - 1))
-
-
-def _identity(source: Source, cut: NDArray[np.int64]) -> str:
-    """Of what the sums are of."""
-    digest = hashlib.sha256(cut.tobytes())
-    for path in source.files:
-        digest.update(json.dumps(identity(path)).encode())
-    return digest.hexdigest()
 
 
 class _State:

@@ -311,6 +311,18 @@ def dot(type_name: str, row: NDArray[np.uint8], x: NDArray[Any], path: str | Non
     return float(result[0])
 
 
+def nearest_words(x: NDArray[np.float32], words: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Of each vector of x [n, channels] the number of the nearest of words [256, channels], of equally near
+    ones the first. channels: 4 or 8; cffi releases the GIL meanwhile."""
+    assert len(words) == 256
+    x, words = np.ascontiguousarray(x), np.ascontiguousarray(words)
+    codes = np.empty(len(x), np.uint8)
+    native = _native()
+    code = native.cpu.ggml_ext_nearest_words(len(x), x.shape[1], floats(x), floats(words), bytes_(codes))
+    assert code == 0, native.errors[code]
+    return codes
+
+
 def call(function: str, *arguments: Any) -> int:
     """Calls a function of libggml-base that returns an integer; cffi releases the GIL meanwhile."""
     return int(getattr(_native().base, function)(*arguments))

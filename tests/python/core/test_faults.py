@@ -81,6 +81,10 @@ def is_probed_model(path: Path) -> bool:
     return [tensor.name[-9:] for tensor in open_gguf(path).tensors[-2:]] == [".kv_probe", "v_probe_b"]
 
 
+def is_coded_model(path: Path) -> bool:
+    return [tensor.name[-7:] for tensor in open_gguf(path).tensors[-2:]] == [".kv_cq2", ".kv_cq1"]
+
+
 def is_whole_json(path: Path) -> bool:
     return bool(json.loads(path.read_text()))
 
@@ -109,6 +113,12 @@ COMMANDS = {
     "convert": Command("convert small.gguf -o out/m.gguf", {"m.gguf": is_whole_model}),
     "kv-probe": Command(
         "kv-probe model.gguf -o out/m.gguf --calibration text.txt --ctx 32 -t 1", {"m.gguf": is_probed_model}
+    ),
+    "kv-codebook": Command(
+        "kv-codebook model.gguf -o out/m.gguf --calibration long.txt --ctx 256 --samples 2 -t 1",
+        {"m.gguf": is_coded_model},
+        folder="m.gguf.codebooks",
+        most=6,
     ),
     "inspect": Command("inspect small.gguf --json out/i.json", {"i.json": is_whole_json}),
     "perplexity": Command(
@@ -144,6 +154,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.write_gguf(folder / "small.gguf", tensors)
     make_model(folder / "model.gguf")
     (folder / "text.txt").write_text(text_of(150))
+    (folder / "long.txt").write_text(text_of(350))
     (folder / "out").mkdir()
     return folder
 

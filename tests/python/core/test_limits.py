@@ -58,7 +58,8 @@ def test_every_threads_option_has_ggmls_bound() -> None:
         for its in all_of_them
         if its.name == "threads"
     }
-    assert {"convert", "calibrate", "observe", "kv-probe", "perplexity", "compare", "bench"} <= found.keys()
+    assert {"convert", "calibrate", "observe", "kv-probe", "kv-codebook"} <= found.keys()
+    assert {"perplexity", "compare", "bench"} <= found.keys()
     assert found == dict.fromkeys(found, MAX_THREADS)
 
 
@@ -86,6 +87,7 @@ def test_the_python_interface_has_the_same_bound(place: Path) -> None:
         "convert m.gguf -o out.gguf --calibration /dev/zero",
         "observe m.gguf -o seen --calibration /dev/zero",
         "kv-probe m.gguf -o out.gguf --calibration /dev/zero",
+        "kv-codebook m.gguf -o out.gguf --calibration /dev/zero",
         "convert m.gguf -o out.gguf --recipe flat4 --calibration text.txt --matrices /dev/zero",
     ],
 )

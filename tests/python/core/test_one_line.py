@@ -152,6 +152,7 @@ def test_threads_bound_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         "calibrate nowhere -o o",
         "observe nowhere -o o",
         "kv-probe nowhere -o o",
+        "kv-codebook nowhere -o o",
         "perplexity nowhere -f nowhere",
         "compare nowhere nowhere -f nowhere",
     ],

@@ -213,7 +213,12 @@ def test_no_output_is_an_input(
 
 
 @pytest.mark.parametrize(
-    "line", [*pairs(), "kv-probe model.gguf -o new --calibration text.txt --json new.probes"]
+    "line",
+    [
+        *pairs(),
+        "kv-probe model.gguf -o new --calibration text.txt --json new.probes",
+        "kv-codebook model.gguf -o new --calibration text.txt --json new.codebooks",
+    ],
 )
 def test_no_two_outputs_are_one_file(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
@@ -224,7 +229,8 @@ def test_no_two_outputs_are_one_file(
 def test_every_command_with_outputs_is_among_them() -> None:
     """What is derived from the signatures: not nothing."""
     lines = " ".join(case.line.split()[0] for case in cases())
-    for command in ("convert", "calibrate", "observe", "kv-probe", "perplexity", "compare", "bench", "build"):
+    fitted = ("calibrate", "observe", "kv-probe", "kv-codebook")
+    for command in ("convert", *fitted, "perplexity", "compare", "bench", "build"):
         assert command in lines
 
 

@@ -134,11 +134,17 @@ def require_convertible(request: Request) -> None:
     """Raises GgmlExtError where the request's GGUF file holds what its method would make wrong."""
     source = open_gguf(request.source)
     require_plain(source)
-    if request.method.transform != "none" and any(".kv_probe" in tensor.name for tensor in source.tensors):
-        raise GgmlExtError(
-            f"{request.source}: has probes of a KV cache, which read what a transform changes; convert "
-            "the model without them, then give the result probes with kv-probe"
-        )
+    if request.method.transform == "none":
+        return
+    for part, what, command in (
+        (".kv_probe", "probes of a KV cache, which read", "kv-probe"),
+        (".kv_cq", "codebooks of a KV cache, which are of", "kv-codebook"),
+    ):
+        if any(part in tensor.name for tensor in source.tensors):
+            raise GgmlExtError(
+                f"{request.source}: has {what} what a transform changes; convert the model without them, "
+                f"then give the result its own with {command}"
+            )
 
 
 def sample_rows(activation: Sequence[int] | None) -> int:
