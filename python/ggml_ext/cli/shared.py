@@ -55,7 +55,8 @@ KvOption = Annotated[
     typer.Option(
         "--kv",
         metavar="BUDGET",
-        help="Cells of the KV cache: 25% of the context, or 4096; or paged, or paged,25%,policy=attention.",
+        help="Cells of the KV cache: 25% of the context, or 4096; or paged, paged,25%,policy=attention, "
+        "paged,cold=cq2.",
     ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")]

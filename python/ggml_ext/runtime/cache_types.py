@@ -16,7 +16,8 @@ NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """What llama.cpp's options take (common/arg.cpp, kv_cache_types)."""
 
 _STAYS = r"(,(sink|recent)=\d+)*"
-_BUDGET = re.compile(rf"paged(,\d+[%KMG]?)?(,policy=(norm|random|probe|attention){_STAYS})?|\d+%?{_STAYS}")
+_POLICY, _COLD = r",policy=(norm|random|probe|attention)", r",cold=cq[12]"
+_BUDGET = re.compile(rf"paged(,\d+[%KMG]?)?(({_POLICY}|{_COLD}|{_POLICY}{_COLD}){_STAYS})?|\d+%?{_STAYS}")
 
 _UBATCH = 64
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
@@ -40,7 +41,7 @@ class CacheTypes(NamedTuple):
         if kv is not None and not _BUDGET.fullmatch(kv):
             raise GgmlExtError(
                 f"--kv {kv}: no budget; write 25% of the context, 4096 cells per sequence, paged, paged,2G, "
-                "or paged,25%,policy=norm"
+                "paged,25%,policy=norm, or paged,cold=cq2"
             )
         for option, name in (("-ctk", k), ("-ctv", v)):
             if name.lower() not in NAMES:
@@ -83,8 +84,8 @@ class CacheTypes(NamedTuple):
         return self.evicts and (not self.paged or "policy=attention" in self.kv)
 
     def ubatch(self, wanted: int) -> int:
-        """Tokens of a ubatch: ``wanted``, fewer where there is eviction."""
-        return min(wanted, _UBATCH) if self.evicts else wanted
+        """Tokens of a ubatch: ``wanted``, fewer where old tokens are evicted or coded."""
+        return min(wanted, _UBATCH) if self.evicts or "cold=" in self.kv else wanted
 
     @contextmanager
     def budget(self) -> Iterator[None]:
