@@ -215,10 +215,15 @@ bool ggml_ext_kv_paged::removable(llama_seq_id s, llama_pos p0, llama_pos p1) co
     return true;
 }
 
-// Both pools' or neither's.
+// Both pools' or neither's. A position that one sequence has as a row and the other as a code is of two tokens.
 bool ggml_ext_kv_paged::share_pages(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1) {
     if (!codes) {
         return held.share(from, to, p0, p1);
+    }
+    for (uint32_t list = 0; list < lists; ++list) {
+        if (held.meets(from, codes->pages, to, list, p0, p1) || codes->pages.meets(from, held, to, list, p0, p1)) {
+            return false;
+        }
     }
     const ggml_ext_kv_pages before = held;
     if (held.share(from, to, p0, p1) && codes->pages.share(from, to, p0, p1)) {

@@ -234,6 +234,17 @@ bool ggml_ext_kv_pages::share(uint32_t from, uint32_t to, llama_pos p0, llama_po
     return true;
 }
 
+bool ggml_ext_kv_pages::meets(uint32_t lane, const ggml_ext_kv_pages & other, uint32_t other_lane, uint32_t i,
+                              llama_pos p0, llama_pos p1) const {
+    const std::map<llama_pos, int32_t> theirs = other.slots_of(other_lane, i, p0, p1);
+    for (const auto & [position, slot] : slots_of(lane, i, p0, p1)) {
+        if (theirs.count(position) > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 void ggml_ext_kv_pages::clear(uint32_t lane) {
     for (uint32_t i = 0; i < lists_per_lane; ++i) {
         for (const ggml_ext_kv_entry & entry : list(lane, i)) {

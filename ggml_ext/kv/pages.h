@@ -48,6 +48,10 @@ class ggml_ext_kv_pages {
     // in another slot.
     bool share(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
 
+    // Whether a lane's list has one of positions p0 .. p1 - 1 that a lane of other pages has in it, too.
+    bool meets(uint32_t lane, const ggml_ext_kv_pages & other, uint32_t other_lane, uint32_t list, llama_pos p0,
+               llama_pos p1) const;
+
     void clear(uint32_t lane);
 
     // The blocks of a list, each once, in the order in which lanes hold them.

@@ -115,6 +115,23 @@ def test_several_sequences(coded: dict[int, Path], unified: bool) -> None:
             _agrees(layer, logits, tokens[sequence], parts)
 
 
+def test_a_copy_over_other_tokens_is_left_out(coded: dict[int, Path]) -> None:
+    """Also where one sequence has as codes what the other has as rows."""
+    mine, other = different_tokens(200, 1), different_tokens(400, 2)
+    logits = []
+    for copies in (False, True):
+        with open_cache(coded[2], "paged,cold=cq2", n_ctx=2048, n_seq=2, unified=True) as context:
+            read(context, other, sequence=1)
+            read(context, mine)
+            rows, codes = parts_of(context.save(), 4).rows[0], parts_of(context.save(1), 4).coded[0]
+            assert set(rows[-20:]) <= set(codes)
+            for source, target in ((1, 0), (0, 1)) if copies else ():
+                context.copy(source, target, rows[-20], rows[-1] + 1)
+                assert any("cannot copy positions" in line for line in log_lines())
+            logits.append([read(context, [5], len(mine)), read(context, [5], len(other), 1)])
+    assert np.array_equal(*logits)
+
+
 def test_a_context_is_filled_to_its_last_cell(coded: dict[int, Path]) -> None:
     with open_cache(coded[1], "paged,cold=cq1", n_ctx=512, n_seq=2, unified=True) as context:
         read(context, different_tokens(300))
