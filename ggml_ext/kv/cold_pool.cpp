@@ -7,8 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-static constexpr int32_t kv_slots = GGML_EXT_KV_SLOTS;
-
 ggml_ext_kv_cold_pool::ggml_ext_kv_cold_pool(int channels, bool scored, int n_threads) :
     channels(channels), scored(scored), backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)) {
     if (!backend) {
@@ -33,9 +31,9 @@ void ggml_ext_kv_cold_pool::add(int32_t dk, int32_t dv, int32_t n_head_kv, ggml_
 }
 
 void ggml_ext_kv_cold_pool::allocate(uint64_t n_blocks, bool alloc) {
-    if (n_blocks > INT32_MAX / kv_slots) {
+    if (n_blocks > INT32_MAX / GGML_EXT_KV_SLOTS) {
         throw std::runtime_error("ggml-ext: a KV cache of " + std::to_string(n_blocks) + " blocks of codes, at most " +
-                                 std::to_string(INT32_MAX / kv_slots) + "; lower the budget or -c");
+                                 std::to_string(INT32_MAX / GGML_EXT_KV_SLOTS) + "; lower the budget or -c");
     }
     context.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
     blocks = ggml_new_tensor_2d(context.get(), GGML_TYPE_I8, int64_t(block_size), int64_t(n_blocks));
@@ -132,11 +130,11 @@ void ggml_ext_kv_cold_pool::encode(ggml_tensor * rows, const std::vector<std::ve
 }
 
 char * ggml_ext_kv_cold_pool::slot_block(int32_t slot) const {
-    return static_cast<char *>(blocks->data) + size_t(slot / kv_slots) * block_size;
+    return static_cast<char *>(blocks->data) + size_t(slot / GGML_EXT_KV_SLOTS) * block_size;
 }
 
 float * ggml_ext_kv_cold_pool::score(uint32_t layer, int32_t slot) const {
-    return reinterpret_cast<float *>(slot_block(slot) + block_of(layers[layer]).score) + slot % kv_slots;
+    return reinterpret_cast<float *>(slot_block(slot) + block_of(layers[layer]).score) + slot % GGML_EXT_KV_SLOTS;
 }
 
 size_t ggml_ext_kv_cold_pool::codes_size(uint32_t layer, bool v) const {
@@ -146,7 +144,7 @@ size_t ggml_ext_kv_cold_pool::codes_size(uint32_t layer, bool v) const {
 
 char * ggml_ext_kv_cold_pool::codes(uint32_t layer, bool v, int32_t slot) const {
     const ggml_ext_kv_cold_block block = block_of(layers[layer]);
-    return slot_block(slot) + (v ? block.v : block.k) + size_t(slot % kv_slots) * codes_size(layer, v);
+    return slot_block(slot) + (v ? block.v : block.k) + size_t(slot % GGML_EXT_KV_SLOTS) * codes_size(layer, v);
 }
 
 void ggml_ext_kv_cold_pool::move_slot(uint32_t layer, int32_t from, int32_t to) const {
@@ -156,5 +154,6 @@ void ggml_ext_kv_cold_pool::move_slot(uint32_t layer, int32_t from, int32_t to) 
     if (scored) {
         *score(layer, to) = *score(layer, from);
     }
-    pages.positions(to / kv_slots)[to % kv_slots] = pages.positions(from / kv_slots)[from % kv_slots];
+    pages.positions(to / GGML_EXT_KV_SLOTS)[to % GGML_EXT_KV_SLOTS] =
+        pages.positions(from / GGML_EXT_KV_SLOTS)[from % GGML_EXT_KV_SLOTS];
 }

@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr uint32_t kv_slots = GGML_EXT_KV_SLOTS;
-
 struct held_slot {
     std::vector<llama_seq_id> lanes;
     llama_pos                 position;
@@ -32,7 +30,7 @@ std::vector<std::pair<int32_t, held_slot>> old_slots(const ggml_ext_kv_pages & p
         const llama_pos last = pages.positions(runs.back().block)[runs.back().begin + runs.back().count - 1];
         for (const ggml_ext_kv_entry & run : runs) {
             for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
-                held_slot & slot = slots[run.block * int32_t(kv_slots) + int32_t(i)];
+                held_slot & slot = slots[run.block * int32_t(GGML_EXT_KV_SLOTS) + int32_t(i)];
                 slot.position    = pages.positions(run.block)[i];
                 slot.lanes.push_back(llama_seq_id(lane));
                 slot.needed |= slot.position < llama_pos(rule.sink) || slot.position > last - llama_pos(rule.recent);
@@ -48,8 +46,8 @@ std::vector<std::pair<int32_t, held_slot>> old_slots(const ggml_ext_kv_pages & p
     return old;
 }
 
-uint64_t blocks_for(uint64_t n) {
-    return (n + kv_slots - 1) / kv_slots;
+uint64_t cold_blocks_for(uint64_t n) {
+    return (n + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
 }
 
 // Slots that a list holds.
@@ -58,7 +56,7 @@ uint64_t n_held(const ggml_ext_kv_pages & pages, uint32_t list) {
     uint64_t                    n = 0;
     for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
         for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
-            const uint64_t ones = run.count == kv_slots ? ~uint64_t(0) : (uint64_t(1) << run.count) - 1;
+            const uint64_t ones = run.count == GGML_EXT_KV_SLOTS ? ~uint64_t(0) : (uint64_t(1) << run.count) - 1;
             uint64_t &     held = bits[run.block];
             const uint64_t now  = held | ones << run.begin;
             n += uint64_t(__builtin_popcountll(now ^ held));
@@ -94,7 +92,7 @@ bool ggml_ext_kv_paged::has_cold_room(const std::vector<llama_ubatch> & ubatches
         }
     }
     // Nothing is evicted, so all lists hold the same tokens.
-    const uint64_t most = blocks_for(n_held(held, 0) + n_held(codes->pages, 0) + n) + kv_open_blocks(used);
+    const uint64_t most = cold_blocks_for(n_held(held, 0) + n_held(codes->pages, 0) + n) + kv_open_blocks(used);
     if (most * lists <= codes->pages.n_blocks()) {
         return true;
     }
@@ -115,7 +113,8 @@ bool ggml_ext_kv_paged::make_cold_room(uint64_t wanted) {
         const uint32_t layer = layer_of[list];
         return scored() ?
                                   *codes->score(layer, slot) :
-                                  ggml_ext_kv_random(list, codes->pages.positions(slot / int32_t(kv_slots))[slot % int32_t(kv_slots)]);
+                                  ggml_ext_kv_random(list, codes->pages.positions(
+                                                slot / int32_t(GGML_EXT_KV_SLOTS))[slot % int32_t(GGML_EXT_KV_SLOTS)]);
     };
     how.move = [this](uint32_t list, int32_t from, int32_t to, uint32_t n) {
         for (uint32_t i = 0; i < n; ++i) {
@@ -136,7 +135,7 @@ bool ggml_ext_kv_paged::cool() {
         for (const auto & [slot, what] : old.back()) {
             first.insert(what.lanes[0]);
         }
-        wanted += old.back().empty() ? 0 : blocks_for(old.back().size()) + kv_open_blocks(first) - 1;
+        wanted += old.back().empty() ? 0 : cold_blocks_for(old.back().size()) + kv_open_blocks(first) - 1;
     }
     if (!make_cold_room(wanted)) {
         return false;

@@ -31,7 +31,8 @@ def remaining(transform: SiteTransform) -> SiteTransform:
 
 
 def assert_close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+    """To what float32 loses of the largest value, since sums cancel."""
+    torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=2e-6 * float(b.abs().max()))
 
 
 @settings(max_examples=20, deadline=None)
