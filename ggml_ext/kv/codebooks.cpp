@@ -4,6 +4,7 @@
 #include "llama-mmap.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
+#include "weights.h"
 
 #include <algorithm>
 #include <cmath>
@@ -135,21 +136,6 @@ ggml_ext_kv_codebooks ggml_ext_kv_load_codebooks(llama_model_loader & ml, const 
     if (!names.empty()) {
         codebook_refuse(*names.begin(), "is a codebook of no layer of this model");
     }
-    const ggml_backend_buffer_type_t type = ggml_backend_cpu_buffer_type();
-    codebooks.buffer.reset(ml.no_alloc ? ggml_backend_buft_alloc_buffer(type, 0) :
-                                         ggml_backend_alloc_ctx_tensors_from_buft(codebooks.context.get(), type));
-    if (!codebooks.buffer) {
-        throw std::runtime_error("ggml-ext: no memory for the codebooks of the KV cache");
-    }
-    ggml_backend_buffer_set_usage(codebooks.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    size_t i = 0;
-    for (ggml_tensor * tensor = ggml_get_first_tensor(codebooks.context.get()); tensor;
-         tensor               = ggml_get_next_tensor(codebooks.context.get(), tensor), ++i) {
-        if (ml.no_alloc) {
-            tensor->buffer = codebooks.buffer.get();
-        } else {
-            ggml_backend_tensor_set(tensor, data[i].data(), 0, data[i].size());
-        }
-    }
+    codebooks.buffer = ggml_ext_kv_weights(codebooks.context.get(), data, !ml.no_alloc, "codebooks");
     return codebooks;
 }

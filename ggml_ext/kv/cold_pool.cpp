@@ -31,26 +31,7 @@ void ggml_ext_kv_cold_pool::add(int32_t dk, int32_t dv, int32_t n_head_kv, ggml_
 }
 
 void ggml_ext_kv_cold_pool::allocate(uint64_t n_blocks, bool alloc) {
-    if (n_blocks > INT32_MAX / GGML_EXT_KV_SLOTS) {
-        throw std::runtime_error("ggml-ext: a KV cache of " + std::to_string(n_blocks) + " blocks of codes, at most " +
-                                 std::to_string(INT32_MAX / GGML_EXT_KV_SLOTS) + "; lower the budget or -c");
-    }
-    context.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    blocks = ggml_new_tensor_2d(context.get(), GGML_TYPE_I8, int64_t(block_size), int64_t(n_blocks));
-    ggml_set_name(blocks, "cache_codes");
-    const ggml_backend_buffer_type_t type = ggml_backend_cpu_buffer_type();
-    if (alloc) {
-        buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), type));
-    } else {
-        buffer.reset(ggml_backend_buft_alloc_buffer(type, 0));
-        blocks->buffer = buffer.get();
-    }
-    if (!buffer) {
-        throw std::runtime_error("ggml-ext: no memory for a KV cache's codes of " +
-                                 std::to_string(ggml_nbytes(blocks) >> 20) + " MiB; lower the budget or -c");
-    }
-    pages = ggml_ext_kv_pages(LLAMA_MAX_SEQ, lists, uint32_t(n_blocks));
-    pages.keep_positions(static_cast<int32_t *>(blocks->data), block_size / sizeof(int32_t));
+    pages = blocks.allocate("cache_codes", block_size, lists, n_blocks, alloc);
 }
 
 void ggml_ext_kv_cold_pool::turned(uint32_t index, const ggml_tensor * key) {
@@ -96,7 +77,7 @@ ggml_ext_kv_cold_params ggml_ext_kv_cold_pool::params_of(const layer & layer) co
 
 ggml_ext_kv_codes ggml_ext_kv_cold_pool::codes_of(uint32_t index) const {
     const layer & layer = layers[index];
-    return { blocks, layer.books, turns.at(size_t(layer.angles)).angles, params_of(layer) };
+    return { blocks.tensor(), layer.books, turns.at(size_t(layer.angles)).angles, params_of(layer) };
 }
 
 void ggml_ext_kv_cold_pool::encode(ggml_tensor * rows, const std::vector<std::vector<move>> & moves) const {
@@ -108,7 +89,7 @@ void ggml_ext_kv_cold_pool::encode(ggml_tensor * rows, const std::vector<std::ve
                           words * sizeof(int32_t);
     const ggml_context_ptr graphs(ggml_init({ memory, nullptr, false }));
     ggml_cgraph *          graph  = ggml_new_graph(graphs.get());
-    ggml_tensor *          result = blocks;
+    ggml_tensor *          result = blocks.tensor();
     for (uint32_t il = 0; il < moves.size(); ++il) {
         if (moves[il].empty()) {
             continue;
@@ -129,12 +110,8 @@ void ggml_ext_kv_cold_pool::encode(ggml_tensor * rows, const std::vector<std::ve
     }
 }
 
-char * ggml_ext_kv_cold_pool::slot_block(int32_t slot) const {
-    return static_cast<char *>(blocks->data) + size_t(slot / GGML_EXT_KV_SLOTS) * block_size;
-}
-
 float * ggml_ext_kv_cold_pool::score(uint32_t layer, int32_t slot) const {
-    return reinterpret_cast<float *>(slot_block(slot) + block_of(layers[layer]).score) + slot % GGML_EXT_KV_SLOTS;
+    return reinterpret_cast<float *>(blocks.block_of(slot) + block_of(layers[layer]).score) + slot % GGML_EXT_KV_SLOTS;
 }
 
 size_t ggml_ext_kv_cold_pool::codes_size(uint32_t layer, bool v) const {
@@ -144,7 +121,7 @@ size_t ggml_ext_kv_cold_pool::codes_size(uint32_t layer, bool v) const {
 
 char * ggml_ext_kv_cold_pool::codes(uint32_t layer, bool v, int32_t slot) const {
     const ggml_ext_kv_cold_block block = block_of(layers[layer]);
-    return slot_block(slot) + (v ? block.v : block.k) + size_t(slot % GGML_EXT_KV_SLOTS) * codes_size(layer, v);
+    return blocks.block_of(slot) + (v ? block.v : block.k) + size_t(slot % GGML_EXT_KV_SLOTS) * codes_size(layer, v);
 }
 
 void ggml_ext_kv_cold_pool::move_slot(uint32_t layer, int32_t from, int32_t to) const {

@@ -7,6 +7,7 @@
 #include "ggml-cpp.h"
 #include "ggml.h"
 #include "pages.h"
+#include "pool.h"
 #include "rope.h"
 
 #include <cstdint>
@@ -48,7 +49,7 @@ class ggml_ext_kv_cold_pool {
     char * codes(uint32_t layer, bool v, int32_t slot) const;
     size_t codes_size(uint32_t layer, bool v) const;
 
-    size_t size() const { return blocks ? ggml_nbytes(blocks) : 0; }
+    size_t size() const { return blocks.size(); }
 
     size_t block_bytes() const { return block_size; }
 
@@ -72,15 +73,12 @@ class ggml_ext_kv_cold_pool {
 
     ggml_ext_kv_cold_block  block_of(const layer & layer) const;
     ggml_ext_kv_cold_params params_of(const layer & layer) const;
-    char *                  slot_block(int32_t slot) const;
 
-    const bool              scored;
-    std::vector<layer>      layers;
-    std::vector<turn>       turns;
-    uint32_t                lists      = 0;
-    size_t                  block_size = 0;  // of the largest layer
-    ggml_context_ptr        context;
-    ggml_backend_buffer_ptr buffer;
-    ggml_tensor *           blocks = nullptr;  // I8 [block, n_blocks]
-    ggml_backend_ptr        backend;
+    const bool         scored;
+    std::vector<layer> layers;
+    std::vector<turn>  turns;
+    uint32_t           lists      = 0;
+    size_t             block_size = 0;  // of the largest layer
+    ggml_ext_kv_pool   blocks;
+    ggml_backend_ptr   backend;
 };

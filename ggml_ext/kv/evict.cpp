@@ -234,6 +234,39 @@ uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_e
     return n;
 }
 
+std::vector<ggml_ext_kv_old_slot> ggml_ext_kv_old_slots(const ggml_ext_kv_pages & pages, uint32_t list,
+                                                        const ggml_ext_kv_eviction & rule) {
+    std::vector<uint32_t>             index(pages.n_blocks());
+    const std::vector<held_block>     blocks = held_blocks(pages, list, rule, index);
+    std::vector<uint32_t>             first(blocks.size());  // of a block's in `old`
+    std::vector<ggml_ext_kv_old_slot> old;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        first[b] = uint32_t(old.size());
+        for (uint32_t i = 0; i < slots_per_block; ++i) {
+            if ((blocks[b].held & ~blocks[b].needed) >> i & 1) {
+                old.push_back({ blocks[b].block * int32_t(slots_per_block) + int32_t(i),
+                                pages.positions(blocks[b].block)[i],
+                                {} });
+            }
+        }
+    }
+    for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
+        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            const size_t     b      = index[run.block];
+            const block_bits is_old = blocks[b].held & ~blocks[b].needed;
+            const block_bits seen   = is_old & bits_of(run.begin, run.count);
+            size_t           at     = first[b] + count_of(is_old & ~(~block_bits(0) << run.begin));
+            for (uint32_t n = count_of(seen); n > 0; --n, ++at) {
+                old[at].lanes.push_back(llama_seq_id(lane));
+            }
+        }
+    }
+    std::sort(old.begin(), old.end(), [](const ggml_ext_kv_old_slot & a, const ggml_ext_kv_old_slot & b) {
+        return std::tie(a.position, a.slot) < std::tie(b.position, b.slot);
+    });
+    return old;
+}
+
 void ggml_ext_kv_drop(ggml_ext_kv_pages & pages, uint32_t list, const std::vector<int32_t> & slots,
                       const ggml_ext_kv_eviction & rule) {
     std::vector<uint32_t>   index(pages.n_blocks());

@@ -27,6 +27,17 @@ struct ggml_ext_kv_eviction {
 // Slots of a list that no eviction takes: sinks and recent positions of some lane.
 uint32_t ggml_ext_kv_needed(const ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t list);
 
+// A slot of a list that no lane needs, and who sees it.
+struct ggml_ext_kv_old_slot {
+    int32_t                   slot;  // block * 64 + place
+    llama_pos                 position;
+    std::vector<llama_seq_id> lanes;
+};
+
+// Those of a list, by position.
+std::vector<ggml_ext_kv_old_slot> ggml_ext_kv_old_slots(const ggml_ext_kv_pages & pages, uint32_t list,
+                                                        const ggml_ext_kv_eviction & rule);
+
 // Takes slots out of a list, whatever the rule says of them, and packs what stays as evict does. Nobody is told what a lane
 // has lost.
 void ggml_ext_kv_drop(ggml_ext_kv_pages & pages, uint32_t list, const std::vector<int32_t> & slots,

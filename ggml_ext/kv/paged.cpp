@@ -36,27 +36,7 @@ void ggml_ext_kv_paged::add(layer layer, const ggml_tensor * k, const ggml_tenso
 }
 
 void ggml_ext_kv_paged::allocate(uint64_t blocks_per_list, uint64_t cold_blocks_per_list, bool alloc) {
-    const uint64_t n_blocks = blocks_per_list * lists;
-    if (n_blocks > INT32_MAX / GGML_EXT_KV_SLOTS) {
-        throw std::runtime_error("ggml-ext: a paged KV cache of " + std::to_string(n_blocks) + " blocks, at most " +
-                                 std::to_string(INT32_MAX / GGML_EXT_KV_SLOTS) + "; lower the budget or -c");
-    }
-    context.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    blocks = ggml_new_tensor_2d(context.get(), GGML_TYPE_I8, int64_t(block_size), int64_t(n_blocks));
-    ggml_set_name(blocks, "cache_blocks");
-    const ggml_backend_buffer_type_t type = ggml_backend_cpu_buffer_type();
-    if (alloc) {
-        buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), type));
-    } else {
-        buffer.reset(ggml_backend_buft_alloc_buffer(type, 0));
-        blocks->buffer = buffer.get();
-    }
-    if (!buffer) {
-        throw std::runtime_error("ggml-ext: no memory for a paged KV cache of " +
-                                 std::to_string(ggml_nbytes(blocks) >> 20) + " MiB; lower the budget or -c");
-    }
-    held = ggml_ext_kv_pages(LLAMA_MAX_SEQ, lists, uint32_t(n_blocks));
-    held.keep_positions(static_cast<int32_t *>(blocks->data), block_size / sizeof(int32_t));
+    held = rows.allocate("cache_blocks", block_size, lists, blocks_per_list * lists, alloc);
     if (codes) {
         codes->allocate(cold_blocks_per_list * lists, alloc);
     }

@@ -6,10 +6,10 @@
 #include "cold_pool.h"
 #include "core/ext_op.h"
 #include "evict.h"
-#include "ggml-cpp.h"
 #include "ggml.h"
 #include "llama.h"
 #include "pages.h"
+#include "pool.h"
 #include "prefixes.h"
 #include "setting.h"
 
@@ -126,14 +126,14 @@ class ggml_ext_kv_paged {
         return ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv, scored());
     }
 
-    size_t size() const { return (blocks ? ggml_nbytes(blocks) : 0) + (codes ? codes->size() : 0); }
+    size_t size() const { return rows.size() + (codes ? codes->size() : 0); }
 
     // Bytes of a block for each list.
     size_t list_size() const { return block_size * lists; }
 
     uint32_t n_layers() const { return uint32_t(layers.size()); }
 
-    ggml_tensor * pool() const { return blocks; }
+    ggml_tensor * pool() const { return rows.tensor(); }
 
     const uint32_t n_cells, n_stream;
 
@@ -179,14 +179,12 @@ class ggml_ext_kv_paged {
     std::unordered_map<const ggml_tensor *, uint32_t> names;
     uint32_t                                          lists      = 0;
     size_t                                            block_size = 0;  // of the largest layer
-    ggml_ext_kv_pages                                 held;
+    ggml_ext_kv_pool                                  rows;
+    ggml_ext_kv_pages                                 held;            // of rows
     ggml_ext_kv_prefixes                              prefixes;
-    std::vector<std::vector<int32_t>>                 cell_of;   // [lane][position] that it holds
-    std::vector<llama_pos>                            boundary;  // of each lane, as last_lost has it
+    std::vector<std::vector<int32_t>>                 cell_of;         // [lane][position] that it holds
+    std::vector<llama_pos>                            boundary;        // of each lane, as last_lost has it
     std::unique_ptr<ggml_ext_kv_cold_pool>            codes;
-    ggml_context_ptr                                  context;
-    ggml_backend_buffer_ptr                           buffer;
-    ggml_tensor *                                     blocks = nullptr;  // I8 [block, n_blocks]
 
     // The ubatch.
     bool                      begun = false;

@@ -12,40 +12,6 @@
 
 namespace {
 
-struct held_slot {
-    std::vector<llama_seq_id> lanes;
-    llama_pos                 position;
-    bool                      needed;
-};
-
-// The slots of a list that nobody needs as rows, by position.
-std::vector<std::pair<int32_t, held_slot>> old_slots(const ggml_ext_kv_pages & pages, uint32_t list,
-                                                     const ggml_ext_kv_eviction & rule) {
-    std::map<int32_t, held_slot> slots;
-    for (uint32_t lane = 0; lane < pages.n_lanes(); ++lane) {
-        const std::vector<ggml_ext_kv_entry> & runs = pages.list(lane, list);
-        if (runs.empty()) {
-            continue;
-        }
-        const llama_pos last = pages.positions(runs.back().block)[runs.back().begin + runs.back().count - 1];
-        for (const ggml_ext_kv_entry & run : runs) {
-            for (uint32_t i = run.begin; i < uint32_t(run.begin + run.count); ++i) {
-                held_slot & slot = slots[run.block * int32_t(GGML_EXT_KV_SLOTS) + int32_t(i)];
-                slot.position    = pages.positions(run.block)[i];
-                slot.lanes.push_back(llama_seq_id(lane));
-                slot.needed |= slot.position < llama_pos(rule.sink) || slot.position > last - llama_pos(rule.recent);
-            }
-        }
-    }
-    std::vector<std::pair<int32_t, held_slot>> old;
-    std::copy_if(slots.begin(), slots.end(), std::back_inserter(old),
-                 [](const auto & slot) { return !slot.second.needed; });
-    std::sort(old.begin(), old.end(), [](const auto & a, const auto & b) {
-        return std::make_pair(a.second.position, a.first) < std::make_pair(b.second.position, b.first);
-    });
-    return old;
-}
-
 uint64_t cold_blocks_for(uint64_t n) {
     return (n + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
 }
@@ -126,14 +92,14 @@ bool ggml_ext_kv_paged::make_cold_room(uint64_t wanted) {
 
 // Codes what no sequence needs as rows, and packs what is left of them.
 bool ggml_ext_kv_paged::cool() {
-    const ggml_ext_kv_eviction                              how = eviction();
-    std::vector<std::vector<std::pair<int32_t, held_slot>>> old;
-    uint64_t                                                wanted = 0;
+    const ggml_ext_kv_eviction                     how = eviction();
+    std::vector<std::vector<ggml_ext_kv_old_slot>> old;
+    uint64_t                                       wanted = 0;
     for (uint32_t list = 0; list < lists; ++list) {
-        old.push_back(old_slots(held, list, how));
+        old.push_back(ggml_ext_kv_old_slots(held, list, how));
         std::set<llama_seq_id> first;
-        for (const auto & [slot, what] : old.back()) {
-            first.insert(what.lanes[0]);
+        for (const ggml_ext_kv_old_slot & slot : old.back()) {
+            first.insert(slot.lanes[0]);
         }
         wanted += old.back().empty() ? 0 : cold_blocks_for(old.back().size()) + kv_open_blocks(first) - 1;
     }
@@ -143,17 +109,17 @@ bool ggml_ext_kv_paged::cool() {
     std::vector<std::vector<ggml_ext_kv_cold_pool::move>> moves(n_layers());
     for (uint32_t list = 0; list < lists; ++list) {
         const layer & layer = layers[layer_of[list]];
-        for (const auto & [slot, what] : old[list]) {
-            const int32_t to = codes->pages.insert(list, what.lanes, what.position);
+        for (const ggml_ext_kv_old_slot & slot : old[list]) {
+            const int32_t to = codes->pages.insert(list, slot.lanes, slot.position);
             GGML_ASSERT(to >= 0 && "ggml-ext: a paged KV cache has no block for codes that it made room for");
-            moves[layer.index].push_back({ slot, to, int32_t(list - layer.first_list) });
+            moves[layer.index].push_back({ slot.slot, to, int32_t(list - layer.first_list) });
         }
     }
-    codes->encode(blocks, moves);
+    codes->encode(rows.tensor(), moves);
     for (uint32_t list = 0; list < lists; ++list) {
         std::vector<int32_t> gone;
-        for (const auto & [slot, what] : old[list]) {
-            gone.push_back(slot);
+        for (const ggml_ext_kv_old_slot & slot : old[list]) {
+            gone.push_back(slot.slot);
         }
         ggml_ext_kv_drop(held, list, gone, how);
     }

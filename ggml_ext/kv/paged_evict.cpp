@@ -28,8 +28,7 @@ float * ggml_ext_kv_paged::score(const layer & layer, int32_t slot, bool cold) c
     if (cold) {
         return codes->score(layer.index, slot);
     }
-    char * block = static_cast<char *>(blocks->data) + size_t(slot / GGML_EXT_KV_SLOTS) * block_size;
-    return reinterpret_cast<float *>(block + block_of(layer).score) + slot % GGML_EXT_KV_SLOTS;
+    return reinterpret_cast<float *>(rows.block_of(slot) + block_of(layer).score) + slot % GGML_EXT_KV_SLOTS;
 }
 
 void ggml_ext_kv_paged::move(uint32_t list, int32_t from, int32_t to, uint32_t n) const {

@@ -43,8 +43,7 @@ char * ggml_ext_kv_paged::row(const layer & layer, bool v, int32_t slot, bool co
         return codes->codes(layer.index, v, slot);
     }
     const ggml_ext_kv_block block = block_of(layer);
-    return static_cast<char *>(blocks->data) + size_t(slot / GGML_EXT_KV_SLOTS) * block_size + (v ? block.v : block.k) +
-           slot % GGML_EXT_KV_SLOTS * row_size(layer, v);
+    return rows.block_of(slot) + (v ? block.v : block.k) + slot % GGML_EXT_KV_SLOTS * row_size(layer, v);
 }
 
 void ggml_ext_kv_paged::write(llama_io_write_i & io, uint32_t stream,

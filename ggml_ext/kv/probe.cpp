@@ -3,7 +3,9 @@
 #include "llama-mmap.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
+#include "weights.h"
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <stdexcept>
@@ -14,7 +16,7 @@ namespace {
     throw std::runtime_error("ggml-ext: tensor '" + name + "' " + why);
 }
 
-std::vector<float> probe_values(llama_model_loader & ml, const std::string & name, int64_t ne0, int64_t ne1) {
+std::vector<char> probe_values(llama_model_loader & ml, const std::string & name, int64_t ne0, int64_t ne1) {
     const auto &        weight = ml.require_weight(name.c_str());
     const ggml_tensor * tensor = weight.tensor;
     if (tensor->type != GGML_TYPE_F32) {
@@ -27,14 +29,13 @@ std::vector<float> probe_values(llama_model_loader & ml, const std::string & nam
     if (ml.files.empty()) {
         probe_refuse(name, "is a probe: such a model is loaded from files only");
     }
-    std::vector<float> values(ggml_nelements(tensor));
-    llama_file &       file = *ml.files.at(weight.idx);
+    std::vector<char> values(ggml_nbytes(tensor));
+    llama_file &      file = *ml.files.at(weight.idx);
     file.seek(weight.offs, SEEK_SET);
-    file.read_raw(values.data(), ggml_nbytes(tensor));
-    for (const float value : values) {
-        if (!std::isfinite(value)) {
-            probe_refuse(name, "holds a value that is not finite");
-        }
+    file.read_raw(values.data(), values.size());
+    const float * numbers = reinterpret_cast<const float *>(values.data());
+    if (!std::all_of(numbers, numbers + ggml_nelements(tensor), [](float x) { return std::isfinite(x); })) {
+        probe_refuse(name, "holds a value that is not finite");
     }
     // As upstream's create_tensor counts a tensor that it leaves out of its own buffers.
     ml.n_created++;
@@ -67,8 +68,8 @@ ggml_ext_kv_probes ggml_ext_kv_load_probes(llama_model_loader & ml, const llama_
     if (names.empty()) {
         return probes;
     }
-    const llama_hparams &           hparams = model.hparams;
-    std::vector<std::vector<float>> values;
+    const llama_hparams &          hparams = model.hparams;
+    std::vector<std::vector<char>> values;
     probes.layers.resize(hparams.n_layer_all);
     probes.context.reset(ggml_init({ 2 * hparams.n_layer_all * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
@@ -92,21 +93,6 @@ ggml_ext_kv_probes ggml_ext_kv_load_probes(llama_model_loader & ml, const llama_
     if (!names.empty()) {
         probe_refuse(*names.begin(), "is a probe of no layer of this model");
     }
-    const ggml_backend_buffer_type_t type = ggml_backend_cpu_buffer_type();
-    probes.buffer.reset(ml.no_alloc ? ggml_backend_buft_alloc_buffer(type, 0) :
-                                      ggml_backend_alloc_ctx_tensors_from_buft(probes.context.get(), type));
-    if (!probes.buffer) {
-        throw std::runtime_error("ggml-ext: no memory for the probes of the KV cache");
-    }
-    ggml_backend_buffer_set_usage(probes.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    size_t i = 0;
-    for (ggml_tensor * tensor = ggml_get_first_tensor(probes.context.get()); tensor;
-         tensor               = ggml_get_next_tensor(probes.context.get(), tensor), ++i) {
-        if (ml.no_alloc) {
-            tensor->buffer = probes.buffer.get();
-        } else {
-            ggml_backend_tensor_set(tensor, values[i].data(), 0, ggml_nbytes(tensor));
-        }
-    }
+    probes.buffer = ggml_ext_kv_weights(probes.context.get(), values, !ml.no_alloc, "probes");
     return probes;
 }

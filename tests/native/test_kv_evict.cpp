@@ -275,6 +275,38 @@ struct Walk {
     }
 };
 
+// Slots that no lane needs, by position, and the lanes that see each, against a look at every slot of every lane.
+void check_old_slots(const Walk & walk) {
+    for (uint32_t list = 0; list < N_LISTS; ++list) {
+        std::map<std::pair<llama_pos, int32_t>, std::vector<llama_seq_id>> expected;
+        std::set<std::pair<llama_pos, int32_t>>                            needed;
+        for (uint32_t lane = 0; lane < N_LANES; ++lane) {
+            for (const int32_t slot : walk.slots_of(lane, list)) {
+                const std::pair<llama_pos, int32_t> key(walk.positions[slot], slot);
+                const llama_pos                     last = walk.lanes[lane][list].rbegin()->first;
+                expected[key].push_back(llama_seq_id(lane));
+                if (key.first < llama_pos(SINK) || key.first > last - llama_pos(RECENT)) {
+                    needed.insert(key);
+                }
+            }
+        }
+        for (const auto & key : needed) {
+            expected.erase(key);
+        }
+        auto at = expected.begin();
+        for (const ggml_ext_kv_old_slot & old : ggml_ext_kv_old_slots(walk.pages, list, walk.rule)) {
+            const bool same =
+                at != expected.end() && at->first == std::make_pair(old.position, old.slot) && at->second == old.lanes;
+            CHECK(same, "list %u: slot %d of position %d", list, old.slot, old.position);
+            if (!same) {
+                return;
+            }
+            ++at;
+        }
+        CHECK(at == expected.end(), "list %u: slot %d is missing", list, at->first.second);
+    }
+}
+
 template <typename Evict> void random_walk(Walk & walk, const Evict & evict) {
     for (int i = 0; i < 250 && check_failures == 0; ++i) {
         const uint32_t lane = walk.below(N_LANES);
@@ -293,6 +325,7 @@ template <typename Evict> void random_walk(Walk & walk, const Evict & evict) {
                 walk.append(lane, walk.below(300));
         }
         walk.check("walk");
+        check_old_slots(walk);
     }
 }
 

@@ -4,13 +4,16 @@ cache that evicts. K and V of one layer do not depend on what was evicted before
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from kv_context import Context
+from kv_paged import read
 
 WIDTH, FFN, HEADS, KV_HEADS, HEAD, VOCABULARY = 64, 96, 4, 2, 32, 1024
 _EPSILON, _BASE = 1e-5, 10000.0
@@ -247,3 +250,27 @@ def attended(
         weight = np.exp(score - score.max(-1, keepdims=True))
         seen += ((weight / weight.sum(-1, keepdims=True)) ** 2).mean(0)
     return seen
+
+
+def three_sequences(
+    context: Context, cuts: Sequence[int], latest: int | None = None
+) -> Iterator[tuple[int, list[int], NDArray[np.float32]]]:
+    """A walk of 60 steps over three sequences, of which two share a beginning; at steps ``cuts`` one loses
+    what is behind a random position, one of its ``latest``. Yields the sequence, its tokens and what the
+    newest gave."""
+    random = np.random.default_rng(4)
+    tokens = {0: different_tokens(400, 1), 2: different_tokens(40, 2)}
+    read(context, tokens[0])
+    read(context, tokens[2], sequence=2)
+    context.copy(0, 1)
+    tokens[1] = list(tokens[0])
+    for step in range(60):
+        mine = tokens[sequence := int(random.integers(3))]
+        if step in cuts:
+            at = int(random.integers(len(mine) - latest if latest else 1, len(mine)))
+            assert context.remove(sequence, at)
+            del mine[at:]
+        more = different_tokens(int(random.integers(1, 50)), 10 + step)
+        logits = read(context, more, len(mine), sequence)
+        mine += more
+        yield sequence, mine, logits

@@ -23,7 +23,7 @@ from ggml_ext.runtime.cache_types import CacheTypes
 from ggml_ext.runtime.llama import Model, log_lines
 from kv_coded import CodedLayer, Parts, exact_codebooks, parts_of
 from kv_context import Context
-from kv_evicted import HEAD, KV_HEADS, different_tokens
+from kv_evicted import HEAD, KV_HEADS, different_tokens, three_sequences
 from kv_paged import F16, Q4_0, Q8_0, open_cache, random_tokens, read
 
 LAYERS = {bits: CodedLayer(bits) for bits in (2, 1)}
@@ -92,27 +92,13 @@ def test_nothing_is_coded_while_rows_suffice(coded: dict[int, Path]) -> None:
 
 @pytest.mark.parametrize("unified", [False, True])
 def test_several_sequences(coded: dict[int, Path], unified: bool) -> None:
-    """Sequences that share, part and are cut."""
-    layer, random = LAYERS[2], np.random.default_rng(4)
+    """Cuts are among codes, too."""
     with open_cache(coded[2], "paged,cold=cq2", n_ctx=2048, n_seq=3, unified=unified) as context:
-        tokens = {0: different_tokens(400, 1), 2: different_tokens(40, 2)}
-        read(context, tokens[0])
-        read(context, tokens[2], sequence=2)
-        context.copy(0, 1)
-        tokens[1] = list(tokens[0])
-        for step in range(60):
-            sequence = int(random.integers(3))
-            if step in (20, 30, 40, 50):
-                at = int(random.integers(1, len(tokens[sequence])))  # among codes, too
-                assert context.remove(sequence, at)
-                del tokens[sequence][at:]
-            more = different_tokens(int(random.integers(1, 50)), 10 + step)
-            logits = read(context, more, len(tokens[sequence]), sequence)
-            tokens[sequence] += more
+        for sequence, tokens, logits in three_sequences(context, cuts=(20, 30, 40, 50)):
             parts = parts_of(context.save(sequence), 4)
             for old, rows in zip(parts.coded, parts.rows, strict=True):
-                assert sorted(old + rows) == list(range(len(tokens[sequence])))
-            _agrees(layer, logits, tokens[sequence], parts)
+                assert sorted(old + rows) == list(range(len(tokens)))
+            _agrees(LAYERS[2], logits, tokens, parts)
 
 
 def test_a_copy_over_other_tokens_is_left_out(coded: dict[int, Path]) -> None:

@@ -8,7 +8,6 @@ and not there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ import pytest
 import transform_files
 from arch_models import ArchModel
 from ggml_ext.runtime.llama import log_lines
-from kv_context import Context
-from kv_evicted import HEAD, KV_HEADS, OneLayer, different_tokens, kept, simulate
+from kv_evicted import HEAD, KV_HEADS, OneLayer, different_tokens, kept, simulate, three_sequences
 from kv_paged import F16, Q8_0, close, open_cache, random_tokens, read
 
 LAYER = OneLayer()
@@ -36,11 +34,11 @@ def _ubatches(total: int, size: int) -> list[int]:
 
 
 def _agrees(logits: np.ndarray, tokens: list[int], seen: list[list[int]]) -> None:
-    """Within what a q8_0 cache costs, which is much less than the missing positions do."""
+    """Within what a q8_0 cache costs, which is much less than a tenth of the positions does."""
     error = np.abs(logits - LAYER.logits(tokens, seen)).max()
     whole = np.abs(logits - LAYER.logits(tokens, [list(range(len(tokens)))] * KV_HEADS)).max()
     assert error < 0.05 * np.abs(logits).max()
-    if any(len(some) < len(tokens) for some in seen):
+    if any(len(some) < 0.9 * len(tokens) for some in seen):
         assert error < 0.3 * whole, (error, whole)
 
 
@@ -113,37 +111,17 @@ def test_nothing_goes_while_there_is_room(path: Path, policy: str) -> None:
         assert kept(context.save()).positions == [list(range(256))] * KV_HEADS
 
 
-def _walk(path: Path, unified: bool) -> Iterator[tuple[Context, int, list[int], np.ndarray]]:
-    """Three sequences, of which two share a beginning; some are cut. Yields what the latest tokens gave."""
-    random = np.random.default_rng(4)
-    with open_cache(path, NORM, n_ctx=4096, n_seq=3, unified=unified) as context:
-        tokens = {0: different_tokens(300, 1), 2: different_tokens(40, 2)}
-        read(context, tokens[0])
-        read(context, tokens[2], sequence=2)
-        context.copy(0, 1)
-        tokens[1] = list(tokens[0])
-        for step in range(60):
-            sequence = int(random.integers(3))
-            if step in (20, 40):
-                at = int(len(tokens[sequence]) - random.integers(1, 30))
-                assert context.remove(sequence, at)
-                del tokens[sequence][at:]
-            more = different_tokens(int(random.integers(1, 50)), 10 + step)
-            logits = read(context, more, len(tokens[sequence]), sequence)
-            tokens[sequence] += more
-            yield context, sequence, tokens[sequence], logits
-
-
 @pytest.mark.parametrize("unified", [False, True])
 def test_several_sequences(path: Path, unified: bool) -> None:
     most = 3 * 256
-    for context, sequence, tokens, logits in _walk(path, unified):
-        seen = kept(context.save(sequence)).positions
-        _agrees(logits, tokens, seen)
-        for some in seen:
-            assert len(some) <= most
-            assert some[:16] == list(range(16))
-            assert set(range(max(0, len(tokens) - 64), len(tokens))) - set(some) == set()
+    with open_cache(path, NORM, n_ctx=4096, n_seq=3, unified=unified) as context:
+        for sequence, tokens, logits in three_sequences(context, cuts=(20, 40), latest=30):
+            seen = kept(context.save(sequence)).positions
+            _agrees(logits, tokens, seen)
+            for some in seen:
+                assert len(some) <= most
+                assert some[:16] == list(range(16))
+                assert set(range(max(0, len(tokens) - 64), len(tokens))) - set(some) == set()
 
 
 def test_equal_beginnings_are_shared_until_something_goes(path: Path) -> None:

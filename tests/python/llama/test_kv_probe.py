@@ -33,6 +33,7 @@ from ggml_ext.observe.kv_probe import _Layer, _read, _Reader, _solve, _Sums
 from ggml_ext.runtime.llama import Model
 from kv_evicted import HEADS, KV_HEADS, WIDTH, OneLayer, different_tokens, kept, simulate
 from kv_paged import open_cache, read
+from rewritten import rewritten
 
 LAYER = OneLayer()
 PROBE = "paged,budget=256,policy=probe"
@@ -110,25 +111,6 @@ def test_other_caches_are_as_without_probes(plain: Path, path: Path) -> None:
             assert one.save() == other.save()
 
 
-def _with(source: Path, out: Path, changed: Mapping[str, NDArray[np.floating]]) -> Path:
-    """The probes, but for ``changed`` tensors; an empty one is left out."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, "llama")
-    for name, entry in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, entry.contents(), entry.types[0])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    for name, values in {**probes(), **changed}.items():
-        if values.size:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
 def _value(shape: tuple[int, ...], value: float = 0.0, kind: type = np.float32) -> NDArray[np.floating]:
     return np.full(shape, value, kind)
 
@@ -157,7 +139,7 @@ def _value(shape: tuple[int, ...], value: float = 0.0, kind: type = np.float32) 
 def test_malformed_probes_are_refused(
     plain: Path, tmp_path: Path, changed: Mapping[str, NDArray[np.floating]], line: str
 ) -> None:
-    bad = _with(plain, tmp_path / "bad.gguf", changed)
+    bad = rewritten(plain, tmp_path / "bad.gguf", "llama", {}, {**probes(), **changed})
     with pytest.raises(GgmlExtError) as error:
         Model(bad, threads=1)
     assert line in str(error.value)
