@@ -147,9 +147,6 @@ static std::shared_ptr<ggml_ext_kv> kv_open_paged(ggml_type type_k, ggml_type ty
         if (kv_current->setting.policy == ggml_ext_kv_policy::attention) {
             kv_refuse("codes have no scores of policy attention; take policy=probe, norm or random, or none");
         }
-        if (model.ggml_ext && (model.ggml_ext->has_k || model.ggml_ext->has_v)) {
-            kv_refuse("this model transforms its cache, whose codes would be of what it was before; unset cold=");
-        }
     }
     if (v_trans) {
         kv_refuse("paged storage needs flash attention; take -fa on");
@@ -187,7 +184,7 @@ std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v
                kv_open_window(cells, kv_size);
 }
 
-bool ggml_ext_kv_codes_rows() {
+bool ggml_ext_kv_will_code() {
     return kv_current && kv_current->setting.cold > 0;
 }
 

@@ -48,8 +48,10 @@ class ggml_ext_kv_scope {
 std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v, bool v_trans, bool offload,
                                               bool sliding, std::vector<llama_kv_cells> & cells, uint32_t & kv_size);
 
-// Whether the context that is being made codes old rows, which codebooks know as the model has them: without a rotation.
-bool ggml_ext_kv_codes_rows();
+// Whether the context that is being made, or a cache, codes old rows. Codebooks know them as the model has them, so the
+// cache stores them without rotation and learned transform.
+bool ggml_ext_kv_will_code();
+bool ggml_ext_kv_codes_rows(const ggml_ext_kv * ext);
 
 // Whether the cache's rows are in blocks of ours.
 bool ggml_ext_kv_is_paged(const ggml_ext_kv * ext);

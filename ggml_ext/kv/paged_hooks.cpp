@@ -12,6 +12,10 @@ bool ggml_ext_kv_is_paged(const ggml_ext_kv * ext) {
     return ext && ext->paged;
 }
 
+bool ggml_ext_kv_codes_rows(const ggml_ext_kv * ext) {
+    return ggml_ext_kv_is_paged(ext) && ext->paged->cold();
+}
+
 void ggml_ext_kv_sizes(const ggml_ext_kv & ext, std::map<ggml_backend_buffer_type_t, size_t> & sizes) {
     if (ext.paged) {
         sizes[ggml_backend_cpu_buffer_type()] += ext.paged->size();

@@ -90,18 +90,20 @@ void ggml_ext_graph::check_caches(const ggml_tensor * node) const {
     }
 }
 
-ggml_tensor * ggml_ext_llama_store_k(ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache, int il) {
+ggml_tensor * ggml_ext_llama_store_k(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache,
+                                     int il) {
     ggml_ext_graph * graph = ggml_ext_graph::current();
     if (!graph) {
         return x;
     }
     graph->kv->key = x;
-    return graph->store_k(ctx, x, cache, il);
+    return ggml_ext_kv_codes_rows(kv) ? x : graph->store_k(ctx, x, cache, il);
 }
 
-ggml_tensor * ggml_ext_llama_store_v(ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache, int il) {
+ggml_tensor * ggml_ext_llama_store_v(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache,
+                                     int il) {
     ggml_ext_graph * graph = ggml_ext_graph::current();
-    return graph ? graph->store_v(ctx, x, cache, il) : x;
+    return graph && !ggml_ext_kv_codes_rows(kv) ? graph->store_v(ctx, x, cache, il) : x;
 }
 
 ggml_tensor * ggml_ext_llama_query(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int il) {
@@ -120,8 +122,9 @@ void ggml_ext_llama_cache(const llama_model & model, const llama_model * source,
         throw std::runtime_error(
             "ggml-ext: a draft model cannot share a cache that has learned KV transforms; use an f16 cache");
     }
-    if (ggml_ext_kv_codes_rows()) {
+    if (ggml_ext_kv_will_code()) {
         rotate_k = rotate_v = false;
+        return;
     }
     if (learned_k(model, type_k)) {
         rotate_k = false;

@@ -142,6 +142,12 @@ def convert(
     calibrated: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of a finished ggml-ext calibrate.")
     ] = None,
+    kv_probe: Annotated[
+        bool, typer.Option("--kv-probe", help="Add probes for policy=probe of a paged KV cache.")
+    ] = False,
+    kv_codebooks: Annotated[
+        bool, typer.Option("--kv-codebooks", help="Add codebooks for cold=cq2 and cq1 of a paged KV cache.")
+    ] = False,
 ) -> None:
     """Convert a model to a GGUF file: transform x rounding x type, or a recipe that names all three."""
     its = settings
@@ -163,26 +169,40 @@ def convert(
         or options != Options()
     ):
         raise typer.BadParameter("the calibration has decided this already", param_hint="--calibrated")
-    result = run_convert(
-        source,
-        out,
-        recipe=its.recipe,
-        options=options,
-        imatrix=imatrix,
-        calibration=its.calibration,
-        calibrated=calibrated,
-        observed=its.observed,
-        type_for=rules,
-        keep=its.keep or [],
-        ctx=its.ctx,
-        seed=its.seed,
-        device=its.device,
-        matrices=its.matrices,
-        parse_special=its.parse_special,
-        trust_remote_code=its.trust_remote_code,
-        threads=its.threads,
-    )
-    print(result.summary())
+    how = {
+        "recipe": its.recipe,
+        "options": options,
+        "imatrix": imatrix,
+        "calibration": its.calibration,
+        "calibrated": calibrated,
+        "observed": its.observed,
+        "type_for": rules,
+        "keep": its.keep or [],
+        "ctx": its.ctx,
+        "seed": its.seed,
+        "device": its.device,
+        "matrices": its.matrices,
+        "parse_special": its.parse_special,
+        "trust_remote_code": its.trust_remote_code,
+        "threads": its.threads,
+    }
+
+    def make(place: Path) -> str:
+        return run_convert(source, place, **how).summary()  # type: ignore[arg-type]
+
+    if not (kv_probe or kv_codebooks):
+        print(make(out))
+        return
+    from ggml_ext.core.outputs import check_outputs
+    from ggml_ext.observe.kv_added import Fits, convert_and_add
+    from ggml_ext.observe.samples import text_or_default
+
+    inputs = [source, imatrix, its.calibration, calibrated, its.observed, its.matrices]
+    check_outputs(out, inputs=inputs, folders=[calibrated, its.observed])
+    text = text_or_default(its.calibration, warn)
+    fits = Fits(kv_probe, kv_codebooks, text, its.seed or 0, its.threads or None)
+    for line in convert_and_add(make, out, inputs, how, fits, warn=warn):
+        print(line)
 
 
 @takes_settings(Settings)

@@ -29,16 +29,14 @@ def kv_codebook(
     model with them; interrupted, the same command goes on."""
     bound_threads(threads)
     from ggml_ext.core.outputs import check_outputs, write_json
-    from ggml_ext.core.progress import size_text
     from ggml_ext.gguf.added import write_with
-    from ggml_ext.gguf.inspect import bits_text
-    from ggml_ext.observe.kv_codebook import fit, summary
+    from ggml_ext.observe.kv_codebook import BITS, fit
     from ggml_ext.observe.samples import text_or_default
 
     state = out.with_name(f"{out.name}.codebooks")
     check_outputs(out, json_out, state, inputs=[model, calibration])
     text = text_or_default(calibration, warn)
-    wanted = sorted(set(bits or (1, 2)), reverse=True)
+    wanted = sorted(set(bits or BITS), reverse=True)
     books = fit(
         model,
         text,
@@ -60,7 +58,4 @@ def kv_codebook(
         by_bits = {f"cq{n}": of for n, of in errors.items()}
         write_json(json_out, {**figures, "error": by_bits, "layers": layers})
     state.unlink(missing_ok=True)  # last: from it the figures can be had again
-    print(
-        f"{out}: codebooks of {books.heads} heads, {bits_text(wanted)}, {size_text(books.bytes)}, fitted to "
-        f"{books.tokens} tokens; relative squared error in windows held out: {summary(errors)}"
-    )
+    print(f"{out}: {books.summary()}")

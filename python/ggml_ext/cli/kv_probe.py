@@ -38,7 +38,4 @@ def kv_probe(
         rows = {str(index): probe.correlation for index, probe in probes.layers.items()}
         write_json(json_out, {"tokens": probes.tokens, "correlation": probes.correlation, "layers": rows})
     state.unlink(missing_ok=True)  # last: from it the figures can be had again
-    print(
-        f"{out}: probes of {len(probes.layers)} layers, fitted on {probes.tokens} tokens; correlation with "
-        f"what later tokens looked at, in windows held out: {probes.correlation:.2f}"
-    )
+    print(f"{out}: {probes.summary()}")

@@ -7,7 +7,7 @@ weights matter: on SmolLM2-135M, K at 2 bits, the KL divergence is 0.036 without
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ggml_ext.core.cpus import threads_or_cores
 from ggml_ext.core.errors import GgmlExtError, Warn
-from ggml_ext.core.progress import Advance, track
+from ggml_ext.core.progress import Advance, size_text, track
 from ggml_ext.gguf.inspect import bits_text
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.observe.kv_samples import BEHIND, SINKS, Half, Heads, KvReader, SampleFile
@@ -29,6 +29,8 @@ from ggml_ext.runtime.native import nearest_words
 WORDS = 256
 CHANNELS = {2: 4, 1: 8}
 """That share a byte, by bits per channel."""
+
+BITS = tuple(CHANNELS)
 
 _ROUNDS = 10
 _MOST_TOKENS = 32768  # of a head
@@ -75,6 +77,17 @@ class Codebooks:
             bits: {which: float(np.mean(errors)) for which, errors in both.items()}
             for bits, both in found.items()
         }
+
+    def summary(self) -> str:
+        """One line for the end of a command."""
+        errors = self.errors()
+        of_bits = "; ".join(
+            f"K {of['k']:.3f} and V {of['v']:.3f} at {bits_text([bits])}" for bits, of in errors.items()
+        )
+        return (
+            f"codebooks of {self.heads} heads, {bits_text(list(errors))}, {size_text(self.bytes)}, fitted to "
+            f"{self.tokens} tokens; relative squared error in windows held out: {of_bits}"
+        )
 
 
 def fit(
@@ -255,10 +268,3 @@ def relative_error(x: Half, weight: Floats, words: Half) -> float:
         squared += float((weight * np.square(part - coded).sum(1)).sum(dtype=np.float64))
     total = float((weight * np.square(true).sum(1)).sum(dtype=np.float64))
     return squared / total if total else 0.0
-
-
-def summary(errors: Mapping[int, Mapping[str, float]]) -> str:
-    """Codebooks.errors for people."""
-    return "; ".join(
-        f"K {of['k']:.3f} and V {of['v']:.3f} at {bits_text([bits])}" for bits, of in errors.items()
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from typing import Any
 
 import cffi
@@ -27,7 +28,7 @@ void ggml_backend_tensor_get(const void *, void *, size_t, size_t);
 _F32 = 0  # of enum ggml_type
 
 
-class NodeReader:
+class NodeReader(ABC):
     """Sees the nodes of a graph whose whole name ``pattern`` matches; a subclass says in ``take`` what it
     wants of them. ``error``: what came up there, which ends the graph; whoever runs it raises it."""
 
@@ -44,9 +45,9 @@ class NodeReader:
         """Of the callback, which lives as long as this object."""
         return int(self._ffi.cast("uintptr_t", self._callback))
 
+    @abstractmethod
     def take(self, tensor: Any, name: re.Match[str]) -> None:
         """A node that has been computed."""
-        raise NotImplementedError
 
     def values(self, tensor: Any) -> NDArray[np.float32]:
         """Of an F32 tensor of any strides, [ne3, ne2, ne1, ne0]. Raises GgmlExtError for another type."""

@@ -118,6 +118,22 @@ def test_a_copy_over_other_tokens_is_left_out(coded: dict[int, Path]) -> None:
     assert np.array_equal(*logits)
 
 
+def test_learned_transforms_of_the_cache_are_off(coded: dict[int, Path], tmp_path: Path) -> None:
+    """They change rows that are not coded as well, so any that is left shows in the last bit."""
+    model = transform_files.transform_heads(transform_files.read(LAYERS[2].write(tmp_path / "l.gguf")), HEAD)
+    transformed = tmp_path / "coded.gguf"
+    write_with(model.write(tmp_path / "heads.gguf"), LAYERS[2].codebook_tensors(), transformed)
+    paths = coded[2], transformed
+    tokens = different_tokens(400)
+    found = []
+    for kv in ("paged,cold=cq2", "paged"):
+        for path in paths:
+            with open_cache(path, kv, n_ctx=1024) as context:
+                found.append(read(context, tokens))
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[2], found[3])
+
+
 def test_a_context_is_filled_to_its_last_cell(coded: dict[int, Path]) -> None:
     with open_cache(coded[1], "paged,cold=cq1", n_ctx=512, n_seq=2, unified=True) as context:
         read(context, different_tokens(300))
