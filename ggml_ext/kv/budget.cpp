@@ -115,7 +115,6 @@ static std::shared_ptr<ggml_ext_kv> kv_open_window(std::vector<llama_kv_cells> &
     ext->sink   = llama_pos(setting.sink);
     ext->recent = llama_pos(setting.recent);
     ext->n_seq  = sequences;
-    ext->cells  = &cells;
     return ext;
 }
 
@@ -179,9 +178,13 @@ std::shared_ptr<ggml_ext_kv> ggml_ext_kv_open(ggml_type type_k, ggml_type type_v
         return nullptr;
     }
     kv_current->opened = true;
-    return kv_current->setting.paged ?
-               kv_open_paged(type_k, type_v, v_trans, offload, uint32_t(cells.size()), kv_size) :
-               kv_open_window(cells, kv_size);
+    const std::shared_ptr<ggml_ext_kv> ext =
+        kv_current->setting.paged ? kv_open_paged(type_k, type_v, v_trans, offload, uint32_t(cells.size()), kv_size) :
+                                    kv_open_window(cells, kv_size);
+    if (ext) {
+        ext->cells = &cells;
+    }
+    return ext;
 }
 
 bool ggml_ext_kv_will_code() {

@@ -12,6 +12,7 @@
 #include "pool.h"
 #include "prefixes.h"
 #include "setting.h"
+#include "usage.h"
 
 #include <cstdint>
 #include <map>
@@ -130,6 +131,9 @@ class ggml_ext_kv_paged {
 
     // Bytes of a block for each list.
     size_t list_size() const { return block_size * lists; }
+
+    // What a sequence holds, but for how many tokens it has in all.
+    ggml_ext_kv_usage usage(llama_seq_id s) const;
 
     uint32_t n_layers() const { return uint32_t(layers.size()); }
 

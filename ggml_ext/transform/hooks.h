@@ -80,11 +80,12 @@ class ggml_ext_graph {
 // Matrices that read the same x share the result. Called by build_lora_mm and build_lora_mm_id.
 ggml_tensor * ggml_ext_llama_input(ggml_context * ctx, ggml_tensor * w, ggml_tensor * x);
 
-// The rows x [head_dim, n_head_kv, n_tokens] as layer il's cache of K or V holds them. kv: ours of that cache, or null.
-ggml_tensor * ggml_ext_llama_store_k(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache,
-                                     int il);
-ggml_tensor * ggml_ext_llama_store_v(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache,
-                                     int il);
+// Makes of the rows x [head_dim, n_head_kv, n_tokens] what layer il's cache of K or V holds. kv: ours of that cache, or
+// null. Where it is paged returns the node that stores them, else null: upstream stores x.
+ggml_tensor * ggml_ext_llama_store_k(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor *& x, ggml_tensor * cells,
+                                     ggml_tensor * cache, int il);
+ggml_tensor * ggml_ext_llama_store_v(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor *& x, ggml_tensor * cells,
+                                     ggml_tensor * cache, int il);
 
 // q [head_dim, n_head, n_tokens] as it meets k, a view of layer il's cache or anything else.
 ggml_tensor * ggml_ext_llama_query(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int il);

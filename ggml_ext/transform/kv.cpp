@@ -90,20 +90,29 @@ void ggml_ext_graph::check_caches(const ggml_tensor * node) const {
     }
 }
 
-ggml_tensor * ggml_ext_llama_store_k(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache,
-                                     int il) {
+ggml_tensor * ggml_ext_llama_store_k(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor *& x, ggml_tensor * cells,
+                                     ggml_tensor * cache, int il) {
     ggml_ext_graph * graph = ggml_ext_graph::current();
     if (!graph) {
-        return x;
+        return nullptr;
     }
     graph->kv->key = x;
-    return ggml_ext_kv_codes_rows(kv) ? x : graph->store_k(ctx, x, cache, il);
+    if (!ggml_ext_kv_codes_rows(kv)) {
+        x = graph->store_k(ctx, x, cache, il);
+    }
+    return ggml_ext_kv_store_k(kv, ctx, x, cells, cache);
 }
 
-ggml_tensor * ggml_ext_llama_store_v(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor * x, ggml_tensor * cache,
-                                     int il) {
+ggml_tensor * ggml_ext_llama_store_v(const ggml_ext_kv * kv, ggml_context * ctx, ggml_tensor *& x, ggml_tensor * cells,
+                                     ggml_tensor * cache, int il) {
     ggml_ext_graph * graph = ggml_ext_graph::current();
-    return graph && !ggml_ext_kv_codes_rows(kv) ? graph->store_v(ctx, x, cache, il) : x;
+    if (!graph) {
+        return nullptr;
+    }
+    if (!ggml_ext_kv_codes_rows(kv)) {
+        x = graph->store_v(ctx, x, cache, il);
+    }
+    return ggml_ext_kv_store_v(kv, ctx, x, cells, cache);
 }
 
 ggml_tensor * ggml_ext_llama_query(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int il) {

@@ -16,9 +16,17 @@ from typing import Any
 Ask = Callable[..., tuple[int, Any]]
 
 
+def _content(answer: str) -> Any:
+    try:
+        return json.loads(answer)
+    except ValueError:
+        return answer
+
+
 @contextmanager
 def server(program: Path, model: Path, log: Path, *options: str) -> Iterator[Ask]:
-    """Yields a function that sends a JSON body (None: GET) to a path and returns status and answer."""
+    """Yields a function that sends a JSON body (None: GET) to a path and returns status and answer, a text
+    where that is no JSON."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -31,7 +39,7 @@ def server(program: Path, model: Path, log: Path, *options: str) -> Iterator[Ask
         request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data)
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
-                return reply.status, json.load(reply)
+                return reply.status, _content(reply.read().decode())
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
