@@ -90,11 +90,12 @@ struct ggml_ext_attention_plan ggml_ext_attention_make_plan(const struct ggml_ex
     plan.n_queries       = shape->n_queries;
     plan.n_streams       = shape->n_streams;
     plan.n_kv            = shape->n_kv;
-    plan.block           = MIN(plan.n_queries, MAX(1, ROWS_PER_BLOCK / plan.heads));
+    const int rows       = shape->rows > 0 ? shape->rows : ROWS_PER_BLOCK;
+    plan.block           = MIN(plan.n_queries, MAX(1, rows / plan.heads));
     plan.n_blocks        = (plan.n_queries + plan.block - 1) / plan.block;
     plan.n_rows          = (int) GGML_PAD(plan.block * plan.heads, BATCH);
     plan.chunk           = plan.n_kv;
-    const bool    few    = plan.n_blocks == 1;
+    const bool    few    = plan.n_queries <= MAX(1, ROWS_PER_BLOCK / plan.heads);
     const int64_t shared = GGML_PAD((plan.n_kv + MAX_CHUNKS - 1) / MAX_CHUNKS, TILE);
     if (few) {
         plan.chunk = MIN(plan.n_kv, MAX(MIN_CHUNK, shared));

@@ -17,6 +17,7 @@ struct ggml_ext_attention_shape {
     int64_t        n_queries, n_streams;  // ne[1] and ne[3] of q
     int64_t        n_kv;
     float          scale, max_bias, cap;  // cap 0: none
+    int            rows;                  // that a task takes at most, where a tile is dear; 0: as many as is best else
 };
 
 // A task is one kv head, a block of query tokens and a range of the cache. Where queries are few, the range is a chunk

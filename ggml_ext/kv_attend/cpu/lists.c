@@ -3,6 +3,9 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 
+// A run of codes is decoded once for so many rows: decoding takes as long as attending 64 of them.
+#define ROWS_OF_CODES 256
+
 struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst) {
     const struct ggml_tensor * q = dst->src[0];
 
@@ -43,6 +46,7 @@ struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst) {
         .scale     = op.p.scale,
         .max_bias  = op.p.max_bias,
         .cap       = op.p.cap,
+        .rows      = op.codes ? ROWS_OF_CODES : 0,
     };
     op.plan = ggml_ext_attention_make_plan(&shape);
     return op;
