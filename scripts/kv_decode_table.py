@@ -39,24 +39,39 @@ WHOLE = "paged"
 
 
 class NodeTimes:
-    """Seconds that attention's nodes of a graph take, each computed alone; ``address`` is for an observer."""
+    """Times of attention's nodes in a graph, and of its norms; ``address`` is for an observer.
+
+    A node that is observed is computed alone, which takes longer than the norm of one token does: so much is
+    taken off attention's time.
+    """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.clear()
         self._begun = 0.0
         ffi = cffi.FFI()
         ffi.cdef("const char * ggml_get_name(const void *);")
         library = ffi.dlopen(str(paths.library("ggml-base")))
 
         def see(tensor: Any, ask: bool, _data: Any) -> bool:
-            now = time.perf_counter()
-            if not ask and ffi.string(library.ggml_get_name(tensor)).startswith(b"ext_kv_attend"):
-                self.seconds += now - self._begun
+            seconds = time.perf_counter() - self._begun
+            name = ffi.string(library.ggml_get_name(tensor))
+            for node, found in self._seconds.items():
+                if not ask and name.startswith(node):
+                    found.append(seconds)
             self._begun = time.perf_counter()
             return True
 
         self._kept = ffi, ffi.callback("bool(void *, bool, void *)", see)
         self.address = int(ffi.cast("uintptr_t", self._kept[1]))
+
+    def clear(self) -> None:
+        self._seconds: dict[bytes, list[float]] = {b"ext_kv_attend": [], b"norm-": []}
+
+    @property
+    def seconds(self) -> float:
+        """Of attention, since ``clear``."""
+        attention, norms = self._seconds.values()
+        return sum(attention) - len(attention) * float(np.median(norms))
 
 
 @dataclass
@@ -142,7 +157,7 @@ def measure(options: argparse.Namespace, depth: int) -> dict[str, Any]:
             contenders[kv].generate(2)
         for number in range(options.rounds):
             for kv in sorted(states, reverse=bool(number % 2)):
-                times[kv].seconds = 0.0
+                times[kv].clear()
                 seconds = contenders[kv].generate(options.tokens)
                 its = seconds if what == "token" else times[kv].seconds
                 found.setdefault(what, {}).setdefault(kv, []).append(its / options.tokens)

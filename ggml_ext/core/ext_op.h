@@ -116,6 +116,7 @@ struct ggml_ext_kv_attend_params {
     int32_t n_lists;         // of a lane
     float   scale, max_bias;
     float   cap;             // of the logits; 0: none
+    int32_t n_keys;          // that the longest list holds at most, where tasks are cut by it; 0: the mask's columns
 };
 
 // Coupled codes of a layer (kv_code/cold.h lays pool and books out).

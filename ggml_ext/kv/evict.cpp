@@ -148,7 +148,8 @@ uint32_t blocks_for(uint32_t n_slots) {
 // Of all lists' slots that may go, the lowest ones that make the blocks suffice are gone. False where none do.
 bool choose(held_slots & slots, const ggml_ext_kv_pages & pages, uint32_t n_blocks, const ggml_ext_kv_eviction & rule) {
     const uint32_t            n_lists = pages.n_lists();
-    const uint32_t            least = uint32_t(rule.floor * n_blocks / double(std::max(1u, n_lists))) * slots_per_block;
+    const uint32_t            share = uint32_t(rule.floor * n_blocks / double(std::max(1u, n_lists))) * slots_per_block;
+    const uint32_t            least = share - std::min(share, rule.incoming);
     // Heaps, since few of all go: of each list, and of the lowest one of each list that may still lose it.
     std::vector<lowest_first> candidates;
     lowest_first              next;
@@ -164,7 +165,7 @@ bool choose(held_slots & slots, const ggml_ext_kv_pages & pages, uint32_t n_bloc
         for (const held_block & block : slots.lists[list]) {
             n[list] += count_of(block.held);
         }
-        used += blocks_for(n[list]);
+        used += blocks_for(n[list] + rule.incoming);
         offer(list);
     }
     while (used > n_blocks && !next.empty()) {
@@ -173,7 +174,7 @@ bool choose(held_slots & slots, const ggml_ext_kv_pages & pages, uint32_t n_bloc
         const uint32_t  index  = slots.index[lowest.slot / int32_t(slots_per_block)];
         next.pop();
         slots.lists[list][index].gone |= bits_of(uint32_t(lowest.slot) % slots_per_block, 1);
-        used -= blocks_for(n[list]) - blocks_for(n[list] - 1);
+        used -= blocks_for(n[list] + rule.incoming) - blocks_for(n[list] + rule.incoming - 1);
         n[list]--;
         candidates[list].pop();
         offer(list);
@@ -278,7 +279,7 @@ void ggml_ext_kv_drop(ggml_ext_kv_pages & pages, uint32_t list, const std::vecto
 }
 
 bool ggml_ext_kv_evict(ggml_ext_kv_pages & pages, const ggml_ext_kv_eviction & rule, uint32_t wanted) {
-    if (wanted <= pages.n_free()) {
+    if (wanted <= pages.n_free() && rule.incoming == 0) {
         return true;
     }
     if (wanted > pages.n_blocks()) {

@@ -134,7 +134,7 @@ void ggml_ext_kv_paged::end(uint32_t kind) {
 
 void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uint32_t> & token_cells) {
     merge();
-    if ((evicts() || codes) && most_blocks(ubatch, true) > held.n_free() && !make_room(most_blocks(ubatch, false))) {
+    if ((evicts() || codes) && most_blocks(ubatch, true) > held.n_free() && !make_room(ubatch)) {
         GGML_ABORT("ggml-ext: a paged KV cache took a batch that it cannot make room for");
     }
     begun = true;

@@ -148,7 +148,9 @@ class ggml_ext_kv_paged {
     bool                 can_fit(const llama_ubatch & ubatch, uint64_t stays) const;
     uint64_t             staying_blocks(const std::vector<bool> & used, uint64_t before) const;
     ggml_ext_kv_eviction keeps() const;
-    bool                 make_room(uint64_t wanted);
+    bool                 is_lone(const llama_ubatch & ubatch) const;
+    bool                 make_room(const llama_ubatch & ubatch);
+    bool                 make_room(uint64_t wanted, uint32_t incoming);
     bool                 cool();
     bool                 share_pages(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
     bool                 has_cold_room(const std::vector<llama_ubatch> & ubatches) const;

@@ -12,6 +12,7 @@ static constexpr double   shared_floor = 0.25;  // where heads' scores say somet
 static constexpr int32_t  score_window = 32;    // queries of a ubatch
 static constexpr float    score_decay  = 0.5f;
 static constexpr uint32_t score_pool   = 3;     // neighbours on each side
+static constexpr uint32_t least_room   = 48;    // tokens to make room for: making it takes as long as some of them
 
 float ggml_ext_kv_random(uint32_t list, llama_pos position) {
     uint64_t x = (uint64_t(list) << 32 | uint32_t(position)) + 0x9e3779b97f4a7c15;  // splitmix64
@@ -145,7 +146,30 @@ ggml_ext_kv_eviction ggml_ext_kv_paged::eviction() const {
     return how;
 }
 
-bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
+// Whether a ubatch's tokens and all tokens in the pages are of one sequence.
+bool ggml_ext_kv_paged::is_lone(const llama_ubatch & ubatch) const {
+    const llama_seq_id lone = ubatch.seq_id[0][0];
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != lone) {
+            return false;
+        }
+    }
+    for (uint32_t list = 0; list < lists; ++list) {
+        for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
+            if (lane != lone && !held.list(uint32_t(lane), list).empty()) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool ggml_ext_kv_paged::make_room(const llama_ubatch & ubatch) {
+    return !codes && is_lone(ubatch) ? make_room(0, std::max(ubatch.n_tokens, least_room)) :
+                                       make_room(most_blocks(ubatch, false), 0);
+}
+
+bool ggml_ext_kv_paged::make_room(uint64_t wanted, uint32_t incoming) {
     if (codes) {
         return cool() && wanted <= held.n_free();
     }
@@ -156,5 +180,6 @@ bool ggml_ext_kv_paged::make_room(uint64_t wanted) {
     for (uint32_t lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
         prefixes.cut(lane, 0);  // blocks are no longer whole
     }
+    how.incoming = incoming;
     return wanted <= held.n_blocks() && ggml_ext_kv_evict(held, how, uint32_t(wanted));
 }

@@ -191,6 +191,10 @@ ggml_tensor * ggml_ext_kv_graph::attend(ggml_context * ctx, ggml_tensor * q, ggm
         p.scale                     = scale;
         p.max_bias                  = hparams.f_max_alibi_bias;
         p.cap                       = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+        if (paged->evicts()) {  // lists are shorter than the mask; without that tasks, and so bits, are upstream's
+            const int64_t n_lists = c.cells->ne[1] * paged->n_lists();
+            p.n_keys              = int32_t((c.table->ne[0] - 1 - n_lists) / 2 / n_lists * GGML_EXT_KV_SLOTS);
+        }
         if (paged->attended() && ggml_ext_kv_paged::scores_by(q->ne[1] * q->ne[3])) {
             ggml_ext_kv_score_params scoring = paged->scoring();
             scoring.attend                   = p;

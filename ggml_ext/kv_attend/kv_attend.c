@@ -45,6 +45,9 @@ const char * ggml_ext_kv_attend_sources_fault(const struct ggml_tensor * dst) {
         return "kv_attend: K and V are q8_0, q5_0, q4_0, iq4_nl or f16, of at most 1024 channels that their blocks "
                "divide";
     }
+    if (p.n_keys < 0) {
+        return "kv_attend: the keys of the longest list";
+    }
     if (p.n_head_kv < 1 || p.first_list < 0 || p.first_list > p.n_lists - p.n_head_kv) {
         return "kv_attend: a lane's lists hold those of the layer's heads";
     }

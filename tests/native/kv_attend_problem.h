@@ -26,6 +26,7 @@ struct Case {
     int       n_layer = 2, n_lane = 3, n_stream = 1;
     int       n_query  = 5;    // per stream
     int       n_cells  = 512;  // columns of the mask
+    int       n_keys   = 0;    // as the op has it
     float     max_bias = 0, cap = 0;
     bool      sinks = false, mask_heads = false;
     bool      whole  = false;  // lists of whole blocks: position = cell, and so the bits of a plain cache
@@ -296,6 +297,7 @@ struct Problem {
         p.type_k = c.type_k, p.type_v = c.type_v, p.dk = c.dk, p.dv = c.dv, p.n_head_kv = c.n_head_kv;
         p.first_list = layer * c.n_head_kv, p.n_lists = n_lists();
         p.scale = 1.0f / std::sqrt(float(c.dk)), p.max_bias = c.max_bias, p.cap = c.cap;
+        p.n_keys = c.n_keys;
         return p;
     }
 

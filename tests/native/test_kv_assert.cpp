@@ -50,7 +50,7 @@ Node attend(Tensors & t, const Attend & a) {
     mask->ne[2] = a.mask_heads, mask->ne[3] = a.mask_streams;
     std::memset(q->data, 0, ggml_nbytes(q));
     std::memset(mask->data, 0, ggml_nbytes(mask));
-    const ggml_ext_kv_attend_params params = { a.type, a.type, 32, 32, 1, 0, a.n_lists, 1, 0, 0 };
+    const ggml_ext_kv_attend_params params = { a.type, a.type, 32, 32, 1, 0, a.n_lists, 1, 0, 0, 0 };
     std::vector<int32_t>            words(sizeof(params) / sizeof(int32_t));
     std::memcpy(words.data(), &params, sizeof(params));
     const auto with = [&](const std::vector<ggml_tensor *> & behind) {

@@ -36,7 +36,7 @@ struct Walk {
     std::vector<std::vector<Lane>> lanes     = std::vector<std::vector<Lane>>(N_LANES, std::vector<Lane>(N_LISTS));
     std::mt19937                   random;
     int                            next = 0;
-    ggml_ext_kv_eviction           rule{ SINK, RECENT, 0.2, 0, {}, {}, {} };
+    ggml_ext_kv_eviction           rule{ SINK, RECENT, 0.2, 0, 0, {}, {}, {} };
 
     explicit Walk(unsigned seed) : random(seed) {
         pages.keep_positions(positions.data(), SLOTS);
@@ -149,7 +149,13 @@ struct Walk {
         }
     }
 
-    size_t least(uint32_t wanted) const { return size_t(rule.floor * (N_BLOCKS - wanted) / N_LISTS) * SLOTS; }
+    size_t least(uint32_t wanted) const {
+        const size_t share = size_t(rule.floor * (N_BLOCKS - wanted) / N_LISTS) * SLOTS;
+        return share - std::min<size_t>(share, rule.incoming);
+    }
+
+    // That n tokens of a list take, and those that come.
+    uint32_t blocks_for(size_t n) const { return uint32_t((n + rule.incoming + SLOTS - 1) / SLOTS); }
 
     bool possible(uint32_t wanted) const {
         uint32_t blocks = 0;
@@ -158,7 +164,7 @@ struct Walk {
             std::set<int>        keep;
             names(list, all, keep);
             const size_t n = std::max(keep.size(), std::min(all.size(), least(wanted)));
-            blocks += uint32_t((n + SLOTS - 1) / SLOTS);
+            blocks += blocks_for(n);
         }
         return blocks + wanted <= N_BLOCKS;
     }
@@ -241,7 +247,7 @@ struct Walk {
         for (auto next = order.begin();; ++next) {
             size_t used = 0;
             for (const size_t each : n) {
-                used += (each + SLOTS - 1) / SLOTS;
+                used += blocks_for(each);
             }
             enough = used + wanted <= N_BLOCKS;
             if (enough || next == order.end()) {
@@ -319,6 +325,7 @@ template <typename Evict> void random_walk(Walk & walk, const Evict & evict) {
                 break;
             case 2:
             case 3:
+                walk.rule.incoming = walk.below(3) * walk.below(100);
                 evict(walk.below(N_BLOCKS / 2));
                 break;
             default:

@@ -195,9 +195,9 @@ def simulate(
         used = sum(-(-len(held) // SLOTS) for held in lists)
         needed = sum(max(0, -(-(count - -len(held) % SLOTS) // SLOTS)) for held in lists)
         if needed > blocks * n_lists - used:
-            left = blocks * n_lists - n_lists * -(-count // SLOTS)
             its = [scores[held, index].tolist() for index, held in enumerate(lists)]
-            drop_lowest(lists, its, left, int(floor * left / n_lists) * SLOTS, sink=sink, recent=recent)
+            least = int(floor * blocks) * SLOTS
+            drop_lowest(lists, its, blocks * n_lists, least, count, sink=sink, recent=recent)
         for held in lists:
             held.extend(range(position, position + count))
         position += count
@@ -209,20 +209,22 @@ def drop_lowest(
     scores: Sequence[Sequence[float]],
     left: int,
     least: int,
+    incoming: int,
     *,
     sink: int = 16,
     recent: int = 64,
 ) -> None:
     """Takes the positions of the lowest scores, each beside its own, out of lists until ``left`` blocks hold
-    the rest; no list goes below ``least``."""
+    the rest and ``incoming`` ones more in each list, 48 at least, which is then not below ``least``."""
+    incoming = max(incoming, 48)
     loose = []
     for index, (held, its) in enumerate(zip(lists, scores, strict=True)):
         end = held[-1] + 1 - recent
         free = sorted((score, p) for score, p in zip(its, held, strict=True) if sink <= p < end)
-        stays = max(len(held) - len(free), min(len(held), least))
+        stays = max(len(held) - len(free), min(len(held), least - incoming))
         loose += [(*which, index) for which in free[: len(held) - stays]]
     for _, position, index in sorted(loose):
-        if sum(-(-len(held) // SLOTS) for held in lists) <= left:
+        if sum(-(-(len(held) + incoming) // SLOTS) for held in lists) <= left:
             break
         lists[index].remove(position)
 

@@ -94,13 +94,14 @@ struct ggml_ext_attention_plan ggml_ext_attention_make_plan(const struct ggml_ex
     plan.block           = MIN(plan.n_queries, MAX(1, rows / plan.heads));
     plan.n_blocks        = (plan.n_queries + plan.block - 1) / plan.block;
     plan.n_rows          = (int) GGML_PAD(plan.block * plan.heads, BATCH);
-    plan.chunk           = plan.n_kv;
+    const int64_t n_keys = shape->n_keys > 0 ? MIN(shape->n_keys, plan.n_kv) : plan.n_kv;
+    plan.chunk           = n_keys;
     const bool    few    = plan.n_queries <= MAX(1, ROWS_PER_BLOCK / plan.heads);
-    const int64_t shared = GGML_PAD((plan.n_kv + MAX_CHUNKS - 1) / MAX_CHUNKS, TILE);
+    const int64_t shared = GGML_PAD((n_keys + MAX_CHUNKS - 1) / MAX_CHUNKS, TILE);
     if (few) {
-        plan.chunk = MIN(plan.n_kv, MAX(MIN_CHUNK, shared));
+        plan.chunk = MIN(n_keys, MAX(MIN_CHUNK, shared));
     }
-    plan.n_chunks = (plan.n_kv + plan.chunk - 1) / plan.chunk;
+    plan.n_chunks = (n_keys + plan.chunk - 1) / plan.chunk;
     plan.scale    = shape->scale;
     plan.max_bias = shape->max_bias;
     plan.cap      = shape->cap;

@@ -15,7 +15,8 @@ struct ggml_ext_attention_shape {
     int            dk, dv;                // channels of a head
     int64_t        n_head, n_head_k, n_head_v;
     int64_t        n_queries, n_streams;  // ne[1] and ne[3] of q
-    int64_t        n_kv;
+    int64_t        n_kv;                  // columns of the mask
+    int64_t        n_keys;                // that a query looks at, at most; 0: n_kv
     float          scale, max_bias, cap;  // cap 0: none
     int            rows;                  // that a task takes at most, where a tile is dear; 0: as many as is best else
 };

@@ -43,6 +43,7 @@ struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst) {
         .n_queries = q->ne[1],
         .n_streams = q->ne[3],
         .n_kv      = op.mask->ne[0],
+        .n_keys    = op.p.n_keys,
         .scale     = op.p.scale,
         .max_bias  = op.p.max_bias,
         .cap       = op.p.cap,

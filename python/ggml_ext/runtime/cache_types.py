@@ -19,9 +19,9 @@ _STAYS = r"(,(sink|recent)=\d+)*"
 _POLICY, _COLD = r",policy=(norm|random|probe|attention)", r",cold=cq[12]"
 _BUDGET = re.compile(rf"paged(,\d+[%KMG]?)?(({_POLICY}|{_COLD}|{_POLICY}{_COLD}){_STAYS})?|\d+%?{_STAYS}")
 
-_UBATCH = 64
+_UBATCH = 48
 """Tokens that a cache with a budget takes at a time: they need cells beside those that stay, and the last
-of them see more than the first."""
+of them see more than the first. With 16 sinks and 64 recent tokens they fill two blocks."""
 
 
 class CacheTypes(NamedTuple):

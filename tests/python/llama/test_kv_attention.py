@@ -33,10 +33,9 @@ def _step(before: Kept, count: int, blocks: int) -> list[list[int]]:
     lists = [list(some) for some in before.positions]
     used = sum(-(-len(held) // 64) for held in lists)
     needed = sum(max(0, -(-(count - -len(held) % 64) // 64)) for held in lists)
-    left = KV_HEADS * (blocks - -(-count // 64))
     if needed > KV_HEADS * blocks - used:
         scores = [pooled(some, 3) for some in before.scores]
-        drop_lowest(lists, scores, left, left // 4 // KV_HEADS * 64, recent=RECENT)
+        drop_lowest(lists, scores, KV_HEADS * blocks, blocks // 4 * 64, count, recent=RECENT)
     end = max((held[-1] + 1 for held in before.positions if held), default=0)
     return [held + list(range(end, end + count)) for held in lists]
 

@@ -336,7 +336,7 @@ def test_option() -> None:
     assert CacheTypes.of("q8_0", "q8_0", "paged,25%,policy=probe,cold=cq1,sink=4").setting == (
         "paged,budget=25%,policy=probe,cold=cq1,sink=4"
     )
-    assert CacheTypes.of("q8_0", "q8_0", "paged,cold=cq2").ubatch(512) == 64
+    assert CacheTypes.of("q8_0", "q8_0", "paged,cold=cq2").ubatch(512) == 48
     for wrong in ("cold=cq2", "25%,cold=cq2", "paged,cold=cq4", "paged,cold=cq2,policy=norm"):
         with pytest.raises(GgmlExtError, match="no budget"):
             CacheTypes.of("q8_0", "q8_0", wrong)

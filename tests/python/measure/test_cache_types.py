@@ -77,7 +77,7 @@ def test_a_budget_of_cells(tmp_path: Path) -> None:
         rows, threads=None, rounds=0
     )
     too_small = CacheTypes.of("f16", "f16", "256,recent=200")
-    with pytest.raises(GgmlExtError, match=r"256 cells is less than 1 x .sink 16 . recent 200. . 64 for -ub"):
+    with pytest.raises(GgmlExtError, match=r"256 cells is less than 1 x .sink 16 . recent 200. . 48 for -ub"):
         perplexity(model, text, ctx=1024, cache=too_small)
 
 
@@ -103,7 +103,7 @@ def test_a_paged_cache_that_evicts(tmp_path: Path) -> None:
     assert rows[1]["kld"] > 1e-6
     assert rows[1]["pp_tps"] is None
     too_small = CacheTypes.of("f16", "f16", "paged,64,policy=norm")
-    with pytest.raises(GgmlExtError, match=r"a budget of 2 blocks of 64 tokens is less than 5 for -ub 64"):
+    with pytest.raises(GgmlExtError, match=r"a budget of 2 blocks of 64 tokens is less than 5 for -ub 48"):
         perplexity(model, text, ctx=1024, cache=too_small)
 
 
@@ -167,8 +167,8 @@ def test_types_are_those_of_llama_cpp(repo_root: Path) -> None:
     assert [CacheTypes("f16", "f16", kv).ubatch(512) for kv in ("", "paged,25%", "25%", evicts.kv)] == [
         512,
         512,
-        64,
-        64,
+        48,
+        48,
     ]
     for wrong in (
         "",
