@@ -70,6 +70,9 @@ class ggml_ext_kv_pages {
     // Changes whenever a block's tokens are others than they were, and with its being free.
     uint32_t generation(int32_t block) const { return blocks[block].generation; }
 
+    // Runs that lie in a block, of all lanes.
+    uint32_t references(int32_t block) const { return blocks[block].references; }
+
     const std::vector<ggml_ext_kv_entry> & list(uint32_t lane, uint32_t list) const {
         return lists[size_t(lane) * lists_per_lane + list];
     }

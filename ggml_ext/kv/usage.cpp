@@ -40,17 +40,33 @@ struct usage_count {
 usage_count usage_of_lane(const ggml_ext_kv_pages & pages, uint32_t lane) {
     usage_count total;
     for (uint32_t list = 0; list < pages.n_lists(); ++list) {
-        std::map<int32_t, uint64_t> mine, others;
-        for (uint32_t other = 0; other < pages.n_lanes(); ++other) {
+        struct part {
+            uint64_t mine = 0, others = 0;
+            uint32_t runs = 0;
+        };
+
+        std::map<int32_t, part> blocks;
+        for (const ggml_ext_kv_entry & run : pages.list(lane, list)) {
+            part & part = blocks[run.block];
+            part.mine |= usage_bits(run);
+            part.runs++;
+        }
+        const bool alone = std::all_of(blocks.begin(), blocks.end(), [&](const auto & found) {
+            return pages.references(found.first) == found.second.runs;
+        });
+        for (uint32_t other = 0; other < pages.n_lanes() && !alone; ++other) {
             for (const ggml_ext_kv_entry & run : pages.list(other, list)) {
-                (other == lane ? mine : others)[run.block] |= usage_bits(run);
+                const auto found = other == lane ? blocks.end() : blocks.find(run.block);
+                if (found != blocks.end()) {
+                    found->second.others |= usage_bits(run);
+                }
             }
         }
-        for (const auto & [block, bits] : mine) {
-            total.slots += uint64_t(__builtin_popcountll(bits));
-            total.shared += uint64_t(__builtin_popcountll(bits & others[block]));
+        for (const auto & [block, part] : blocks) {
+            total.slots += uint64_t(__builtin_popcountll(part.mine));
+            total.shared += uint64_t(__builtin_popcountll(part.mine & part.others));
         }
-        total.blocks += mine.size();
+        total.blocks += blocks.size();
     }
     return total;
 }
