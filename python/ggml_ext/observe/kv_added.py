@@ -138,33 +138,19 @@ def _save(folder: Path, plan: _Plan) -> None:
 def _fitted(
     model: Path, folder: Path, fits: Fits, warn: Warn
 ) -> tuple[dict[str, NDArray[np.floating]], list[str]]:
-    tensors: dict[str, NDArray[np.floating]] = {}
-    lines = []
+    fitted: list[kv_probe.Probes | kv_codebook.Codebooks] = []
+    common: dict[str, Any] = {
+        "samples": SAMPLES,
+        "seed": fits.seed,
+        "threads": fits.threads,
+        "warn": warn,
+    }
     if fits.probe:
-        probes = kv_probe.fit(
-            model,
-            fits.text,
-            folder / _PROBES,
-            samples=SAMPLES,
-            ctx=PROBE_CTX,
-            seed=fits.seed,
-            threads=fits.threads,
-            warn=warn,
-        )
-        tensors.update(probes.tensors())
-        lines.append(probes.summary())
+        fitted.append(kv_probe.fit(model, fits.text, folder / _PROBES, ctx=PROBE_CTX, **common))
     if fits.codebooks:
-        books = kv_codebook.fit(
-            model,
-            fits.text,
-            folder / _CODEBOOKS,
-            bits=kv_codebook.BITS,
-            samples=SAMPLES,
-            ctx=CODEBOOK_CTX,
-            seed=fits.seed,
-            threads=fits.threads,
-            warn=warn,
-        )
-        tensors.update(books.tensors())
-        lines.append(books.summary())
-    return tensors, lines
+        common |= {"ctx": CODEBOOK_CTX, "bits": kv_codebook.BITS}
+        fitted.append(kv_codebook.fit(model, fits.text, folder / _CODEBOOKS, **common))
+    tensors: dict[str, NDArray[np.floating]] = {}
+    for each in fitted:
+        tensors.update(each.tensors())
+    return tensors, [each.summary() for each in fitted]

@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from eval_models import make_model, text_of
+from eval_models import make_model
 from ggml_ext.cli.entry import app
 from ggml_ext.observe import kv_added
 from ggml_ext.observe.kv_samples import SampleFile
@@ -28,13 +28,6 @@ SAMPLES, CTX = 5, {"PROBE_CTX": 64, "CODEBOOK_CTX": 256}
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**CTX, "SAMPLES": SAMPLES}.items():
         monkeypatch.setattr(kv_added, name, value)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "t.txt"
-    path.write_text(text_of(3000))
-    return path
 
 
 @pytest.fixture(scope="module")

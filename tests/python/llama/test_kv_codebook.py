@@ -42,13 +42,6 @@ def _tensors(path: Path) -> Arrays:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "t.txt"
-    path.write_text(text_of(3000))
-    return path
-
-
-@pytest.fixture(scope="module")
 def coded(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """m.gguf of two layers with codebooks, beside it plain.gguf without."""
     folder = tmp_path_factory.mktemp("coded")
