@@ -247,11 +247,11 @@ static kv_blocks kv_blocks_of(const ggml_ext_kv_paged & paged, const ggml_ext_kv
         n.rows = std::min(n.rows, full);
         return n;
     }
-    // What is old is coded when rows are short, so they are as few as can be, and one more, for that to be seldom. Of the
-    // codes each sequence may leave a block open, and packing one more.
+    // What is old is coded when rows are short, so they are as few as can be; of several sequences one more, for that to
+    // be seldom. Of the codes each sequence may leave a block open, and packing one more.
     const uint64_t open = kv_current->n_seq_max + 1;
     const uint64_t list = paged.cold()->block_bytes() * paged.n_lists();
-    n                   = { least + 1, full + open };
+    n                   = { least + (kv_current->n_seq_max > 1), full + open };
     if (setting.tokens > 0) {
         n.codes = std::min(n.codes, uint64_t(std::ceil(tokens / GGML_EXT_KV_SLOTS)) + open);
     } else if (setting.share > 0 || setting.bytes > 0) {
@@ -305,16 +305,15 @@ void ggml_ext_kv_allocate(ggml_ext_kv & ext) {
         kv_refuse("policy attention scores by a ubatch's queries, and " + std::to_string(n_ubatch) +
                   " are too few; raise -ub to 8 or more");
     }
-    // Where room is made a ubatch of several sequences is sure to fit: each opens a block of its own.
-    const bool      makes_room = paged.evicts() || paged.cold();
-    const uint64_t  stays      = makes_room ? paged.least_blocks() + std::min(kv_current->n_seq_max, n_ubatch) - 1 : 0;
-    const uint64_t  least      = stays + (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
-    const kv_blocks n          = kv_blocks_of(paged, setting, full, least);
+    const bool     makes_room = paged.evicts() || paged.cold();
+    const uint64_t least =
+        makes_room ? paged.least_blocks(n_ubatch) : (n_ubatch + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+    const kv_blocks n = kv_blocks_of(paged, setting, full, least);
     if (n.rows < least) {
         kv_refuse(
             "a budget of " + std::to_string(n.rows) + " blocks of 64 tokens is less than " + std::to_string(least) +
             " for -ub " + std::to_string(n_ubatch) +
-            (stays ? ", sinks and recent tokens of " + std::to_string(kv_current->n_seq_max) + " sequences" : "") +
+            (makes_room ? ", sinks and recent tokens of " + std::to_string(kv_current->n_seq_max) + " sequences" : "") +
             "; raise it or lower -ub");
     }
     paged.allocate(n.rows, n.codes, !kv_current->model->hparams.no_alloc);

@@ -120,8 +120,8 @@ class ggml_ext_kv_paged {
     ggml_ext_kv_score_params scoring() const;
     static bool              scores_by(int64_t n_tokens);
 
-    // Blocks of each list that stay whatever comes.
-    uint64_t least_blocks() const;
+    // Blocks of each list that a cache where room is made must have for ubatches of n_ubatch tokens.
+    uint64_t least_blocks(uint32_t n_ubatch) const;
 
     ggml_ext_kv_block block_of(const layer & layer) const {
         return ggml_ext_kv_block_of(layer.type_k, layer.dk, layer.type_v, layer.dv, scored());
@@ -145,16 +145,19 @@ class ggml_ext_kv_paged {
     void                 merge();
     uint64_t             most_blocks(const llama_ubatch & ubatch, bool with_room) const;
     bool                 can_fit(const std::vector<llama_ubatch> & ubatches) const;
-    bool                 can_fit(const llama_ubatch & ubatch, uint64_t stays) const;
+    bool                 holds(llama_seq_id s) const;
+    uint64_t             lone_blocks(uint32_t n_tokens) const;
+    uint64_t             staying_blocks() const;
     uint64_t             staying_blocks(const std::vector<bool> & used, uint64_t before) const;
     ggml_ext_kv_eviction keeps() const;
     bool                 is_lone(const llama_ubatch & ubatch) const;
     bool                 make_room(const llama_ubatch & ubatch);
     bool                 make_room(uint64_t wanted, uint32_t incoming);
-    bool                 cool();
+    bool                 cool(bool lone);
     bool                 share_pages(uint32_t from, uint32_t to, llama_pos p0, llama_pos p1);
     bool                 has_cold_room(const std::vector<llama_ubatch> & ubatches) const;
-    bool                 make_cold_room(uint64_t wanted);
+    bool                 make_cold_room(uint64_t wanted, uint32_t incoming);
+    bool                 make_cold_room(const std::vector<std::vector<ggml_ext_kv_old_slot>> & old, bool lone);
     ggml_ext_kv_eviction eviction() const;
     void    find_boundaries(const llama_kv_cells & cells, uint32_t stream, const std::vector<uint32_t> & restored,
                             const std::vector<std::vector<uint32_t>> & present);

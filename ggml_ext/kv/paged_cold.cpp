@@ -68,11 +68,12 @@ bool ggml_ext_kv_paged::has_cold_room(const std::vector<llama_ubatch> & ubatches
     return false;
 }
 
-bool ggml_ext_kv_paged::make_cold_room(uint64_t wanted) {
-    if (wanted <= codes->pages.n_free()) {
+bool ggml_ext_kv_paged::make_cold_room(uint64_t wanted, uint32_t incoming) {
+    if (incoming == 0 && wanted <= codes->pages.n_free()) {
         return true;
     }
     ggml_ext_kv_eviction how = eviction();
+    how.incoming             = incoming;
     how.sink                 = 0;
     how.recent               = evicts() ? 0 : INT32_MAX;  // nothing goes, and what is there is packed
     how.score                = [this](uint32_t list, int32_t slot) {
@@ -90,20 +91,37 @@ bool ggml_ext_kv_paged::make_cold_room(uint64_t wanted) {
     return wanted <= codes->pages.n_blocks() && ggml_ext_kv_evict(codes->pages, how, uint32_t(wanted));
 }
 
-// Codes what no sequence needs as rows, and packs what is left of them.
-bool ggml_ext_kv_paged::cool() {
-    const ggml_ext_kv_eviction                     how = eviction();
-    std::vector<std::vector<ggml_ext_kv_old_slot>> old;
-    uint64_t                                       wanted = 0;
+// Room for what is old, [list]. Of a lone sequence, whose codes all lie in front of it, open blocks' room counts.
+bool ggml_ext_kv_paged::make_cold_room(const std::vector<std::vector<ggml_ext_kv_old_slot>> & old, bool lone) {
+    uint64_t wanted = 0;
+    size_t   most   = 0;
     for (uint32_t list = 0; list < lists; ++list) {
-        old.push_back(ggml_ext_kv_old_slots(held, list, how));
+        if (old[list].empty()) {
+            continue;
+        }
         std::set<llama_seq_id> first;
-        for (const ggml_ext_kv_old_slot & slot : old.back()) {
+        for (const ggml_ext_kv_old_slot & slot : old[list]) {
             first.insert(slot.lanes[0]);
         }
-        wanted += old.back().empty() ? 0 : cold_blocks_for(old.back().size()) + kv_open_blocks(first) - 1;
+        wanted += cold_blocks_for(old[list].size()) + kv_open_blocks(first) - 1;
+        most = std::max(most, old[list].size());
+        lone = lone && !codes->pages.holds_behind(uint32_t(*first.begin()), list, old[list][0].position);
     }
-    if (!make_cold_room(wanted)) {
+    if (!lone || most == 0) {
+        return make_cold_room(wanted, 0);
+    }
+    const uint32_t lane = uint32_t(old[0][0].lanes[0]);
+    return codes->pages.n_needed(lane, uint32_t(most)) <= codes->pages.n_free() || make_cold_room(0, uint32_t(most));
+}
+
+// Codes what no sequence needs as rows, and packs what is left of them.
+bool ggml_ext_kv_paged::cool(bool lone) {
+    const ggml_ext_kv_eviction                     how = eviction();
+    std::vector<std::vector<ggml_ext_kv_old_slot>> old;
+    for (uint32_t list = 0; list < lists; ++list) {
+        old.push_back(ggml_ext_kv_old_slots(held, list, how));
+    }
+    if (!make_cold_room(old, lone)) {
         return false;
     }
     std::vector<std::vector<ggml_ext_kv_cold_pool::move>> moves(n_layers());

@@ -21,8 +21,24 @@ float ggml_ext_kv_random(uint32_t list, llama_pos position) {
     return float((x ^ x >> 31) >> 40);
 }
 
-uint64_t ggml_ext_kv_paged::least_blocks() const {
-    return (n_seq * (uint64_t(rule.sink) + rule.recent) + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+static uint64_t kv_blocks_for(uint64_t n_slots) {
+    return (n_slots + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+}
+
+uint64_t ggml_ext_kv_paged::lone_blocks(uint32_t n_tokens) const {
+    return kv_blocks_for(uint64_t(rule.sink) + rule.recent + std::max(n_tokens, least_room));
+}
+
+uint64_t ggml_ext_kv_paged::least_blocks(uint32_t n_ubatch) const {
+    if (n_seq == 1) {
+        return lone_blocks(n_ubatch);
+    }
+    // Each sequence of a ubatch opens a block of its own.
+    return staying_blocks() + std::min(n_seq, n_ubatch) - 1 + kv_blocks_for(n_ubatch);
+}
+
+uint64_t ggml_ext_kv_paged::staying_blocks() const {
+    return kv_blocks_for(n_seq * (uint64_t(rule.sink) + rule.recent));
 }
 
 float * ggml_ext_kv_paged::score(const layer & layer, int32_t slot, bool cold) const {
@@ -58,7 +74,7 @@ uint64_t ggml_ext_kv_paged::most_blocks(const llama_ubatch & ubatch, bool with_r
         }
     }
     for (uint32_t lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
-        const uint64_t whole = uint64_t((n[lane] + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS) * lists;
+        const uint64_t whole = kv_blocks_for(n[lane]) * lists;
         sum += n[lane] > 0 && with_room ? held.n_needed(lane, n[lane]) : whole;
     }
     return sum;
@@ -68,13 +84,22 @@ uint64_t ggml_ext_kv_paged::most_blocks(const llama_ubatch & ubatch, bool with_r
 // as many sequences as the context was made for, which copies may outnumber; else what is needed now, and those tokens.
 uint64_t ggml_ext_kv_paged::staying_blocks(const std::vector<bool> & used, uint64_t before) const {
     if (uint64_t(std::count(used.begin(), used.end(), true)) <= n_seq) {
-        return least_blocks() * lists;
+        return staying_blocks() * lists;
     }
     uint64_t sum = 0;
     for (uint32_t list = 0; list < lists; ++list) {
-        sum += (ggml_ext_kv_needed(held, keeps(), list) + before + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
+        sum += kv_blocks_for(ggml_ext_kv_needed(held, keeps(), list) + before);
     }
     return sum;
+}
+
+bool ggml_ext_kv_paged::holds(llama_seq_id s) const {
+    for (uint32_t list = 0; list < lists; ++list) {
+        if (!held.list(uint32_t(s), list).empty() || (codes && !codes->pages.list(uint32_t(s), list).empty())) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bool ggml_ext_kv_paged::can_fit(const std::vector<llama_ubatch> & ubatches) const {
@@ -82,8 +107,8 @@ bool ggml_ext_kv_paged::can_fit(const std::vector<llama_ubatch> & ubatches) cons
         return true;  // no layer with attention
     }
     std::vector<bool> used(LLAMA_MAX_SEQ);
-    for (uint32_t lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
-        used[lane] = !held.list(lane, 0).empty();
+    for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
+        used[lane] = holds(lane);
     }
     uint64_t before = 0;
     for (const llama_ubatch & ubatch : ubatches) {
@@ -92,23 +117,19 @@ bool ggml_ext_kv_paged::can_fit(const std::vector<llama_ubatch> & ubatches) cons
                 used[ubatch.seq_id[i][j]] = true;
             }
         }
-        if (!can_fit(ubatch, staying_blocks(used, before))) {
+        const bool     lone  = std::count(used.begin(), used.end(), true) == 1;
+        const uint64_t stays = lone ? 0 : staying_blocks(used, before);
+        const uint64_t takes = lone ? lone_blocks(ubatch.n_tokens) * lists : most_blocks(ubatch, false);
+        if (takes + stays > held.n_blocks()) {
+            LLAMA_LOG_ERROR("%s: ggml-ext: a ubatch of %u tokens takes up to %llu blocks beside the %llu that stay, of "
+                            "%u; raise the budget or lower -ub\n",
+                            __func__, ubatch.n_tokens, (unsigned long long) takes, (unsigned long long) stays,
+                            held.n_blocks());
             return false;
         }
         before += ubatch.n_tokens;
     }
     return true;
-}
-
-bool ggml_ext_kv_paged::can_fit(const llama_ubatch & ubatch, uint64_t stays) const {
-    if (most_blocks(ubatch, false) + stays <= held.n_blocks()) {
-        return true;
-    }
-    LLAMA_LOG_ERROR("%s: ggml-ext: a ubatch of %u tokens takes up to %llu blocks beside the %llu that stay, of %u; "
-                    "raise the budget or lower -ub\n",
-                    __func__, ubatch.n_tokens, (unsigned long long) most_blocks(ubatch, false),
-                    (unsigned long long) stays, held.n_blocks());
-    return false;
 }
 
 // KV-Compress (arXiv 2410.00161, section 3) takes the queries of a window too. What they look at is compared with half of what
@@ -154,24 +175,25 @@ bool ggml_ext_kv_paged::is_lone(const llama_ubatch & ubatch) const {
             return false;
         }
     }
-    for (uint32_t list = 0; list < lists; ++list) {
-        for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
-            if (lane != lone && !held.list(uint32_t(lane), list).empty()) {
-                return false;
-            }
+    for (llama_seq_id lane = 0; lane < LLAMA_MAX_SEQ; ++lane) {
+        if (lane != lone && holds(lane)) {
+            return false;
         }
     }
     return true;
 }
 
 bool ggml_ext_kv_paged::make_room(const llama_ubatch & ubatch) {
-    return !codes && is_lone(ubatch) ? make_room(0, std::max(ubatch.n_tokens, least_room)) :
-                                       make_room(most_blocks(ubatch, false), 0);
+    const bool lone = is_lone(ubatch);
+    if (codes) {
+        return cool(lone) && most_blocks(ubatch, true) <= held.n_free();
+    }
+    return lone ? make_room(0, std::max(ubatch.n_tokens, least_room)) : make_room(most_blocks(ubatch, false), 0);
 }
 
 bool ggml_ext_kv_paged::make_room(uint64_t wanted, uint32_t incoming) {
     if (codes) {
-        return cool() && wanted <= held.n_free();
+        return cool(false) && wanted <= held.n_free();
     }
     ggml_ext_kv_eviction how = eviction();
     if (attended()) {

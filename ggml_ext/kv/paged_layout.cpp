@@ -78,7 +78,7 @@ std::vector<std::vector<int32_t>> ggml_ext_kv_paged::lay_out(bool cold, const ll
         need += (list.size() + GGML_EXT_KV_SLOTS - 1) / GGML_EXT_KV_SLOTS;
     }
     ggml_ext_kv_pages & pages = pages_of(cold);
-    if (need > pages.n_free() && !(cold ? make_cold_room(need) : (evicts() || codes) && make_room(need, 0))) {
+    if (need > pages.n_free() && !(cold ? make_cold_room(need, 0) : (evicts() || codes) && make_room(need, 0))) {
         LLAMA_LOG_ERROR("%s: ggml-ext: %u of the %s blocks are free, the state takes %llu\n", __func__, pages.n_free(),
                         cold ? "codes'" : "pool's", (unsigned long long) need);
         return {};

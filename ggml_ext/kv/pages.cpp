@@ -44,6 +44,11 @@ uint32_t ggml_ext_kv_pages::room(const ggml_ext_kv_entry & last) const {
     return s.references == 1 || s.fill == end ? kv_slots - end : 0;
 }
 
+bool ggml_ext_kv_pages::holds_behind(uint32_t lane, uint32_t i, llama_pos position) const {
+    const std::vector<ggml_ext_kv_entry> & list = this->list(lane, i);
+    return !list.empty() && last_of(list.back()) > position;
+}
+
 uint64_t ggml_ext_kv_pages::n_needed(uint32_t lane, uint32_t n) const {
     uint64_t sum = 0;
     for (uint32_t i = 0; i < lists_per_lane; ++i) {

@@ -30,6 +30,9 @@ class ggml_ext_kv_pages {
 
     uint32_t n_free() const { return uint32_t(free_blocks.size()); }
 
+    // Whether a lane's list has a position behind this one.
+    bool holds_behind(uint32_t lane, uint32_t list, llama_pos position) const;
+
     // Blocks that n more tokens of a lane take at most, where no token is of several lanes.
     uint64_t n_needed(uint32_t lane, uint32_t n) const;
 

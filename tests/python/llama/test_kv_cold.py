@@ -82,7 +82,7 @@ def test_old_tokens_are_codes(coded: dict[int, Path], bits: int, ubatch: int, pr
 
 
 def test_nothing_is_coded_while_rows_suffice(coded: dict[int, Path]) -> None:
-    tokens = different_tokens(200)
+    tokens = different_tokens(180)
     with open_cache(coded[2]) as plain, open_cache(coded[2], "paged,cold=cq2", ubatch=64) as context:
         logits = read(context, tokens)
         assert parts_of(context.save(), 4).coded == [[], []]
@@ -148,7 +148,7 @@ def test_rows_are_few_and_codes_small(coded: dict[int, Path]) -> None:
     rows, codes = 256 + 2 * 64 * 34, 256 + 2 * 64 * 8
     with open_cache(coded[2], "paged,cold=cq2", n_ctx=8192) as context:
         line = next(line for line in context.log if "ggml-ext: paged:" in line)
-        blocks = 2 + 1 + 1  # sinks and recent tokens, a ubatch, one more
+        blocks = 3  # sinks, recent tokens and a ubatch of 64
         assert f"{blocks} blocks of 64 tokens and {8192 // 64 + 2} of 64 codes of 2 bits" in line
         assert f"{2 * (blocks * rows + (8192 // 64 + 2) * codes) / 2**20:.2f} MiB" in line
     with open_cache(coded[2], "paged,budget=512K,cold=cq2", n_ctx=8192) as context:
@@ -189,6 +189,44 @@ def test_eviction_takes_codes(coded: dict[int, Path], policy: str) -> None:
                 gone = sorted(set(range(len(tokens))) - set(old) - set(rows))
                 assert norms[gone, head].min() > np.median(norms[old, head])
         _agrees(layer, logits, tokens, parts)
+
+
+@pytest.mark.parametrize(("ubatch", "rows", "more"), [(48, 2, 0), (1, 2, 0), (17, 3, 20), (48, 4, 100)])
+def test_a_lone_sequence_leaves_no_block_open(
+    coded: dict[int, Path], ubatch: int, rows: int, more: int
+) -> None:
+    """Sinks, recent tokens and room for a ubatch, 48 at least, are all the rows there are, and of the codes'
+    blocks no more than that room is empty; also behind cuts among codes."""
+    layer, tokens, n_codes = LAYERS[2], different_tokens(1010), 6
+    size = 2 * (rows * (256 + 2 * 64 * 34 + 256) + n_codes * (256 + 2 * 64 * 8 + 256))
+    kv = f"paged,budget={-(-size // 1024)}K,policy=norm,cold=cq2,recent={RECENT + more}"
+    with open_cache(coded[2], kv, n_ctx=2048, ubatch=ubatch) as context:
+        assert any(f"{rows} blocks of 64 tokens and {n_codes} of 64 codes" in line for line in context.log)
+        done = 0
+        for end in (700, 900, 1000):
+            read(context, tokens[done:end], done)
+            for done in range(end, end + 10):
+                logits = context.decode([tokens[done]], done)
+            done += 1
+            parts = parts_of(context.save(), 4, scored=True)
+            for old, held in zip(parts.coded, parts.rows, strict=True):
+                assert len(held) <= 64 * rows
+                assert set(range(SINK)) | set(range(done - RECENT - more, done)) <= set(held)
+                assert not set(old) & set(held)
+            assert sum(len(old) for old in parts.coded) > KV_HEADS * (64 * n_codes - 2 * 48)
+            _agrees(layer, logits, tokens[:done], parts)
+            if end < 1000:
+                done -= 110 + more
+                assert context.remove(0, done)
+
+
+def test_the_smallest_budget_of_rows(coded: dict[int, Path]) -> None:
+    with open_cache(coded[2], "paged,budget=128,policy=norm", n_ctx=2048, ubatch=48) as context:
+        assert any("2 blocks of 64 tokens" in line for line in context.log)
+        tokens = different_tokens(400)
+        read(context, tokens)
+        for position in range(100):
+            context.decode([tokens[position]], 400 + position)
 
 
 @pytest.mark.parametrize("policy", ["", ",policy=norm"])
