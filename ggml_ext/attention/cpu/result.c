@@ -25,6 +25,13 @@ static float * attention_partial_of(const struct ggml_ext_attention_plan *   pla
     return result->partials + (row * plan->n_chunks + chunk) * (2 + plan->dv);
 }
 
+// The row of a task's row r.
+static int64_t attention_row_of(const struct ggml_ext_attention_plan * plan,
+                                const struct ggml_ext_attention_task * task, int r) {
+    const int64_t token = ggml_ext_attention_token(plan, task, r / plan->heads);
+    return token * attention_n_heads(plan) + task->group * plan->heads + r % plan->heads;
+}
+
 static float attention_sum16(const float * x) {
     float sum = 0.0f;
     for (int i = 0; i < 16; i++) {
@@ -54,10 +61,9 @@ void ggml_ext_attention_store(const struct ggml_ext_attention_plan * plan, const
                               int64_t chunk, const struct ggml_ext_attention_scratch * w,
                               const struct ggml_ext_attention_result * result) {
     for (int r = 0; r < task->n_queries * plan->heads; r++) {
-        const int64_t token = ggml_ext_attention_token(plan, task, r / plan->heads);
-        const int64_t row   = token * attention_n_heads(plan) + task->group * plan->heads + r % plan->heads;
-        const float   sum   = attention_sum16(w->sum + (size_t) r * 16);
-        const float * o     = w->o + (size_t) r * plan->dims.dv_pad;
+        const int64_t row = attention_row_of(plan, task, r);
+        const float   sum = attention_sum16(w->sum + (size_t) r * 16);
+        const float * o   = w->o + (size_t) r * plan->dims.dv_pad;
         if (plan->n_chunks == 1) {
             attention_write_row(plan, result, row, w->max[r], sum, o);
             continue;
@@ -66,6 +72,16 @@ void ggml_ext_attention_store(const struct ggml_ext_attention_plan * plan, const
         out[0]      = w->max[r];
         out[1]      = sum;
         memcpy(out + 2, o, sizeof(float) * plan->dv);
+    }
+}
+
+void ggml_ext_attention_store_nothing(const struct ggml_ext_attention_plan * plan,
+                                      const struct ggml_ext_attention_task * task, int64_t chunk,
+                                      const struct ggml_ext_attention_result * result) {
+    for (int r = 0; r < task->n_queries * plan->heads; r++) {
+        float * out = attention_partial_of(plan, result, attention_row_of(plan, task, r), chunk);
+        out[0]      = -INFINITY;
+        out[1]      = 0.0f;
     }
 }
 

@@ -19,6 +19,11 @@ void ggml_ext_attention_store(const struct ggml_ext_attention_plan * plan, const
                               int64_t chunk, const struct ggml_ext_attention_scratch * w,
                               const struct ggml_ext_attention_result * result);
 
+// The same of a chunk that has no keys.
+void ggml_ext_attention_store_nothing(const struct ggml_ext_attention_plan * plan,
+                                      const struct ggml_ext_attention_task * task, int64_t chunk,
+                                      const struct ggml_ext_attention_result * result);
+
 // Merges the chunks of rows ith, ith + nth, ... into dst, once all of them are stored.
 void ggml_ext_attention_merge(const struct ggml_ext_attention_plan *   plan,
                               const struct ggml_ext_attention_result * result, int ith, int nth);

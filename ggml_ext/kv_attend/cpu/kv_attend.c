@@ -44,6 +44,10 @@ static void kv_attend_task(const struct ggml_ext_kv_lists * op, int64_t lane, in
         .begin     = MIN(n_tiles, chunk * per),
         .end       = MIN(n_tiles, (chunk + 1) * per),
     };
+    if (chunk > 0 && task.begin == task.end) {
+        ggml_ext_attention_store_nothing(plan, &task, chunk, result);
+        return;
+    }
     const struct ggml_ext_kv_list list = {
         .op      = op,
         .entries = op->entries + offsets[0] + task.begin,

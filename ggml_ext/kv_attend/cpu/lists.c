@@ -96,14 +96,18 @@ struct ggml_ext_attention_span ggml_ext_kv_lists_span(const void * cache, const 
     const char *                     block     = ggml_ext_kv_lists_block(op, entry);
     const int32_t *                  positions = (const int32_t *) block + entry->begin;
 
-    bool adjacent = true;
+    // As unsigned numbers negative ones are large: loops without branches, which compilers vectorise.
+    uint32_t last_position = 0, last_cell = 0, gaps = 0;
     for (int t = 0; t < entry->count; t++) {
-        GGML_ASSERT(positions[t] >= 0 && positions[t] < op->n_positions && "ggml-ext: kv_attend: a position");
-        const int32_t cell = list->cells[positions[t]];
-        GGML_ASSERT(cell >= 0 && cell < op->plan.n_kv && "ggml-ext: kv_attend: a cell");
-        list->columns[t] = cell;
-        adjacent &= cell == list->columns[0] + t;
+        last_position = MAX(last_position, (uint32_t) positions[t]);
     }
+    GGML_ASSERT(last_position < op->n_positions && "ggml-ext: kv_attend: a position");
+    for (int t = 0; t < entry->count; t++) {
+        list->columns[t] = list->cells[positions[t]];
+        last_cell        = MAX(last_cell, (uint32_t) list->columns[t]);
+        gaps |= (uint32_t) (list->columns[t] - list->columns[0] - t);
+    }
+    GGML_ASSERT(last_cell < op->plan.n_kv && "ggml-ext: kv_attend: a cell");
     const char * k = block + op->block.k + entry->begin * op->block.k_row;
     const char * v = block + op->block.v + entry->begin * op->block.v_row;
     if (kv_lists_are_codes(op, entry)) {
@@ -120,7 +124,7 @@ struct ggml_ext_attention_span ggml_ext_kv_lists_span(const void * cache, const 
         .v_stride = op->block.v_row,
         .n        = entry->count,
         .column   = list->columns[0],
-        .columns  = adjacent ? NULL : list->columns,
+        .columns  = gaps ? list->columns : NULL,
     };
 }
 
