@@ -75,6 +75,17 @@ class ModelSites:
         )
         return first == index and "fq4" not in self.types.values()
 
+    @property
+    def outside(self) -> list[str]:
+        """Matrices outside the blocks that are rounded and read a site."""
+        return [
+            reader.tensor
+            for site in self.table.sites
+            if _block_of(site.anchor) is None
+            for reader in site.readers
+            if len(self._tensors.get(reader.tensor, ())) == 2 and self._rounds(reader.tensor)
+        ]
+
     def remarks(self, transform: str) -> list[str]:
         """One line for each reason why matrices get less than all that was asked for. transform: its name."""
         rounded = [name for name in self._tensors if _block_of(name) is not None and self._rounds(name)]

@@ -48,13 +48,14 @@ _BLOCK = re.compile(r"blk\.\d+\.")
 class Sizes:
     """What solving and rounding the observed matrices depend on. ``widest``: channels of a site.
     ``squares``: sum of n^2 over the sites. ``weights``: of all matrices, ``block``: of those of the largest
-    block."""
+    block, ``outside``: of those in none."""
 
     widest: int
     sites: int
     squares: int
     weights: int
     block: int
+    outside: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def sizes_of(table: Table, source: Source) -> Sizes:
         sites=len(table.sites),
         squares=sum(site.n**2 for site in table.sites),
         weights=blocks.total(),
-        block=max(blocks.values()),
+        block=max((n for block, n in blocks.items() if block), default=0),
+        outside=blocks[""],
     )
 
 

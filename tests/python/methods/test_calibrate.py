@@ -30,7 +30,7 @@ from ggml_ext.gguf.source import open_gguf
 from ggml_ext.methods.calibrate import block as blockwise
 from ggml_ext.methods.calibrate import estimate
 from ggml_ext.methods.calibrate import run as calibrate
-from ggml_ext.methods.calibrate.block_file import block_path, load
+from ggml_ext.methods.calibrate.block_file import block_path, load, outside_path
 from ggml_ext.methods.calibrate.plan import Request
 from ggml_ext.observe.reader import Observation
 from ggml_ext.recipes import Method, Options
@@ -126,6 +126,7 @@ def test_a_folder_holds_the_plan_and_the_blocks(base: Path, text: Path, finished
         "block-001.safetensors",
         "lock",
         "observation",
+        "outside.safetensors",
         "plan.json",
         "source.gguf",
     ]
@@ -269,7 +270,7 @@ def test_a_folder_with_another_plan_is_refused(base: Path, text: Path, finished:
     refused(replace(request, ctx=CTX * 2), finished, r"\(ctx 32 there, 64 here\); repeat its settings")
     refused(replace(request, seed=3), finished, r"\(seed 0 there, 3 here\); repeat its settings")
     rtn = replace(request, method=replace(request.method, rounding="rtn"))
-    refused(rtn, finished, r"\(rounding gptq there, rtn here\)")
+    refused(rtn, finished, r"\(rounding gptq there, rtn here; outside \['output.weight'\] there")
     typed = replace(request, type_for=[("ffn_down", "q6_k")])
     refused(typed, finished, r"types: blk.0.ffn_down.weight fq4 there, q6_k here and 1 more")
     other = text.with_name("other.txt")
@@ -289,6 +290,12 @@ def test_damaged_and_busy_folders(base: Path, text: Path, finished: Path, tmp_pa
     last.unlink()
     with pytest.raises(GgmlExtError, match="unfinished, 1 of 2 blocks are missing"):
         convert(request.source, tmp_path / "m.gguf", calibrated=folder)
+    shutil.copy(block_path(finished, 1), last)
+    outside_path(folder).unlink()
+    with pytest.raises(GgmlExtError, match=r"unfinished, output\.weight is missing"):
+        convert(request.source, tmp_path / "m.gguf", calibrated=folder)
+    assert run(request, folder).done == 0
+    assert outside_path(folder).read_bytes() == outside_path(finished).read_bytes()
     os.truncate(folder / "observation" / "absmax.bin", 4)
     refused(request, folder, r"absmax\.bin: missing or damaged")
     with pytest.raises(GgmlExtError, match="a calibration of another model"):
@@ -339,9 +346,8 @@ def test_the_file_says_how_it_was_made(base: Path, text: Path, tmp_path: Path) -
     assert len(meta["ggml_ext.transform.hadamard"]) == len(meta["ggml_ext.site.online"]) == 4 * models.LAYERS
     assert meta["ggml_ext.error.kind"] == "output"
     errors = dict(zip(meta["ggml_ext.error.tensors"], meta["ggml_ext.error.values"], strict=True))
-    assert errors.keys() == {
-        name for name, kind in types(out).items() if name[:4] == "blk." and kind == "fq4"
-    }
+    rounded = {name for name, kind in types(out).items() if name[:4] == "blk." and kind == "fq4"}
+    assert errors.keys() == {*rounded, "output.weight"}
     assert all(0 < error < 0.1 for error in errors.values())
     assert meta["general.file_type"] == 200
 

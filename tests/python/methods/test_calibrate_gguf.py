@@ -90,7 +90,7 @@ def test_a_state_space_model(architectures: dict[str, ArchModel], tmp_path: Path
     )
     rounded = {t.name for t in open_gguf(out).tensors if t.name[:4] == "blk." and t.type_name == "q4_0"}
     assert rounded
-    assert rounded == {name for name in errors if errors[name] > 0}
+    assert {*rounded, "output.weight"} == {name for name in errors if errors[name] > 0}
     assert not [line for line in lines if "no place for a transform" in line]
     readers = value(keys["ggml_ext.site.readers"]) if transform != "none" else []
     assert set(readers) == (set() if transform == "none" else rounded)

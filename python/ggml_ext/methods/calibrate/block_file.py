@@ -1,4 +1,5 @@
-"""What calibration leaves of one block: its tensors as they go into the GGUF file, and what was found out.
+"""What calibration leaves of a block, or of what is outside of them: the tensors as they go into the GGUF
+file, and what was found out.
 
 A checkpoint is a safetensors file. Every tensor is uint8 [rows, bytes per row] under its GGUF name; one
 metadata entry, JSON, has the rest. It is written whole or not at all, and equal content gives equal bytes:
@@ -85,6 +86,11 @@ class Stored:
 def block_path(folder: Path, index: int) -> Path:
     """The checkpoint of block ``index`` in a calibration's folder."""
     return folder / f"block-{index:03}.safetensors"
+
+
+def outside_path(folder: Path) -> Path:
+    """The checkpoint of the matrices outside the blocks."""
+    return folder / "outside.safetensors"
 
 
 def save(path: Path, tensors: dict[str, Packed], findings: Findings) -> None:

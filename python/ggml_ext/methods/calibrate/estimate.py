@@ -99,7 +99,9 @@ def estimate(request: Request, folder: Path) -> Estimate:
         width = sizes.squares**0.5 / max(sizes.sites, 1) ** 0.5
         seconds["transforms"] = _solving(method) * sizes.squares / _N**2 * (width / _N) ** 0.5
     seconds["rounding"] = sizes.weights * _rounding(method, request.threads) / _N**2
-    solving = _WORKSPACE + _COPIES * FLOAT * sizes.block + _SQUARES * 8 * sizes.widest**2
+    # What is outside the blocks is rounded in slabs, whose bytes are put together.
+    matrices = max(_COPIES * FLOAT * sizes.block, int(2 * _BITS / 8 * sizes.outside))
+    solving = _WORKSPACE + matrices + _SQUARES * 8 * sizes.widest**2
     return Estimate(
         folder=folder,
         device=request.device,

@@ -9,7 +9,7 @@ from pathlib import Path
 from ggml_ext.core import owned_folder
 from ggml_ext.core.owned_folder import Held, Kind
 from ggml_ext.methods.calibrate import plan as plans
-from ggml_ext.methods.calibrate.block_file import block_path
+from ggml_ext.methods.calibrate.block_file import block_path, outside_path
 
 OBSERVATION = "observation"
 """The folder within it that observe fills; it has an owner's lock of its own."""
@@ -19,6 +19,7 @@ def _made(folder: Path) -> Iterator[Path]:
     plan = plans.load(folder)
     assert plan is not None
     yield from (block_path(folder, index) for index in range(plan.blocks))
+    yield outside_path(folder)
 
 
 def held(folder: Path, *, temporary: bool) -> AbstractContextManager[Held]:

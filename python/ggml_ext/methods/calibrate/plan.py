@@ -22,7 +22,8 @@ from ggml_ext.core.owned_folder import PLAN
 from ggml_ext.core.registry import ROUNDINGS, TRANSFORMS
 from ggml_ext.gguf.source import Source, Tensor
 from ggml_ext.hf import model_files
-from ggml_ext.methods.calibrate.block_file import block_path
+from ggml_ext.methods.calibrate.block_file import block_path, outside_path
+from ggml_ext.methods.model_sites import ModelSites
 from ggml_ext.methods.rounding import grid
 from ggml_ext.methods.transforms import official
 from ggml_ext.observe.description import Description
@@ -63,7 +64,8 @@ class Plan:
     """``source``: see model_files.of. ``text``: SHA-256. ``samples``: windows of ``ctx`` tokens, 0 for as
     many as the widest matrix asks for. ``base``: the type or mix that was asked for. ``types``: tensor ->
     type, all tensors of the model. ``fallbacks``: tensor -> type that did not fit its rows.
-    ``without_effect``: tensors that --type-for names in vain. ``matrices``: SHA-256 of the transforms that
+    ``without_effect``: tensors that --type-for names in vain. ``outside``: matrices
+    outside the blocks that are rounded by what was observed. ``matrices``: SHA-256 of the transforms that
     were given, None where they are solved. ``activation``: bits and group, None for llama.cpp's own.
     ``versions``: of the programs involved. ``observed``: see Description.digest, None for an observation of
     the calibration's own."""
@@ -87,6 +89,7 @@ class Plan:
     device: str
     versions: dict[str, str] = field(default_factory=dict)
     observed: str | None = None
+    outside: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Writes the plan atomically."""
@@ -94,18 +97,24 @@ class Plan:
 
     @property
     def without_grid(self) -> list[str]:
-        """Matrices of blocks whose type has no levels to choose from; importances round them instead."""
+        """Matrices whose type has no levels to choose from; importances round them instead."""
         if not ROUNDINGS[self.rounding].otherwise:
             return []
         return [
             name
             for name, kind in self.types.items()
-            if name.startswith("blk.") and kind not in rules.FLOAT_TYPES and not grid.supports(kind)
+            if (name.startswith("blk.") or name in self.outside)
+            and kind not in rules.FLOAT_TYPES
+            and not grid.supports(kind)
         ]
 
     def missing(self, folder: Path) -> list[int]:
         """Blocks that have no checkpoint yet."""
         return [index for index in range(self.blocks) if not block_path(folder, index).is_file()]
+
+    def lacks_outside(self, folder: Path) -> bool:
+        """Whether what is outside of them has none yet."""
+        return bool(self.outside) and not outside_path(folder).is_file()
 
 
 def require_model(plan: Plan, model: Path, folder: Path) -> None:
@@ -146,6 +155,7 @@ def make(
         types=types,
         fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
         without_effect=rules.without_effect(shapes, source.arch, asked),
+        outside=ModelSites(source, table, types).outside if ROUNDINGS[method.rounding].measures else [],
         transform=method.transform,
         transform_bits=method.transform_bits,
         matrices=None if request.matrices is None else official.sha256(request.matrices),

@@ -10,7 +10,7 @@ from ggml_ext.core.owned_folder import SOURCE
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.gguf.transformed import require_plain
 from ggml_ext.methods.calibrate import plan as plans
-from ggml_ext.methods.calibrate.block_file import FileSite, Stored, block_path, load
+from ggml_ext.methods.calibrate.block_file import FileSite, Stored, block_path, load, outside_path
 from ggml_ext.methods.calibrate.folder import OBSERVATION
 from ggml_ext.methods.calibrate.plan import Plan
 from ggml_ext.observe import description as descriptions
@@ -44,6 +44,11 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
             f"{folder}: unfinished, {len(missing)} of {plan.blocks} blocks are missing; "
             "go on with the ggml-ext calibrate that began it"
         )
+    if plan.lacks_outside(folder):
+        raise GgmlExtError(
+            f"{folder}: unfinished, {' and '.join(plan.outside)} is missing; "
+            "go on with the ggml-ext calibrate that began it"
+        )
     plans.require_model(plan, model, folder)
     source = open_gguf(folder / SOURCE if model.is_dir() else model)
     require_plain(source)
@@ -51,8 +56,9 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
     tensors: dict[str, Stored] = {}
     sites: list[FileSite] = []
     errors: dict[str, float] = {}
-    for index in range(plan.blocks):
-        stored, findings = load(block_path(folder, index))
+    paths = [block_path(folder, index) for index in range(plan.blocks)]
+    for path in [*paths, *([outside_path(folder)] if plan.outside else [])]:
+        stored, findings = load(path)
         tensors |= stored
         sites += findings.sites
         errors |= findings.errors

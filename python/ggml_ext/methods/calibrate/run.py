@@ -7,7 +7,7 @@ What comes of it is one file per block. Memory holds one block. Before the first
 to show that folding changes nothing (proof.py).
 
 The folder: plan.json (plan.py), source.gguf (of a Hugging Face folder the float model),
-observation/, block-NNN.safetensors (block_file.py), lock.
+observation/, block-NNN.safetensors and outside.safetensors (block_file.py), lock.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ from ggml_ext.methods import transforms
 from ggml_ext.methods.calibrate import given
 from ggml_ext.methods.calibrate import plan as plans
 from ggml_ext.methods.calibrate.block import Job, encode_block
-from ggml_ext.methods.calibrate.block_file import block_path, save
+from ggml_ext.methods.calibrate.block_file import Findings, block_path, outside_path, save
 from ggml_ext.methods.calibrate.device import bound_threads, require_device
 from ggml_ext.methods.calibrate.folder import OBSERVATION, held
+from ggml_ext.methods.calibrate.outside import round_outside
 from ggml_ext.methods.calibrate.plan import Plan, Request
 from ggml_ext.methods.calibrate.proof import prove
 from ggml_ext.methods.model_sites import ModelSites
+from ggml_ext.methods.rounding.hessian import Hessian, choose_shrinkage
 from ggml_ext.methods.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
 from ggml_ext.methods.transforms import TransformRequest
 from ggml_ext.methods.transforms.loss import SAMPLE_TOKENS
@@ -247,6 +249,8 @@ def _run(
                 found = _block(request, folder, plan, model, seen, index, matrices)
                 errors.append(list(found.values()))
                 advance(1, _progress(index, found))
+        if plan.lacks_outside(folder):
+            _outside(request, folder, plan, source, seen)
     except KeyboardInterrupt:
         left = len(plan.missing(folder))
         warn(
@@ -288,6 +292,23 @@ def _block(
         packed |= given.cache_tensors(matrices, index)
     save(block_path(folder, index), packed, findings)
     return findings.errors
+
+
+def _outside(request: Request, folder: Path, plan: Plan, source: Source, seen: Observation) -> None:
+    """Rounds the matrices outside the blocks and writes their file."""
+    packed, errors = {}, {}
+    for tensor in source.tensors:
+        if tensor.name not in plan.outside:
+            continue
+        site = Site(tensor.name, tensor.row_length, (Linear(tensor.name, torch.empty(0)),), None)
+        stats = site_stats(seen, site, sample_rows(plan.activation))
+        hessian = Hessian(
+            stats.hessian.double(), choose_shrinkage(stats.hessian, stats.n_tokens, stats.sample)
+        )
+        packed[tensor.name], errors[tensor.name] = round_outside(
+            tensor, plan.types[tensor.name], plan.rounding, hessian, threads=request.threads
+        )
+    save(outside_path(folder), packed, Findings(errors=errors))
 
 
 class _ExpertMoments(Sequence[Tensor]):
