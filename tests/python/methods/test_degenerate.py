@@ -80,7 +80,8 @@ def test_a_silent_site_is_left_as_it_is() -> None:
 
 def test_iterates_that_blow_up_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """At such a rate the factors become infinite or singular; the start is still there."""
-    monkeypatch.setattr(flatquant, "_FACTOR_RATE", 1e30)
+    monkeypatch.setattr(flatquant, "_MATRIX_RATE", 1e30)
+    monkeypatch.setattr(flatquant, "_DIAGONAL_RATE", 1e30)
     site, stats = random_sites.plain(64, seed=2)
     types = {linear.tensor: "q4_0" for linear in site.linears}
     transform = solve(site, stats, TransformRequest("flatquant", types, steps=4))

@@ -20,8 +20,10 @@ from ggml_ext.methods.transforms.structure import Structure, folds_heads, larges
 
 ALPHA = 0.3  # of the diagonal that the search starts from
 MAX_CONDITION = 100.0
-_FACTOR_RATE = 1e-2
-_CLIP_RATE = 5e-2
+_MATRIX_RATE = 0.15  # of the root mean square of a factor's entries
+_DIAGONAL_RATE = 4e-2
+_CLIP_RATE = 0.15
+_BETAS = (0.8, 0.95)  # few steps: averages over the last five and twenty
 _START_CLIP = 0.85
 _CHECKS = 4  # times that the loss itself is looked at
 
@@ -43,10 +45,11 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
     first, rejected = lowest, 0
     factors = Factors(site, best)
     steps = request.steps if factors.parameters else 0
-    groups: list[dict[str, Any]] = [{"params": list(factors.parameters.values()), "lr": _FACTOR_RATE}]
+    groups: list[dict[str, Any]] = [{"params": []}]
+    groups += [{"params": [p], "lr": _rate(p.detach())} for p in factors.parameters.values()]
     if request.clips:
         groups.append({"params": [clip], "lr": _CLIP_RATE})
-    optimiser = torch.optim.Adam(groups)
+    optimiser = torch.optim.Adam(groups, betas=_BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
     for step in range(1, steps + 1):
         optimiser.zero_grad()
@@ -71,6 +74,11 @@ def solve(site: Site, stats: SiteStats, request: TransformRequest) -> SiteTransf
         "rejected": float(rejected),
     }
     return with_best_clip(replace(best, notes=notes), site, stats, request)
+
+
+def _rate(parameter: torch.Tensor) -> float:
+    """A step's size. Entries of an orthogonal factor of order n have about the size n^-1/2."""
+    return _DIAGONAL_RATE if parameter.dim() < 2 else _MATRIX_RATE * float(parameter.square().mean().sqrt())
 
 
 def _start(

@@ -25,7 +25,7 @@ class TransformRequest:
     budget_bits: float | None = None
     rounding: str = "gptq"
     alpha: float | None = None
-    steps: int = 80
+    steps: int = 25
     search_clip: bool | None = None
     seed: int = 0
 
