@@ -13,7 +13,8 @@ import pytest
 
 from kv_coded import CodedLayer, Parts, parts_of
 from kv_context import Context
-from kv_paged import open_cache
+from kv_evicted import different_tokens
+from kv_paged import open_cache, read
 
 SINK, RECENT, LONGEST = 16, 64, 1000
 
@@ -70,7 +71,7 @@ class _Walk:
             assert self._evicts or sorted(old + rows) == list(range(self.n))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(40))
 def test_one_sequence(seed: int, tmp_path: Path) -> None:
     choose = random.Random(seed)
     ubatch = choose.choice([1, 7, 16, 48, 64, 100])
@@ -83,3 +84,25 @@ def test_one_sequence(seed: int, tmp_path: Path) -> None:
             choose.choices([walk.read, walk.cut, walk.save, walk.restore], [8, 2, 1, 1])[0]()
             if walk.n and choose.random() < 0.4:
                 walk.check()
+
+
+@pytest.mark.parametrize("policy", ["norm", "random"])
+def test_a_state_whose_rows_lie_before_its_codes(policy: str, tmp_path: Path) -> None:
+    """Of a cache with more sinks: what is coded next comes between and in front of what is."""
+    path = CodedLayer(2).write_coded(tmp_path / "m.gguf")
+    kv, options = f"paged,budget=37K,policy={policy},cold=cq2", {"n_ctx": 2048, "ubatch": 48}
+    with open_cache(path, f"{kv},sink=40,recent=24", **options) as context:
+        read(context, different_tokens(700))
+        state = context.save()
+        before = parts_of(state, 4, scored=policy == "norm")
+        assert all(set(range(40)) <= set(rows) for rows in before.rows)
+    with open_cache(path, kv, **options) as context:
+        assert context.restore(state)
+        for position in range(700, 900):
+            context.decode([position % 256], position)
+        after = parts_of(context.save(), 4, scored=policy == "norm")
+        assert any(set(range(SINK, 40)) & set(old) for old in after.coded)
+        for old, rows in zip(after.coded, after.rows, strict=True):
+            assert old == sorted(old)
+            assert set(range(SINK)) | set(range(900 - RECENT, 900)) <= set(rows)
+            assert not set(old) & set(rows)
