@@ -38,6 +38,23 @@ def require_no_device(path: Path) -> None:
         raise GgmlExtError(f"{path}: is a device; name a file")
 
 
+MOST_TEXT = 1 << 30
+"""Bytes of a text, at most: a thousand novels."""
+
+
+def read_text_bytes(path: Path) -> bytes:
+    """A text file, or what a pipe gives. Raises OSError, and GgmlExtError for a device and for one that is
+    longer than MOST_TEXT."""
+    require_no_device(path)
+    found = bytearray()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found += chunk
+            if len(found) > MOST_TEXT:
+                raise GgmlExtError(f"{path}: a text of more than {MOST_TEXT >> 20} MiB; give a part of it")
+    return bytes(found)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     found = hashlib.sha256()

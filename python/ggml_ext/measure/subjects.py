@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_ext.core.errors import GgmlExtError
-from ggml_ext.core.files import require_no_device
+from ggml_ext.core.files import read_text_bytes
 from ggml_ext.core.outputs import identity
 from ggml_ext.gguf.shards import named_parts
 from ggml_ext.measure.journal import Journal
@@ -36,9 +36,8 @@ def read_text(path: Path) -> tuple[bytes, str]:
 
     Raises GgmlExtError.
     """
-    require_no_device(path)
     try:
-        data = path.read_bytes()
+        data = read_text_bytes(path)
     except OSError as error:
         raise GgmlExtError(f"{path}: {error.strerror}; name a text file that can be read") from error
     return data.removesuffix(b"\n"), hashlib.sha256(data).hexdigest()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ggml_ext.core import paths
 from ggml_ext.core.errors import GgmlExtError, Warn
-from ggml_ext.core.files import require_no_device
+from ggml_ext.core.files import read_text_bytes
 from ggml_ext.runtime.llama import Model
 
 FEWEST_WINDOWS = 128
@@ -54,9 +54,8 @@ def text_or_default(text: Path | None, warn: Warn) -> Path:
 
 def read_text(text: Path) -> bytes:
     """The bytes of a calibration text. Raises GgmlExtError if it cannot be read or is empty."""
-    require_no_device(text)
     try:
-        content = text.read_bytes()
+        content = read_text_bytes(text)
     except OSError as exc:
         raise GgmlExtError(f"{text}: {exc.strerror}; check the path of the calibration text") from exc
     if not content.strip():

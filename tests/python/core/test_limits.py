@@ -6,10 +6,13 @@ read whole from a device that never ends; a pipe opened twice; texts made to a l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,13 @@ import pytest
 from command_paths import parameters
 from eval_models import make_model, text_of
 from ggml_ext.convert import convert
+from ggml_ext.core import files
 from ggml_ext.core.cpus import MAX_THREADS, threads_or_cores
 from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.measure import subjects
 from ggml_ext.measure.bench import bench
 from ggml_ext.measure.retrieval import MAX_LENGTH, parse_lengths
+from ggml_ext.observe import samples
 from ggml_ext.observe.observer import Observer
 from ggml_ext.runtime.llama import Model
 
@@ -94,6 +100,29 @@ def test_the_python_interface_has_the_same_bound(place: Path) -> None:
 def test_a_device_is_no_text(place: Path, line: str) -> None:
     assert "/dev/zero: is a device; name a file" in refused(place, *line.split())
     assert sorted(path.name for path in place.iterdir()) == ["m.gguf", "text.txt"]
+
+
+@pytest.mark.parametrize("read", [samples.read_text, subjects.read_text])
+def test_a_text_that_does_not_end(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe whose writer goes on for ever."""
+    monkeypatch.setattr(files, "MOST_TEXT", 3 << 20)
+    (tmp_path / "text").write_bytes(b"a" * (3 << 20))
+    read(tmp_path / "text")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError), pipe.open("wb") as file:
+            while True:
+                file.write(b"a" * (1 << 20))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with pytest.raises(GgmlExtError, match="pipe: a text of more than 3 MiB; give a part of it"):
+        read(pipe)
+    writer.join()
 
 
 def test_importances_from_a_pipe_or_a_device(place: Path, tmp_path: Path) -> None:
