@@ -162,6 +162,16 @@ void ggml_ext_kv_paged::begin(const llama_ubatch & ubatch, const std::vector<uin
     }
 }
 
+// What is gone of [position] has no cell, and the last that is there has one.
+static void kv_forget_cells(std::vector<int32_t> & cells, llama_pos p0, llama_pos p1) {
+    const size_t begin = std::min(cells.size(), size_t(std::max(p0, 0)));
+    const size_t end   = std::min(cells.size(), size_t(std::max(p1, 0)));
+    std::fill(cells.begin() + begin, cells.begin() + std::max(begin, end), -1);
+    while (!cells.empty() && cells.back() < 0) {
+        cells.pop_back();
+    }
+}
+
 // Nothing is merged yet: upstream removes a ubatch whose graph failed or was aborted, so what is taken out of the last
 // one counts as never computed, in each of its token's sequences.
 void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
@@ -179,6 +189,7 @@ void ggml_ext_kv_paged::remove(llama_seq_id s, llama_pos p0, llama_pos p1) {
             codes->pages.remove(uint32_t(lane), p0, p1);
         }
         prefixes.cut(uint32_t(lane), p0);
+        kv_forget_cells(cell_of[lane], p0, p1);
         if (p0 <= boundary[lane] && p1 > boundary[lane]) {
             boundary[lane] = -1;
         }

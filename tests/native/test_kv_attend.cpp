@@ -6,6 +6,7 @@
 #include "ggml-ext.h"
 #include "kv_attend_problem.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -147,6 +148,48 @@ void test_bits_of_a_plain_cache() {
     ggml_ext_attention_set("default");
 }
 
+// A lane's only token that sees all of the lane, whose mask is looked at once: the bits that it has where a position that no
+// list holds is hidden, so that each tile looks at the mask; and what a hidden row changes is seen.
+void test_a_token_that_sees_all() {
+    for (const int n_stream : { 1, 3 }) {
+        Case c;
+        c.n_stream = n_stream, c.n_lane = n_stream, c.n_query = 1, c.n_cells = 1024 * n_stream;
+        Problem       problem(c, 60);
+        ggml_fp16_t * mask  = (ggml_fp16_t *) problem.mask->data;
+        const auto    shown = [&] {
+            std::fill_n(mask, ggml_nelements(problem.mask), ggml_fp32_to_fp16(-INFINITY));
+            for (int lane = 0; lane < c.n_lane; ++lane) {
+                for (const int cell : problem.cells[lane]) {
+                    mask[lane * c.n_cells + cell] = 0;
+                }
+            }
+        };
+        shown();
+        const std::vector<float> open = problem.attend(0, 1);
+        CHECK(open == problem.attend(0, 3), "threads change the result");
+        CHECK(error(open, problem.reference(0)) < 0.01, "a token that sees all of %d lanes", c.n_lane);
+        for (int lane = 0; lane < c.n_lane; ++lane) {
+            std::vector<bool> held(problem.cells[lane].size());
+            for (int list = 0; list < c.n_head_kv; ++list) {
+                for (const Slot & slot : problem.held[lane * problem.n_lists() + list]) {
+                    held[slot.position] = true;
+                }
+            }
+            const auto gone = std::find(held.begin(), held.end(), false) - held.begin();
+            CHECK(gone < int64_t(held.size()), "nothing was evicted");
+            mask[lane * c.n_cells + problem.cells[lane][gone]] = ggml_fp32_to_fp16(-INFINITY);
+        }
+        CHECK(open == problem.attend(0, 2), "tiles that look at the mask have other bits");
+        shown();
+        for (int lane = 0; lane < c.n_lane; ++lane) {
+            const Slot & last                                           = problem.held[lane * problem.n_lists()].back();
+            mask[lane * c.n_cells + problem.cells[lane][last.position]] = ggml_fp32_to_fp16(-INFINITY);
+        }
+        const std::vector<float> hidden = problem.attend(0, 2);
+        CHECK(open != hidden && error(hidden, problem.reference(0)) < 0.01, "a hidden row counts");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -154,5 +197,6 @@ int main() {
     test_codes();
     test_bugs_are_seen();
     test_bits_of_a_plain_cache();
+    test_a_token_that_sees_all();
     return check_done();
 }

@@ -69,6 +69,29 @@ void ggml_ext_kv_lists_check(const struct ggml_ext_kv_lists * op) {
     }
 }
 
+bool ggml_ext_kv_lists_sees(const struct ggml_ext_kv_lists * op, int64_t lane, int ith, int n) {
+    const struct ggml_tensor * mask  = op->mask;
+    const int64_t              token = op->tokens[op->starts[lane]];
+    const uint16_t * row   = (const uint16_t *) ((const char *) mask->data + token % op->plan.n_queries * mask->nb[1] +
+                                               token / op->plan.n_queries % mask->ne[3] * mask->nb[3]);
+    const int32_t *  cells = op->cells + lane * op->n_positions;
+    const int64_t    begin = op->n_positions * ith / n, end = op->n_positions * (ith + 1) / n;
+
+    int32_t last = -1;
+    for (int64_t p = begin; p < end; p++) {
+        last = MAX(last, cells[p]);
+    }
+    if (last >= op->plan.n_kv) {
+        return false;
+    }
+    uint16_t ones = 0;
+    for (int64_t p = begin; p < end; p++) {
+        const uint16_t held = cells[p] < 0 ? 0 : 0xffff;  // positions that the lane lacks have no cell
+        ones |= row[MAX(cells[p], 0)] & held;
+    }
+    return ones == 0;
+}
+
 size_t ggml_ext_kv_lists_decoded_size(const struct ggml_ext_kv_lists * op) {
     const size_t slot = op->p.dk * sizeof(float) + op->block.k_row + op->block.v_row;
     return op->codes ? GGML_PAD(GGML_EXT_KV_SLOTS * slot, GGML_EXT_ATTENTION_ALIGNMENT) : 0;

@@ -45,6 +45,9 @@ struct ggml_ext_kv_lists ggml_ext_kv_lists_of(const struct ggml_tensor * dst);
 // Aborts for a table that does not hold together: over RPC it was made by another process.
 void ggml_ext_kv_lists_check(const struct ggml_ext_kv_lists * op);
 
+// Whether a lane's only token has a 0 of the mask in the ith of n parts of the lane's cells, all of which are the mask's.
+bool ggml_ext_kv_lists_sees(const struct ggml_ext_kv_lists * op, int64_t lane, int ith, int n);
+
 // A run's block, which begins with positions. Aborts for one that is in no pool.
 const char * ggml_ext_kv_lists_block(const struct ggml_ext_kv_lists * op, const struct ggml_ext_kv_entry * entry);
 
