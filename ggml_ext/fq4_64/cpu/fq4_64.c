@@ -1,14 +1,37 @@
-// The dot product that upstream's own code may ask for, in plain C.
+// FQ4_64's paths, and the dot product that upstream's own code may ask for, in plain C.
 
 #include "fq4_64.h"
 
-#include "fq4/fq4.h"
+#include "fq4/cpu/paths.h"
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
 #include "ggml-impl.h"
 
 #include <assert.h>
+
+static const struct ggml_ext_fq4_path * const paths[] = {
+#ifdef GGML_EXT_X86
+    &ggml_ext_fq4_64_avx512_vnni,
+#    ifdef GGML_EXT_AVX_VNNI
+    &ggml_ext_fq4_64_avxvnni,
+#    endif
+    &ggml_ext_fq4_64_avx2,
+#endif
+#ifdef GGML_EXT_FQ4_HAS_NEON
+    &ggml_ext_fq4_64_neon,
+#endif
+    &ggml_ext_fq4_64_generic,
+};
+
+const struct ggml_ext_fq4_kind ggml_ext_fq4_64_kernels = {
+    GGML_TYPE_FQ4_64,
+    QK_FQ4_64,
+    sizeof(ggml_ext_block_fq4_64),
+    sizeof(struct ggml_ext_fq4_64_act),
+    paths,
+    (int) (sizeof(paths) / sizeof(paths[0])),
+};
 
 void ggml_ext_fq4_64_dot(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
     assert(n % QK_FQ4_64 == 0 && nrc == 1);
