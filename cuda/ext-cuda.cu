@@ -26,12 +26,13 @@ static bool is_plain_copy(const ggml_tensor * op) {
            ggml_is_contiguous(op) && ggml_is_contiguous(op->src[0]);
 }
 
+// Also the types of ours that have no kernels here: FQ4_64.
 static bool needs_us(const ggml_tensor * op) {
-    if (op->op == GGML_OP_EXT || op->type == GGML_TYPE_FQ4) {
+    if (op->op == GGML_OP_EXT || op->type >= GGML_TYPE_FQ4) {
         return true;
     }
     for (const ggml_tensor * source : op->src) {
-        if (source && source->type == GGML_TYPE_FQ4) {
+        if (source && source->type >= GGML_TYPE_FQ4) {
             return true;
         }
     }

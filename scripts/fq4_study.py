@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""The comparison that settled FQ4's layout, table and encoder (docs/fq4.md), in plain numpy.
+"""The comparison that settled the layout, table and encoder of FQ4 (docs/fq4.md) and the layout of FQ4_64
+(docs/fq4_64.md), in plain numpy.
 
     scripts/fq4_study.py --json OUT.json                       Gaussian, Student-t(5) and Student-t(3) rows
     scripts/fq4_study.py --model F16.gguf --imatrix I.gguf     the block matrices of a model as well
     scripts/fq4_study.py --model F16.gguf --write DIR          and one F32 GGUF per variant, with the decoded
                                                                weights, for `ggml-ext compare`
 
-Every variant is a fake quantiser: weights in, decoded weights out. A super-block of 256 weights has
-one fp16 scale d; each sub-block picks the row of the table with the smallest weighted error. The
+Every variant is a fake quantiser: weights in, decoded weights out. A block of 256 (64) weights has
+one scale d; each sub-block picks the row of the table with the smallest weighted error. The
 encoder tries `candidates` values of d = absmax * f / 127, keeps the best, then `refits` times
 refits d by least squares and searches again.
 """
@@ -34,7 +35,7 @@ from ggml_ext.gguf import fq4
 F32 = NDArray[np.float32]
 
 SUPER = 256
-CHUNK = 32  # super-blocks per step: the [weights, rows] error array then stays in the L2 cache
+CHUNK = 8192  # weights per step: the [weights, rows] error array then stays in the L2 cache
 LONE_FACTOR = 1.05  # f where there is one candidate only
 
 # Eight shapes; the table has their mirror images too. The frozen format's, and those that the study began
@@ -88,12 +89,22 @@ class Variant:
     high: float = 1.30
     refits: int = 2
     importance: str = "plain"
+    block: int = SUPER
+    mantissa: int = 10  # bits of the scale's fraction: 10 is fp16, fewer a minifloat of 8 bits in all
 
     @property
     def bits(self) -> float:
         """Bits per weight."""
         index_bits = int(np.log2(len(TABLES[self.table])))
-        return 4 + 16 / SUPER + index_bits / self.sub
+        return 4 + (16 if self.mantissa == 10 else 8) / self.block + index_bits / self.sub
+
+    def round_scale(self, d: F32) -> F32:
+        """d [n] as the format can hold it. Minifloats: the range of the exponent is left open."""
+        if self.mantissa == 10:
+            return d.astype(np.float16).astype(np.float32)
+        fraction, exponent = np.frexp(d)
+        steps = np.float32(2 << self.mantissa)
+        return np.ldexp(np.rint(fraction * steps) / steps, exponent).astype(np.float32)
 
 
 def encoder(candidates: int, low: float, high: float, refits: int = 2, table: str = "learned") -> Variant:
@@ -124,6 +135,10 @@ VARIANTS = [
     encoder(11, 0.85, 1.35),
     encoder(15, 0.70, 1.40),
     encoder(31, 0.50, 1.60),
+    *(
+        Variant(f"64, {scale}", block=64, mantissa=mantissa, candidates=11, high=1.40)
+        for scale, mantissa in (("fp16", 10), ("e3m5", 5), ("e4m4", 4), ("e5m3", 3), ("e6m2", 2))
+    ),
 ]
 
 
@@ -142,7 +157,7 @@ class Encoder:
         ].copy()  # [256 cells, rows]
 
     def _search(self, x: F32, w: F32, d: F32) -> tuple[F32, F32, NDArray[np.uint8]]:
-        """x, w [n, 256], d [n] -> (cost [n], decoded levels [n, 256], row per sub-block [n, 256 / sub])."""
+        """x, w [n, block], d [n] -> (cost [n], levels [n, block], row per sub-block [n, block / sub])."""
         n, rows, sub = len(x), len(self.table), self.variant.sub
         inverse = np.where(d != 0, 1 / np.where(d != 0, d, 1), 0).astype(np.float32)
         t = x * inverse[:, None]
@@ -151,16 +166,16 @@ class Encoder:
         error = t.reshape(-1, 1) - levels
         error *= error
         error *= w.reshape(-1, 1)
-        cost = error.reshape(n, SUPER // sub, sub, rows).sum(2)
+        cost = error.reshape(n, -1, sub, rows).sum(2)
         best = cost.argmin(-1)
         total = np.take_along_axis(cost, best[..., None], -1).sum((1, 2)) * d * d
-        chosen = np.take_along_axis(
-            levels.reshape(n, SUPER // sub, sub, rows), best[..., None, None], -1
-        ).reshape(n, SUPER)
+        chosen = np.take_along_axis(levels.reshape(n, -1, sub, rows), best[..., None, None], -1).reshape(
+            x.shape
+        )
         return total, chosen, best.astype(np.uint8)
 
     def encode(self, x: F32, imp: F32 | None) -> tuple[F32, F32, NDArray[np.uint8]]:
-        """x [n, 256], imp [n, 256] or None -> (d [n], levels [n, 256], rows [n, 256 / sub])."""
+        """x [n, block], imp [n, block] or None -> (d [n], levels [n, block], rows [n, block / sub])."""
         v = self.variant
         w = np.ones_like(x) if imp is None else imp
         if v.importance == "magnitude":
@@ -176,7 +191,7 @@ class Encoder:
             else:
                 power = (w * levels * levels).sum(1)
                 guess = (w * x * levels).sum(1) / np.where(power > 0, power, 1)
-            guess = guess.astype(np.float16).astype(np.float32)
+            guess = v.round_scale(guess)
             found = self._search(x, w, guess)
             better = found[0] < cost
             cost = np.where(better, found[0], cost)
@@ -186,18 +201,21 @@ class Encoder:
         return d, levels, rows
 
     def __call__(self, x: F32, imp: F32 | None = None) -> F32:
-        """x [n, k], imp [k] or None, k a multiple of 256 -> decoded [n, k]."""
-        blocks = np.ascontiguousarray(x, np.float32).reshape(-1, SUPER)
-        imps = None if imp is None else np.broadcast_to(imp, x.shape).reshape(-1, SUPER).astype(np.float32)
+        """x [n, k], imp [k] or None, k a multiple of the block -> decoded [n, k]."""
+        block = self.variant.block
+        blocks = np.ascontiguousarray(x, np.float32).reshape(-1, block)
+        imps = None if imp is None else np.broadcast_to(imp, x.shape).reshape(-1, block).astype(np.float32)
         out = np.empty_like(blocks)
 
+        step = CHUNK // block
+
         def work(start: int) -> None:
-            part = slice(start, start + CHUNK)
+            part = slice(start, start + step)
             d, levels, _ = self.encode(blocks[part], None if imps is None else imps[part])
             out[part] = d[:, None] * levels
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(work, range(0, len(blocks), CHUNK)))
+            list(pool.map(work, range(0, len(blocks), step)))
         return out.reshape(x.shape)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Learns an FQ4 table: Lloyd's algorithm with the whole encoder in the loop, in plain numpy.
 
-    scripts/fq4_table.py [--model F16.gguf] [--sub 16|32] [--shapes 8|4]
+    scripts/fq4_table.py [--model F16.gguf] [--sub 16|32] [--shapes 4|8|32] [--block 64 --mantissa 3]
 
 Encode; move every entry to the value that minimises the squared error over the weights that chose it
 (sum of d x / sum of d^2); repeat. Gaussian rows count 1, Student-t(5) rows 0.3, the block matrices of a
@@ -13,6 +13,7 @@ run, started from the first table of fq4_study.py; another run ends within 1 % o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -32,10 +33,23 @@ from fq4_study import (
 )
 
 STEPS = 80
-SAMPLE = 768  # super-blocks of each data set per step
+SAMPLE = 196608  # weights of each data set per step
 CELLS = 16  # of the encoder, per unit of x / d: entries are no integers while they move
-BATCH = 32
+BATCH = 8192  # weights
 SHARES = {"gaussian": 1.0, "t5": 0.3, "model": 1.0}
+
+
+def first_shapes(count: int) -> F32:
+    """[count, 16]: of the first eight shapes evenly spaced ones, or as many between them."""
+    if count <= len(FIRST_SHAPES):
+        return FIRST_SHAPES[:: len(FIRST_SHAPES) // count]
+    at = np.linspace(0, len(FIRST_SHAPES) - 1, count)
+    low = np.minimum(at.astype(int), len(FIRST_SHAPES) - 2)
+    part = (at - low)[:, None]
+    shapes = FIRST_SHAPES[low] * (1 - part) + FIRST_SHAPES[low + 1] * part
+    # Or neighbours would stay alike.
+    shapes += 3 * np.random.default_rng(0).standard_normal(shapes.shape)
+    return np.sort(shapes, axis=1).astype(np.float32)
 
 
 def step(table: F32, variant: Variant, data: dict[str, F32], random: np.random.Generator) -> F32:
@@ -44,10 +58,11 @@ def step(table: F32, variant: Variant, data: dict[str, F32], random: np.random.G
     moment = np.zeros(table.size)
     power = np.zeros(table.size)
     for name, blocks in data.items():
-        sample = blocks[random.permutation(len(blocks))[:SAMPLE]]
+        sample = blocks[random.permutation(len(blocks))[: SAMPLE // variant.block]]
         share = SHARES[name] / np.square(sample).sum()
-        for start in range(0, len(sample), BATCH):
-            x = sample[start : start + BATCH]
+        batch = BATCH // variant.block
+        for start in range(0, len(sample), batch):
+            x = sample[start : start + batch]
             d, levels, rows = encoder.encode(x, None)
             row = np.repeat(rows.astype(np.intp), variant.sub, axis=1)
             entry = (16 * row + np.abs(levels[..., None] - table[row]).argmin(-1)).ravel()
@@ -69,32 +84,35 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="f16, bf16 or f32 GGUF")
     parser.add_argument("--sub", type=int, choices=(16, 32), default=16, help="weights per sub-block")
     parser.add_argument(
-        "--shapes", type=int, choices=(4, 8), default=8, help="rows of the table, less mirrors"
+        "--shapes", type=int, choices=(4, 8, 32), default=8, help="rows of the table, less mirrors"
     )
+    parser.add_argument("--block", type=int, choices=(256, 64), default=SUPER, help="weights per block")
+    parser.add_argument("--mantissa", type=int, default=10, help="bits of the scale's fraction, 10 is fp16")
     args = parser.parse_args()
 
     tests = {name: items for name, items in synthetic(seed=0).items() if name in SHARES}
     train = {name: items for name, items in synthetic(seed=1).items() if name in SHARES}
     if args.model is not None:
-        blocks = [matrix.x.reshape(-1, SUPER) for matrix in matrices(gguf.GGUFReader(args.model), {})]
+        blocks = [matrix.x.reshape(-1, args.block) for matrix in matrices(gguf.GGUFReader(args.model), {})]
         scaled = [block / np.sqrt(np.square(block).mean()) for block in blocks]
         train["model"] = [Matrix("even", np.concatenate([block[0::2] for block in scaled]))]
         tests["model"] = [Matrix("odd", np.concatenate([block[1::2] for block in scaled]))]
     data = {
-        name: np.concatenate([item.x.reshape(-1, SUPER) for item in items]) for name, items in train.items()
+        name: np.concatenate([item.x.reshape(-1, args.block) for item in items])
+        for name, items in train.items()
     }
 
     random = np.random.default_rng(1)
-    variant = Variant("learning", sub=args.sub, candidates=7, low=0.8, high=1.3, refits=1)
-    table = mirrored(FIRST_SHAPES[:: 8 // args.shapes])
+    layout = Variant("result", table="learning", sub=args.sub, block=args.block, mantissa=args.mantissa)
+    variant = dataclasses.replace(layout, candidates=7, low=0.8, refits=1)
+    table = mirrored(first_shapes(args.shapes))
     for number in range(STEPS):
         table = step(table, variant, data, random)
         if number % 10 == 9:
             TABLES["learning"] = np.rint(table)
-            result = Variant("result", table="learning", sub=args.sub)
-            errors = {name: measure(result, items)["error"] for name, items in tests.items()}
+            errors = {name: measure(layout, items)["error"] for name, items in tests.items()}
             figures = "  ".join(f"{name} {error:.6f}" for name, error in errors.items())
-            print(f"step {number + 1}, {result.bits} bits: {figures}", flush=True)
+            print(f"step {number + 1}, {layout.bits} bits: {figures}", flush=True)
     for shape in np.rint(table[: args.shapes]).astype(int).tolist():
         print(shape)
 

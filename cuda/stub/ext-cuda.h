@@ -1,5 +1,5 @@
 // What upstream's ggml-cuda.cu finds in the place of cuda/ext-cuda.h where it is compiled for HIP or MUSA: none of our
-// features. An op with FQ4 data or a sub-op of ours goes to another backend.
+// features. An op with data of our types or a sub-op of ours goes to another backend.
 
 #ifndef GGML_EXT_CUDA_STUB_H
 #define GGML_EXT_CUDA_STUB_H
@@ -15,9 +15,9 @@ enum ggml_ext_cuda_answer {
 };
 
 static inline ggml_ext_cuda_answer ggml_ext_cuda_supports(int, const ggml_tensor * op) {
-    bool ours = op->op == GGML_OP_EXT || op->type == GGML_TYPE_FQ4;
+    bool ours = op->op == GGML_OP_EXT || op->type >= GGML_TYPE_FQ4;
     for (const ggml_tensor * source : op->src) {
-        ours = ours || (source && source->type == GGML_TYPE_FQ4);
+        ours = ours || (source && source->type >= GGML_TYPE_FQ4);
     }
     return ours ? GGML_EXT_CUDA_NO : GGML_EXT_CUDA_NOT_OURS;
 }

@@ -3,8 +3,8 @@
 #include "fq4.h"
 #include "ggml-ext.h"
 #include "ggml-impl.h"
-#include "nearest.h"
 #include "rounding/rounding.h"
+#include "scale.h"
 
 #include <string.h>
 

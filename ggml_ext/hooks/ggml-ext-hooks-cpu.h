@@ -6,5 +6,6 @@
 #include "core/cpu/ext_op.h"
 #include "core/cpu/override.h"
 #include "fq4/cpu/fq4.h"
+#include "fq4_64/cpu/fq4_64.h"
 
 #endif  // GGML_EXT_HOOKS_CPU_H

@@ -5,5 +5,6 @@
 
 #include "core/ext_op.h"
 #include "fq4/fq4.h"
+#include "fq4_64/fq4_64.h"
 
 #endif  // GGML_EXT_HOOKS_H

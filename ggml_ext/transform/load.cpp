@@ -153,7 +153,7 @@ void ggml_ext_transform_loader::check_marked() const {
         return;
     }
     for (const auto & [name, weight] : ml.weights_map) {
-        if (weight.tensor->type == GGML_TYPE_FQ4) {
+        if (weight.tensor->type >= GGML_TYPE_FQ4) {
             return;
         }
     }

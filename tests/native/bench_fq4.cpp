@@ -1,4 +1,4 @@
-// FQ4 kernels alone, one thread: billions of multiply-adds per second of every path that this machine has, on a
+// Kernels of FQ4 alone (bench_fq4_64: of FQ4_64), one thread: billions of multiply-adds per second of every path that this machine has, on a
 // matrix of 2048 x 2048. `dots n`: all rows times n columns, weights decoded every time. `tiles 512`: each tile decoded
 // once and multiplied with 512 columns. `quantize`: billions of activations per second. Medians of rounds in which
 // the paths take turns; the ratios are medians of the rounds' ratios to the first path.
@@ -6,7 +6,6 @@
 //     bench_fq4 [rounds]
 
 #include "fq4-evex256.h"
-#include "fq4/cpu/fq4.h"
 
 #include <algorithm>
 #include <chrono>
@@ -18,21 +17,23 @@
 
 namespace {
 
+const ggml_ext_fq4_kind & KIND = *ggml_ext_fq4_kind_of(FQ4_QK == 64 ? GGML_TYPE_FQ4_64 : GGML_TYPE_FQ4);
+
 constexpr int N       = 2048;  // rows, and weights of a row
-constexpr int BLOCKS  = N / QK_FQ4;
+constexpr int BLOCKS  = N / FQ4_QK;
 constexpr int COLUMNS = 512;
 
 struct Data {
-    std::vector<uint8_t>          weights;
-    std::vector<float>            x;
-    std::vector<ggml_ext_fq4_act> y;
-    std::vector<float>            out;
-    float *                       acc;  // 64-byte aligned
-    ggml_ext_fq4_tile             tile;
+    std::vector<uint8_t> weights;
+    std::vector<float>   x;
+    std::vector<fq4_act> y;
+    std::vector<float>   out;
+    float *              acc;  // 64-byte aligned
+    fq4_tile             tile;
 };
 
 size_t row_size() {
-    return BLOCKS * sizeof(ggml_ext_block_fq4);
+    return BLOCKS * sizeof(fq4_block);
 }
 
 void make_data(Data & data) {
@@ -44,7 +45,7 @@ void make_data(Data & data) {
         for (float & v : row) {
             v = dist(rng);
         }
-        ggml_ext_fq4_quantize_row(row.data(), data.weights.data() + r * row_size(), N);
+        ggml_get_type_traits(KIND.type)->from_float_ref(row.data(), data.weights.data() + r * row_size(), N);
     }
     data.x.resize(COLUMNS * N);
     for (float & v : data.x) {
@@ -55,7 +56,7 @@ void make_data(Data & data) {
     data.acc = static_cast<float *>(std::aligned_alloc(64, COLUMNS * GGML_EXT_FQ4_TILE_ROWS * sizeof(float)));
 }
 
-using Columns = const ggml_ext_fq4_act * [GGML_EXT_FQ4_MAX_COLS];
+using Columns = const void * [GGML_EXT_FQ4_MAX_COLS];
 
 void columns_at(const Data & data, int first, int count, int block, Columns & y) {
     for (int c = 0; c < count; c++) {
@@ -77,9 +78,8 @@ void run_tiles(const ggml_ext_fq4_path & path, Data & data) {
     for (int r = 0; r < N; r += GGML_EXT_FQ4_TILE_ROWS) {
         std::fill(data.acc, data.acc + COLUMNS * GGML_EXT_FQ4_TILE_ROWS, 0.0f);
         for (int block = 0; block < BLOCKS; block++) {
-            path.decode(GGML_EXT_FQ4_TILE_ROWS,
-                        data.weights.data() + r * row_size() + block * sizeof(ggml_ext_block_fq4), row_size(),
-                        &data.tile);
+            path.decode(GGML_EXT_FQ4_TILE_ROWS, data.weights.data() + r * row_size() + block * sizeof(fq4_block),
+                        row_size(), &data.tile);
             for (int c = 0; c < COLUMNS; c += GGML_EXT_FQ4_MAX_COLS) {
                 Columns y;
                 columns_at(data, c, GGML_EXT_FQ4_MAX_COLS, block, y);
@@ -130,7 +130,7 @@ int main(int argc, char ** argv) {
         std::fprintf(stderr, "usage: bench_fq4 [rounds]\n");
         return 2;
     }
-    std::vector<const ggml_ext_fq4_path *> paths(ggml_ext_fq4_paths, ggml_ext_fq4_paths + ggml_ext_fq4_n_paths);
+    std::vector<const ggml_ext_fq4_path *> paths(KIND.paths, KIND.paths + KIND.n_paths);
 #ifdef FQ4_EVEX256
     paths.insert(paths.end() - 1, &evex256_path);
 #endif

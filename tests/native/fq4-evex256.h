@@ -3,8 +3,12 @@
 
 #pragma once
 
+#ifndef FQ4_BLOCK_H
+#    define FQ4_BLOCK_H "fq4/cpu/block.h"
+#endif
+
 #include "core/x86.h"
-#include "fq4/cpu/fq4.h"
+#include FQ4_BLOCK_H
 
 #ifdef GGML_EXT_X86
 
@@ -14,7 +18,7 @@
 #    define FQ4_OFFSET         128
 #    define fq4_mac(sum, w, y) _mm256_dpbusd_epi32(sum, w, y)
 
-#    include "fq4/cpu/x86_256.h"
+#    include "fq4/cpu/x86_256_body.h"
 
 static const ggml_ext_fq4_path evex256_path = { "avx-vnni's body", ggml_ext_has_avx512_vnni,
                                                 fq4_quantize,      fq4_dots,

@@ -1,8 +1,13 @@
-// FQ4 weights and int8 activations as docs/gguf.md and fq4/cpu/fq4.h word them, written anew for the tests.
+// Weights and int8 activations as docs/gguf.md and fq4/cpu/fq4.h word them, written anew for the tests: FQ4's, or with
+// FQ4_REFERENCE_64 those of FQ4_64.
 
 #pragma once
 
-#include "fq4/fq4.h"
+#ifdef FQ4_REFERENCE_64
+#    include "fq4_64/cpu/block.h"
+#else
+#    include "fq4/cpu/block.h"
+#endif
 #include "ggml.h"
 
 #include <cfloat>
@@ -14,24 +19,59 @@
 
 namespace fq4_reference {
 
-constexpr int    BLOCK       = 256;
-constexpr size_t BLOCK_BYTES = 138;
+#ifdef FQ4_REFERENCE_64
+constexpr int             BLOCK       = 64;
+constexpr size_t          BLOCK_BYTES = 35;
+constexpr ggml_type       TYPE        = GGML_TYPE_FQ4_64;
+const ggml_ext_fq4_kind & KIND        = ggml_ext_fq4_64_kernels;
+constexpr int             HEADER      = 1;   // bytes of d
+constexpr int             RUN         = 32;  // weights in the low nibbles of consecutive bytes
+
+inline double scale(const uint8_t * block) {
+    const int d = block[0];
+    return d == 0 ? 0.0 : d == 255 ? NAN : std::ldexp(1 + d % 8 / 8.0, d / 8 - 24);
+}
+
+// Of |d|, the next lower scale.
+inline void set_scale(uint8_t * block, float d) {
+    int         exponent;
+    const float fraction = std::frexp(std::fabs(d), &exponent);
+    block[0]             = (uint8_t) (d == 0 ? 0 : 8 * (exponent - 1 + 24) + (int) (16 * fraction) - 8);
+}
+#else
+constexpr int             BLOCK       = 256;
+constexpr size_t          BLOCK_BYTES = 138;
+constexpr ggml_type       TYPE        = GGML_TYPE_FQ4;
+const ggml_ext_fq4_kind & KIND        = ggml_ext_fq4_kernels;
+constexpr int             HEADER      = 2;
+constexpr int             RUN         = 64;
+
+inline double scale(const uint8_t * block) {
+    ggml_fp16_t half;
+    std::memcpy(&half, block, 2);
+    return ggml_fp16_to_fp32(half);
+}
+
+inline void set_scale(uint8_t * block, float d) {
+    const ggml_fp16_t half = ggml_fp32_to_fp16(d);
+    std::memcpy(block, &half, 2);
+}
+#endif
 
 // Rows of whole blocks as scale times integer: weights with the scales of fp16, or activations.
 struct Rows {
     int64_t             n_blocks;  // of a row
     std::vector<double> d;         // of a block
-    std::vector<int8_t> q;         // 256 of a block
+    std::vector<int8_t> q;         // BLOCK of a block
 };
 
 inline void decode(const uint8_t * block, double & d, int8_t * q) {
-    ggml_fp16_t half;
-    std::memcpy(&half, block, 2);
-    d = ggml_fp16_to_fp32(half);
+    const uint8_t * codes = block + BLOCK_BYTES - BLOCK / 2;
+    d                     = scale(block);
     for (int i = 0; i < BLOCK; i++) {
-        const int row_byte = block[2 + i / 32], code_byte = block[10 + i / 128 * 64 + i % 64];
+        const int row_byte = block[HEADER + i / 32], code_byte = codes[i / (2 * RUN) * RUN + i % RUN];
         const int row  = i / 16 % 2 ? row_byte / 16 : row_byte % 16;
-        const int code = i % 128 >= 64 ? code_byte / 16 : code_byte % 16;
+        const int code = i % (2 * RUN) >= RUN ? code_byte / 16 : code_byte % 16;
         q[i]           = ggml_ext_fq4_table[row][code];
     }
 }
@@ -81,13 +121,12 @@ inline double bound(int64_t n_blocks, double norm) {
     return (double) (n_blocks + 7) * std::ldexp(norm, -24);
 }
 
-// Bytes of any FQ4 block are valid: every row index and code is in the table.
+// Any bytes are valid: every row index and code is in the table.
 inline void random_block(std::mt19937 & rng, float d, uint8_t * block) {
-    for (size_t i = 2; i < BLOCK_BYTES; i++) {
+    for (size_t i = 0; i < BLOCK_BYTES; i++) {
         block[i] = (uint8_t) rng();
     }
-    const ggml_fp16_t half = ggml_fp32_to_fp16(d);
-    std::memcpy(block, &half, 2);
+    set_scale(block, d);
 }
 
 }  // namespace fq4_reference

@@ -209,8 +209,8 @@ void test_error_against_q4_K() {
 // Activations small enough that the whole row's sum is an exact float, scales 1: every path must give
 // the integer itself, at every row length and alignment.
 void test_dot_exact() {
-    for (int p = 0; p < ggml_ext_fq4_n_paths; p++) {
-        const ggml_ext_fq4_path & path = *ggml_ext_fq4_paths[p];
+    for (int p = 0; p < ggml_ext_fq4_kernels.n_paths; p++) {
+        const ggml_ext_fq4_path & path = *ggml_ext_fq4_kernels.paths[p];
         std::printf("path %s: %s\n", path.name, path.available() ? "checked" : "not available on this processor");
         if (!path.available()) {
             continue;
@@ -236,9 +236,9 @@ void test_dot_exact() {
                         sum += (int64_t) spec_value(x + 138 * ib, i) * y.q[i];
                     }
                 }
-                const ggml_ext_fq4_act * column = act.data();
-                float                    s      = 0.0f;
-                float *                  out    = &s;
+                const void * column = act.data();
+                float        s      = 0.0f;
+                float *      out    = &s;
                 path.dots(1, blocks, x, 0, 1, &column, &out);
                 CHECK((int64_t) s == sum && (float) sum == s, "%s, %d blocks, offset %d: %.1f, expected %lld",
                       path.name, blocks, offset, s, (long long) sum);
@@ -259,14 +259,14 @@ void test_dot_extremes() {
         y.d     = 1.0f;
         y.start = -128 * sign * 127 * 256;
         std::memset(y.q, sign * 127, sizeof(y.q));
-        const ggml_ext_fq4_act * column = &y;
-        for (int p = 0; p < ggml_ext_fq4_n_paths; p++) {
+        const void * column = &y;
+        for (int p = 0; p < ggml_ext_fq4_kernels.n_paths; p++) {
             float   s   = 0.0f;
             float * out = &s;
-            if (ggml_ext_fq4_paths[p]->available()) {
-                ggml_ext_fq4_paths[p]->dots(1, 1, block, 0, 1, &column, &out);
+            if (ggml_ext_fq4_kernels.paths[p]->available()) {
+                ggml_ext_fq4_kernels.paths[p]->dots(1, 1, block, 0, 1, &column, &out);
                 CHECK(s == (float) (sign * ggml_ext_fq4_table[7][15] * 127 * 256), "%s: %g",
-                      ggml_ext_fq4_paths[p]->name, s);
+                      ggml_ext_fq4_kernels.paths[p]->name, s);
             }
         }
     }

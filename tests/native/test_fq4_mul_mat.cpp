@@ -164,7 +164,7 @@ struct Run {
     explicit Run(const Case & spec) : c(spec) {
         const ggml_init_params params = { 64 * 1024 * 1024, nullptr, false };
         ctx                           = ggml_init(params);
-        w                             = ggml_new_tensor_4d(ctx, GGML_TYPE_FQ4, c.k, c.rows, c.batch[0], c.batch[1]);
+        w = ggml_new_tensor_4d(ctx, fq4_reference::TYPE, c.k, c.rows, c.batch[0], c.batch[1]);
         if (c.strided) {
             add_gaps(ctx, w, BLOCK);
         }

@@ -14,10 +14,11 @@ const char * ggml_ext_cpu_paths(void) {
     static char names[128] = "";
     ggml_critical_section_start();
     const bool first = names[0] == '\0';
-    for (int i = 0; i < ggml_ext_fq4_n_paths && first; i++) {
-        if (ggml_ext_fq4_paths[i]->available()) {
+    for (int i = 0; i < ggml_ext_fq4_kernels.n_paths && first; i++) {
+        const struct ggml_ext_fq4_path * path = ggml_ext_fq4_kernels.paths[i];
+        if (path->available()) {
             const size_t length = strlen(names);
-            snprintf(names + length, sizeof(names) - length, "%s%s", length ? "," : "", ggml_ext_fq4_paths[i]->name);
+            snprintf(names + length, sizeof(names) - length, "%s%s", length ? "," : "", path->name);
         }
     }
     ggml_critical_section_end();
@@ -25,12 +26,12 @@ const char * ggml_ext_cpu_paths(void) {
 }
 
 // The named path, the fastest for NULL; NULL for a name that this processor has not.
-static const struct ggml_ext_fq4_path * find_path(const char * name) {
+static const struct ggml_ext_fq4_path * find_path(const struct ggml_ext_fq4_kind * kind, const char * name) {
     if (name == NULL) {
-        return ggml_ext_fq4_fastest();
+        return ggml_ext_fq4_fastest(kind);
     }
-    for (int i = 0; i < ggml_ext_fq4_n_paths; i++) {
-        const struct ggml_ext_fq4_path * path = ggml_ext_fq4_paths[i];
+    for (int i = 0; i < kind->n_paths; i++) {
+        const struct ggml_ext_fq4_path * path = kind->paths[i];
         if (strcmp(path->name, name) == 0 && path->available()) {
             return path;
         }
@@ -38,19 +39,20 @@ static const struct ggml_ext_fq4_path * find_path(const char * name) {
     return NULL;
 }
 
-static int32_t fq4_dot(const char * name, const void * row, const float * x, int64_t n, float * result) {
-    const struct ggml_ext_fq4_path * path = find_path(name);
+static int32_t fq4_dot(const struct ggml_ext_fq4_kind * kind, const char * name, const void * row, const float * x,
+                       int64_t n, float * result) {
+    const struct ggml_ext_fq4_path * path = find_path(kind, name);
     if (path == NULL) {
         return GGML_EXT_E_TYPE;
     }
-    const size_t              size        = n / QK_FQ4 * sizeof(struct ggml_ext_fq4_act);
-    struct ggml_ext_fq4_act * activations = ggml_aligned_malloc(size);
+    const size_t size        = n / kind->block * kind->act_size;
+    void *       activations = ggml_aligned_malloc(size);
     if (activations == NULL) {
         return GGML_EXT_E_MEMORY;
     }
-    const struct ggml_ext_fq4_act * column = activations;
+    const void * column = activations;
     path->quantize(n, x, activations);
-    path->dots(1, (int) (n / QK_FQ4), row, 0, 1, &column, &result);
+    path->dots(1, (int) (n / kind->block), row, 0, 1, &column, &result);
     ggml_aligned_free(activations, size);
     return 0;
 }
@@ -65,8 +67,9 @@ int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, cons
         return GGML_EXT_E_SHAPE;
     }
     ggml_cpu_init();
-    if (type == GGML_TYPE_FQ4) {
-        return fq4_dot(path, row, x, n, result);
+    const struct ggml_ext_fq4_kind * kind = ggml_ext_fq4_kind_of((enum ggml_type) type);
+    if (kind != NULL) {
+        return fq4_dot(kind, path, row, x, n, result);
     }
     const struct ggml_type_traits_cpu * traits = ggml_get_type_traits_cpu((enum ggml_type) type);
     if (path != NULL || traits->vec_dot == NULL) {

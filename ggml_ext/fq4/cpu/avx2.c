@@ -4,17 +4,9 @@
 
 #ifdef GGML_EXT_X86
 
-#    define FQ4_TARGET GGML_EXT_AVX2
-#    define FQ4_OFFSET 0
-
-// vpmaddubsw wants an unsigned operand: |w|, its sign moved to y. Pairs stay below 2 * 127 * 127 < 2^15, so nothing
-// saturates.
-FQ4_TARGET static inline __attribute__((always_inline)) __m256i fq4_mac(__m256i sum, __m256i w, __m256i y) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(y, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-#    include "x86_256.h"
+#    include "block.h"
+#    include "fq4/cpu/avx2_mac.h"
+#    include "fq4/cpu/x86_256_body.h"
 
 const struct ggml_ext_fq4_path ggml_ext_fq4_avx2 = { "avx2",   ggml_ext_has_avx2, fq4_quantize,
                                                      fq4_dots, fq4_decode,        fq4_multiply };

@@ -1,4 +1,4 @@
-// MUL_MAT and MUL_MAT_ID with FQ4 weights. The columns of src1 are rounded to int8 once; then threads work through
+// MUL_MAT and MUL_MAT_ID with weights of the types with FQ4's table. The columns of src1 are rounded to int8 once; then threads work through
 // pieces: a few rows times all columns of a group where columns are few (the weights are read once, at the speed of
 // memory), else a tile of rows, decoded once per block and multiplied with all columns.
 //
@@ -24,7 +24,7 @@
 
 // Per thread.
 struct fq4_scratch {
-    struct ggml_ext_fq4_tile tile;
+    struct ggml_ext_fq4_tile tile;  // room for any type's
     float                    acc[CHUNK_COLS * ROWS];
 };
 
@@ -36,7 +36,7 @@ struct fq4_range {
 
 // Where things lie in the work buffer, as offsets from its first aligned byte.
 struct fq4_layout {
-    size_t acts;     // rounded columns, ne10 / 256 blocks each
+    size_t acts;     // rounded columns, ne10 / block of the type's activations each
     size_t first;    // MUL_MAT_ID: int32 [n_experts + 1], where an expert's columns start in `columns`
     size_t columns;  // MUL_MAT_ID: int32 [n_used * n_tokens], columns of dst, by expert
     size_t ranges;   // struct fq4_range [n_threads]
@@ -50,24 +50,33 @@ static size_t fq4_place(size_t * at, size_t size) {
     return start;
 }
 
+static const struct ggml_ext_fq4_kind * fq4_kind(const struct ggml_tensor * dst) {
+    return ggml_ext_fq4_kind_of(dst->src[0]->type);
+}
+
+// Bytes of a rounded column.
+static size_t fq4_act_size(const struct ggml_tensor * dst) {
+    return dst->src[0]->ne[0] / fq4_kind(dst)->block * fq4_kind(dst)->act_size;
+}
+
 static struct fq4_layout fq4_make_layout(const struct ggml_tensor * dst, int n_threads) {
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
     const bool                 id   = dst->op == GGML_OP_MUL_MAT_ID;
     struct fq4_layout          l;
     size_t                     at = 0;
-    l.acts    = fq4_place(&at, ggml_nrows(src1) * (src1->ne[0] / QK_FQ4) * sizeof(struct ggml_ext_fq4_act));
-    l.first   = fq4_place(&at, id ? (src0->ne[2] + 1) * sizeof(int32_t) : 0);
-    l.columns = fq4_place(&at, id ? ggml_nelements(dst->src[2]) * sizeof(int32_t) : 0);
-    l.ranges  = fq4_place(&at, n_threads * sizeof(struct fq4_range));
-    l.scratch = fq4_place(&at, n_threads * sizeof(struct fq4_scratch));
-    l.end     = at + ALIGN;
+    l.acts                        = fq4_place(&at, ggml_nrows(src1) * fq4_act_size(dst));
+    l.first                       = fq4_place(&at, id ? (src0->ne[2] + 1) * sizeof(int32_t) : 0);
+    l.columns                     = fq4_place(&at, id ? ggml_nelements(dst->src[2]) * sizeof(int32_t) : 0);
+    l.ranges                      = fq4_place(&at, n_threads * sizeof(struct fq4_range));
+    l.scratch                     = fq4_place(&at, n_threads * sizeof(struct fq4_scratch));
+    l.end                         = at + ALIGN;
     return l;
 }
 
 static bool fq4_applies(const struct ggml_tensor * dst) {
     const struct ggml_tensor * src1 = dst->src[1];
-    return dst->src[0]->type == GGML_TYPE_FQ4 && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
+    return fq4_kind(dst) != NULL && src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) &&
            dst->type == GGML_TYPE_F32 && dst->nb[0] == sizeof(float);
 }
 
@@ -76,6 +85,7 @@ static size_t fq4_work_size(const struct ggml_tensor * dst, int n_threads) {
 }
 
 struct fq4_work {
+    const struct ggml_ext_fq4_kind * kind;
     const struct ggml_ext_fq4_path * path;
     const struct ggml_tensor *       dst;
     char *                           acts;
@@ -87,7 +97,7 @@ struct fq4_work {
 
 static void fq4_round_columns(const struct fq4_work * w, const struct ggml_compute_params * params) {
     const struct ggml_tensor * src1     = w->dst->src[1];
-    const int64_t              n_blocks = src1->ne[0] / QK_FQ4;
+    const int64_t              n_blocks = src1->ne[0] / w->kind->block;
     const int64_t              total    = n_blocks * ggml_nrows(src1);
     const int64_t              end      = total * (params->ith + 1) / params->nth;
     for (int64_t i = total * params->ith / params->nth; i < end;) {
@@ -98,8 +108,8 @@ static void fq4_round_columns(const struct fq4_work * w, const struct ggml_compu
         const int64_t i2     = column / src1->ne[1] % src1->ne[2];
         const int64_t i3     = column / (src1->ne[1] * src1->ne[2]);
         const char *  x      = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
-        w->path->quantize(count * QK_FQ4, (const float *) x + block * QK_FQ4,
-                          (struct ggml_ext_fq4_act *) (w->acts + column * w->act_size) + block);
+        w->path->quantize(count * w->kind->block, (const float *) x + block * w->kind->block,
+                          w->acts + column * w->act_size + block * w->kind->act_size);
         i += count;
     }
 }
@@ -158,8 +168,7 @@ static struct fq4_group fq4_get_group(const struct fq4_work * w, int64_t i) {
 }
 
 // Column c of a group: its rounded activations and where its results go.
-static const struct ggml_ext_fq4_act * fq4_get_column(const struct fq4_work * w, const struct fq4_group * g, int64_t c,
-                                                      float ** out) {
+static const char * fq4_get_column(const struct fq4_work * w, const struct fq4_group * g, int64_t c, float ** out) {
     const struct ggml_tensor * dst  = w->dst;
     const struct ggml_tensor * src1 = dst->src[1];
     int64_t                    column;
@@ -174,39 +183,38 @@ static const struct ggml_ext_fq4_act * fq4_get_column(const struct fq4_work * w,
         column           = g->index * src1->ne[1] + c;
         *out             = (float *) ((char *) dst->data + c * dst->nb[1] + i2 * dst->nb[2] + i3 * dst->nb[3]);
     }
-    return (const struct ggml_ext_fq4_act *) (w->acts + column * w->act_size);
+    return w->acts + column * w->act_size;
 }
 
 static void fq4_multiply_few(const struct fq4_work * w, const struct fq4_group * g, int64_t row, int64_t n_rows) {
-    const struct ggml_tensor *      src0 = w->dst->src[0];
-    const struct ggml_ext_fq4_act * y[FEW_COLS];
-    float *                         out[FEW_COLS];
+    const struct ggml_tensor * src0 = w->dst->src[0];
+    const void *               y[FEW_COLS];
+    float *                    out[FEW_COLS];
     for (int64_t c = 0; c < g->n_cols; c++) {
         y[c] = fq4_get_column(w, g, c, &out[c]);
         out[c] += row;
     }
-    w->path->dots((int) n_rows, (int) (src0->ne[0] / QK_FQ4), g->weights + row * src0->nb[1], src0->nb[1],
+    w->path->dots((int) n_rows, (int) (src0->ne[0] / w->kind->block), g->weights + row * src0->nb[1], src0->nb[1],
                   (int) g->n_cols, y, out);
 }
 
 static void fq4_multiply_tile(const struct fq4_work * w, const struct fq4_group * g, int64_t row, int64_t n_rows,
                               int64_t col, int64_t n_cols, struct fq4_scratch * s) {
-    const struct ggml_tensor *      src0     = w->dst->src[0];
-    const int64_t                   n_blocks = src0->ne[0] / QK_FQ4;
-    const struct ggml_ext_fq4_act * y[CHUNK_COLS];
-    float *                         out[CHUNK_COLS];
+    const struct ggml_tensor * src0     = w->dst->src[0];
+    const int64_t              n_blocks = src0->ne[0] / w->kind->block;
+    const void *               y[CHUNK_COLS];
+    float *                    out[CHUNK_COLS];
     for (int64_t c = 0; c < n_cols; c++) {
         y[c] = fq4_get_column(w, g, col + c, &out[c]);
     }
     memset(s->acc, 0, n_cols * ROWS * sizeof(float));
     for (int64_t ib = 0; ib < n_blocks; ib++) {
-        w->path->decode((int) n_rows, g->weights + row * src0->nb[1] + ib * sizeof(ggml_ext_block_fq4), src0->nb[1],
-                        &s->tile);
+        w->path->decode((int) n_rows, g->weights + row * src0->nb[1] + ib * w->kind->block_size, src0->nb[1], &s->tile);
         for (int64_t c = 0; c < n_cols; c += GGML_EXT_FQ4_MAX_COLS) {
             w->path->multiply(&s->tile, (int) MIN(GGML_EXT_FQ4_MAX_COLS, n_cols - c), y + c, s->acc + c * ROWS);
         }
         for (int64_t c = 0; c < n_cols; c++) {
-            y[c]++;
+            y[c] = (const char *) y[c] + w->kind->act_size;
         }
     }
     for (int64_t c = 0; c < n_cols; c++) {
@@ -276,14 +284,16 @@ static void fq4_compute(const struct ggml_compute_params * params, struct ggml_t
     const struct fq4_layout          l    = fq4_make_layout(dst, params->nth);
     char *                           base = (char *) GGML_PAD((uintptr_t) params->wdata, ALIGN);
     const bool                       id   = dst->op == GGML_OP_MUL_MAT_ID;
+    const struct ggml_ext_fq4_kind * kind = fq4_kind(dst);
     const struct ggml_ext_fq4_path * path =
-        params->use_ref ? ggml_ext_fq4_paths[ggml_ext_fq4_n_paths - 1] : ggml_ext_fq4_fastest();
+        params->use_ref ? kind->paths[kind->n_paths - 1] : ggml_ext_fq4_fastest(kind);
     struct fq4_range *    ranges = (struct fq4_range *) (base + l.ranges);
     const struct fq4_work w      = {
+             .kind     = kind,
              .path     = path,
              .dst      = dst,
              .acts     = base + l.acts,
-             .act_size = dst->src[0]->ne[0] / QK_FQ4 * sizeof(struct ggml_ext_fq4_act),
+             .act_size = fq4_act_size(dst),
              .first    = id ? (const int32_t *) (base + l.first) : NULL,
              .columns  = id ? (const int32_t *) (base + l.columns) : NULL,
              .scratch  = (struct fq4_scratch *) (base + l.scratch) + params->ith,

@@ -1,4 +1,4 @@
-// The paths of fq4.h, one per file, for the table in fq4.c.
+// The paths of fq4.h, one per file: FQ4's here, FQ4_64's in fq4_64/cpu, for the tables in fq4.c and fq4_64.c.
 
 #ifndef GGML_EXT_FQ4_PATHS_CPU_H
 #define GGML_EXT_FQ4_PATHS_CPU_H
@@ -12,10 +12,15 @@
 #    define GGML_EXT_FQ4_HAS_NEON 1
 #endif
 
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;  // avx512.c
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avxvnni;      // avxvnni.c
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx2;         // avx2.c
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_neon;         // neon.c
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_generic;      // generic.c
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_avxvnni;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx2;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_neon;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_generic;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_avx512_vnni;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_avxvnni;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_avx2;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_neon;
+extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_generic;
 
-#endif                                                           // GGML_EXT_FQ4_PATHS_CPU_H
+#endif  // GGML_EXT_FQ4_PATHS_CPU_H

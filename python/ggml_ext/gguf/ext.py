@@ -1,8 +1,8 @@
-"""The extension of GGUF: tensor type FQ4 for the ``gguf`` package, and the keys under ``ggml_ext.``.
+"""The extension of GGUF: tensor types FQ4 and FQ4_64 for the ``gguf`` package, keys under ``ggml_ext.``.
 
-Importing this module makes gguf.GGUFReader and gguf.GGUFWriter handle FQ4 tensors (as uint8 arrays whose last
-dimension is bytes, as for gguf's own quantised types). docs/gguf.md specifies the format; fq4.py is the
-type in plain numpy, keys.py the table of keys.
+Importing this module makes gguf.GGUFReader and gguf.GGUFWriter handle tensors of both (as uint8 arrays whose
+last dimension is bytes, as for gguf's own quantised types). docs/gguf.md specifies the format; fq4.py and
+fq4_64.py are the types in plain numpy, keys.py the table of keys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 
 from ggml_ext.core.errors import GgmlExtError
-from ggml_ext.gguf import fq4
+from ggml_ext.gguf import fq4, fq4_64
 from ggml_ext.gguf.fq4 import dequantize, dot_q8_k, quantize, quantize_blocks
 from ggml_ext.gguf.header import Header
 from ggml_ext.gguf.keys import FORMAT_VERSION, KEYS, PREFIX, check_values, typed_keys, value_of
@@ -21,6 +21,7 @@ from ggml_ext.gguf.keys import FORMAT_VERSION, KEYS, PREFIX, check_values, typed
 __all__ = [
     "FORMAT_VERSION",
     "FQ4",
+    "FQ4_64",
     "KEYS",
     "PREFIX",
     "Calibration",
@@ -34,8 +35,6 @@ __all__ = [
     "read_ext",
     "validate_keys",
 ]
-
-_FQ4_ID = 200
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,22 @@ class ExtMetadata:
     errors: TensorErrors | None = None
 
 
-def _register() -> gguf.GGMLQuantizationType:
-    """Adds the member FQ4 to gguf's enumeration, which as a closed IntEnum offers no other way."""
+def _register(name: str, number: int, block: int, size: int) -> gguf.GGMLQuantizationType:
+    """Adds a member to gguf's enumeration, which as a closed IntEnum offers no other way."""
     types = gguf.GGMLQuantizationType
-    if "FQ4" not in types.__members__:
-        member = int.__new__(types, _FQ4_ID)
-        member._name_ = "FQ4"
-        member._value_ = _FQ4_ID
-        types._member_names_.append("FQ4")
-        types._member_map_["FQ4"] = member
-        types._value2member_map_[_FQ4_ID] = member
-    gguf.GGML_QUANT_SIZES[types(_FQ4_ID)] = (fq4.BLOCK, fq4.BLOCK_BYTES)
-    return types(_FQ4_ID)
+    if name not in types.__members__:
+        member = int.__new__(types, number)
+        member._name_ = name
+        member._value_ = number
+        types._member_names_.append(name)
+        types._member_map_[name] = member
+        types._value2member_map_[number] = member
+    gguf.GGML_QUANT_SIZES[types(number)] = (block, size)
+    return types(number)
 
 
-FQ4 = _register()
+FQ4 = _register("FQ4", 200, fq4.BLOCK, fq4.BLOCK_BYTES)
+FQ4_64 = _register("FQ4_64", 201, fq4_64.BLOCK, fq4_64.BLOCK_BYTES)
 
 
 def validate_keys(source: gguf.GGUFReader | Header) -> None:

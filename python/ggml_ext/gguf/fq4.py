@@ -10,40 +10,39 @@ Every float operation is a float32 one in the order of the C source; sums theref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 256  # weights per block
-SUB = 16  # weights per sub-block
-BLOCK_BYTES = 138
+from ggml_ext.gguf.fq4_search import (
+    SUB,
+    TABLE,
+    Bytes,
+    Choice,
+    Floats,
+    choose,
+    error_weights,
+    no_choice,
+    refit_d,
+)
 
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
+__all__ = [
+    "BLOCK",
+    "BLOCK_BYTES",
+    "TABLE",
+    "dequantize",
+    "dot_q8_k",
+    "quantize",
+    "quantize_blocks",
+    "quantize_q8_k",
+]
+
+BLOCK = 256  # weights per block
+BLOCK_BYTES = 138
 
 _N_SUBS = BLOCK // SUB
 _DTYPE = np.dtype([("d", "<f2"), ("s", "u1", _N_SUBS // 2), ("q", "u1", BLOCK // 2)])
-
-# Eight shapes from narrow to wide and from even to peaked, learnt on Gaussian, Student-t and real weights
-# (scripts/fq4_table.py).
-_SHAPES = np.array(
-    [
-        [-44, -35, -28, -21, -16, -10, -6, -1, 3, 8, 13, 19, 25, 32, 41, 53],
-        [-68, -49, -38, -29, -21, -14, -8, -1, 5, 11, 17, 23, 31, 39, 48, 60],
-        [-65, -53, -43, -33, -25, -17, -10, -2, 5, 12, 19, 27, 35, 45, 56, 72],
-        [-81, -58, -47, -37, -27, -18, -10, -2, 6, 14, 22, 31, 41, 51, 62, 77],
-        [-94, -66, -51, -39, -29, -19, -11, -2, 6, 14, 23, 32, 42, 53, 68, 85],
-        [-90, -72, -57, -44, -33, -23, -13, -3, 6, 15, 25, 35, 47, 60, 79, 99],
-        [-107, -73, -57, -44, -32, -21, -12, -2, 8, 18, 28, 39, 51, 66, 85, 111],
-        [-127, -81, -60, -44, -32, -20, -11, -2, 7, 16, 27, 38, 52, 70, 101, 127],
-    ],
-    dtype=np.int8,
-)
-
-# int8 [16 rows, 16 codes], rows ascending; row 8 + r is row r mirrored and negated.
-TABLE = np.concatenate([_SHAPES, -_SHAPES[:, ::-1]])
 
 # First guesses of d, as d = factor * absmax / 127; then the number of least-squares refits. docs/fq4.md,
 # "candidates".
@@ -53,45 +52,8 @@ _N_REFITS = 2
 _FP16_MAX = np.float32(65504)
 _MAX_WEIGHT = np.float32(6e6)  # beyond it d would not fit fp16: 1.3 * 6e6 / 127 < 65504
 
-# An importance counts as at least this part of its block's mean.
-_IMPORTANCE_FLOOR = np.float32(1e-4)
-
-# Cell c holds t = w / d with c / 2 - 128 <= t < (c + 1) / 2 - 128. The midpoint of two int8 is a multiple of
-# 1 / 2, so inside a cell the nearest table value is constant: _CODES, _VALUES [512 cells, 16 rows].
-_N_CELLS = 512
-_MIDDLES = 2 * np.arange(_N_CELLS)[:, None, None] - 511  # four times the middle of the cell
-_MIDPOINTS = 2 * (TABLE[:, :-1].astype(int) + TABLE[:, 1:])  # likewise
-_CODES = (_MIDPOINTS < _MIDDLES).sum(-1).astype(np.uint8)
-_VALUES = np.take_along_axis(TABLE[None], _CODES[..., None].astype(int), -1)[..., 0].astype(np.float32)
-
 # Blocks per step of quantize_blocks: bounds the temporary arrays to a few MB.
 _STEP = 64
-
-
-@dataclass
-class _Choice:
-    """Encodings of n blocks: d [n] as fp16 can hold it, cost [n] = sum of weight * error^2, row [n, 16] per
-    sub-block, cell [n, 16, 16] per weight."""
-
-    d: Floats
-    cost: Floats
-    row: NDArray[np.intp]
-    cell: NDArray[np.intp]
-
-    def improve(self, other: _Choice) -> None:
-        """Takes over the blocks whose cost in ``other`` is lower."""
-        better = other.cost < self.cost
-        for mine, theirs in (
-            (self.d, other.d),
-            (self.cost, other.cost),
-            (self.row, other.row),
-            (self.cell, other.cell),
-        ):
-            mine[better] = theirs[better]
-
-    def gather(self, table: NDArray[Any]) -> NDArray[Any]:
-        """table [512 cells, 16 rows] at the chosen cells and rows: [n, 16, 16]."""
-        return table[self.cell, self.row[..., None]]
 
 
 def quantize(rows: NDArray[Any], imatrix: NDArray[Any] | None = None) -> Bytes:
@@ -114,7 +76,7 @@ def quantize_blocks(x: Floats, importances: Floats | None = None) -> Bytes:
     out = np.zeros(len(x), _DTYPE)
     # Infinite and NaN costs lose every comparison; they need no warning.
     with np.errstate(all="ignore"):
-        weights = np.ones_like(x) if importances is None else _error_weights(importances)
+        weights = np.ones_like(x) if importances is None else error_weights(importances)
         for start in range(0, len(x), _STEP):
             part = slice(start, start + _STEP)
             out[part] = _encode(
@@ -168,32 +130,17 @@ def _decode(blocks: NDArray[np.void]) -> NDArray[np.int8]:
     return TABLE[rows[..., None], codes].reshape(n, BLOCK)
 
 
-def _error_weights(importances: Floats) -> Floats:
-    """Weights of the squared errors [n, 256]: the importances with their floor, ones where all are zero."""
-    total = np.zeros(len(importances), np.float32)
-    for i in range(BLOCK):
-        total += importances[:, i]
-    floor = total * (_IMPORTANCE_FLOOR / np.float32(BLOCK))
-    weights = np.maximum(importances, floor[:, None])
-    return np.where(total[:, None] > 0, weights, np.float32(1)).astype(np.float32)
-
-
 def _encode(x: Floats, weight: Floats) -> NDArray[np.void]:
     """x, weight [n, 16, 16] -> blocks [n]."""
     n = len(x)
     amax = np.abs(x).max((1, 2))
     valid = amax <= _MAX_WEIGHT  # false for NaN
     x = np.where(valid[:, None, None], x, np.float32(0))
-    best = _Choice(
-        np.zeros(n, np.float32),
-        np.full(n, np.inf, np.float32),
-        np.zeros((n, _N_SUBS), np.intp),
-        np.zeros((n, _N_SUBS, SUB), np.intp),
-    )
+    best = no_choice(n, _N_SUBS)
     for factor in _FACTORS:
-        best.improve(_choose(x, weight, amax * (factor / np.float32(127))))
+        best.improve(choose(x, weight, _round_d(amax * (factor / np.float32(127)))))
     for _ in range(_N_REFITS):
-        best.improve(_choose(x, weight, _refit_d(x, weight, best)))
+        best.improve(choose(x, weight, _round_d(refit_d(x, weight, best))))
     blocks = _pack(best)
     overflowed = (best.d == 0) & (_round_d(amax * (_FACTORS[-1] / np.float32(127))) > 0)
     refused = ~valid | overflowed
@@ -207,45 +154,11 @@ def _round_d(d: Floats) -> Floats:
     return np.where(d < _FP16_MAX, d, _FP16_MAX).astype(np.float16).astype(np.float32)
 
 
-def _choose(x: Floats, weight: Floats, d: Floats) -> _Choice:
-    """The best row of each sub-block for d [n] in fp16, and the cells of the weights. A d of 0 or less, which
-    fp16 may round to, is no candidate: its cost is infinite."""
-    d = _round_d(d)
-    inverse = np.float32(1) / np.where(d > 0, d, np.float32(1))
-    t = x * inverse[:, None, None]
-    cell = np.minimum(np.maximum(t * np.float32(2) + np.float32(256), 0), 511).astype(np.intp)
-    cost = np.zeros((len(x), _N_SUBS, 16), np.float32)
-    for i in range(SUB):
-        error = t[:, :, i, None] - _VALUES[cell[:, :, i]]
-        cost += weight[:, :, i, None] * error * error
-    row = cost.argmin(-1)
-    lowest = np.take_along_axis(cost, row[..., None], -1)[..., 0]
-    total = np.zeros(len(x), np.float32)
-    for b in range(_N_SUBS):
-        total += lowest[:, b]
-    return _Choice(d, np.where(d > 0, total * (d * d), np.float32(np.inf)), row, cell)
-
-
-def _refit_d(x: Floats, weight: Floats, choice: _Choice) -> Floats:
-    """The d [n] that minimises the weighted squared error for the chosen rows and codes; 0 if none does."""
-    value = choice.gather(_VALUES)
-    weighted = weight * value
-    num = np.zeros((len(x), SUB), np.float32)
-    den = np.zeros((len(x), SUB), np.float32)
-    for b in range(_N_SUBS):
-        num += weighted[:, b] * x[:, b]
-        den += weighted[:, b] * value[:, b]
-    for i in range(1, SUB):
-        num[:, 0] += num[:, i]
-        den[:, 0] += den[:, i]
-    return np.where(den[:, 0] > 0, num[:, 0] / den[:, 0], np.float32(0))
-
-
-def _pack(choice: _Choice) -> NDArray[np.void]:
+def _pack(choice: Choice) -> NDArray[np.void]:
     n = len(choice.d)
     blocks = np.zeros(n, _DTYPE)
     blocks["d"] = choice.d
     blocks["s"] = choice.row[:, 0::2] | choice.row[:, 1::2] << 4
-    codes = choice.gather(_CODES).reshape(n, 2, 2, 64)
+    codes = choice.codes().reshape(n, 2, 2, 64)
     blocks["q"] = (codes[:, :, 0] | codes[:, :, 1] << 4).reshape(n, BLOCK // 2)
     return blocks

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
 _FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
-_FILE_TYPE_FQ4 = 200  # the patched llama.cpp's name for "mostly FQ4"
+_FILE_TYPES = {"fq4": 200, "fq4_64": 201}  # the patched llama.cpp's names for files that are mostly of one
 
 Importances = NDArray[np.float32]
 
@@ -311,8 +311,8 @@ def _file_type(jobs: Sequence[_Job | _Copy], mix: str) -> int | None:
     for job in jobs:
         weights[job.target] += math.prod(job.out.dims)
     target = weights.most_common(1)[0][0]
-    if target == "fq4":
-        return _FILE_TYPE_FQ4
+    if target in _FILE_TYPES:
+        return _FILE_TYPES[target]
     for name in ("ALL_F32" if target == "f32" else f"MOSTLY_{target.upper()}", f"MOSTLY_{target.upper()}_S"):
         if name in gguf.LlamaFileType.__members__:
             return int(gguf.LlamaFileType[name])

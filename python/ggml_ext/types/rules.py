@@ -40,6 +40,7 @@ _FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
     **dict.fromkeys(("q2_0", "q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
     "fq4": "q5_0",
+    "fq4_64": "q5_0",
     "q4_k": "q5_0",
     "q5_k": "q5_1",
     "q6_k": "q8_0",

@@ -1,4 +1,4 @@
-"""FQ4: numpy against C, bit for bit; dot products; the accuracy that the format promises.
+"""FQ4 and FQ4_64: numpy against C, bit for bit; dot products; the accuracy that the format promises.
 
 What would break these: a float operation in another order or with contraction, another rounding to fp16, a
 nibble in the wrong place, a vector path that reads across a block, a table or an encoder that got worse.
@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ggml_ext.gguf import fq4
+from ggml_ext.gguf import fq4, fq4_64
 from ggml_ext.runtime import native
 from ggml_ext.runtime.weighting import usable
 
 Floats = NDArray[np.float32]
+
+TYPES = {"fq4": fq4, "fq4_64": fq4_64}
+LARGEST = {"fq4": np.float32(6e6), "fq4_64": np.float32(2e4)}
 
 EDGE_VALUES = (0.0, -0.0, 1e-45, 1e-38, 6e-8, 3e-6, 1.0, -1.0, 5e4, 65504.0, 5.9e6, -6e6)
 
@@ -81,19 +84,21 @@ ROWS = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(case=ROWS)
 def test_encoder_and_decoder_are_bit_for_bit_c(case: tuple[Floats, Floats | None]) -> None:
-    rows, importances = case
-    data = native.quantize("fq4", rows, importances, threads=1)
-    used = None if importances is None else usable(importances)
-    assert fq4.quantize(rows, used).tobytes() == data.tobytes()
-    assert fq4.dequantize(data).tobytes() == native.dequantize("fq4", data, rows.shape[1]).tobytes()
+    for name, module in TYPES.items():
+        rows, importances = np.clip(case[0], -LARGEST[name], LARGEST[name]), case[1]
+        data = native.quantize(name, rows, importances, threads=1)
+        used = None if importances is None else usable(importances)
+        assert module.quantize(rows, used).tobytes() == data.tobytes()
+        assert module.dequantize(data).tobytes() == native.dequantize(name, data, rows.shape[1]).tobytes()
 
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.binary(min_size=138, max_size=138))
 def test_any_bytes_decode_as_in_c(data: bytes) -> None:
-    block = np.frombuffer(data, np.uint8)[None]
-    expected = native.dequantize("fq4", block, 256)
-    np.testing.assert_array_equal(fq4.dequantize(block), expected)
+    for name, module in TYPES.items():
+        block = np.frombuffer(data, np.uint8, module.BLOCK_BYTES)[None]
+        expected = native.dequantize(name, block, module.BLOCK)
+        np.testing.assert_array_equal(module.dequantize(block), expected)
 
 
 def test_layout_is_the_documented_one() -> None:
@@ -125,7 +130,11 @@ def test_study_measures_the_frozen_table(repo_root: Path) -> None:
 def test_numpy_marks_what_cannot_be_encoded(bad: float) -> None:
     rows = np.ones((1, 512), np.float32)
     rows[0, 300] = bad
-    assert np.isfinite(fq4.dequantize(fq4.quantize(rows)))[0].tolist() == [True] * 256 + [False] * 256
+    for module in TYPES.values():
+        finite = np.isfinite(module.dequantize(module.quantize(rows)))[0].reshape(-1, module.BLOCK)
+        bad_block = 300 // module.BLOCK
+        assert finite.all(1).tolist() == [i != bad_block for i in range(len(finite))]
+        assert not finite[bad_block].any()
 
 
 @pytest.mark.parametrize("path", native.cpu_paths())

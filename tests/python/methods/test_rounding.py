@@ -16,7 +16,21 @@ from ggml_ext.methods.rounding.hessian import Hessian
 from ggml_ext.methods.rounding.kernels import descend, gptq_fq4, gptq_grid
 from ggml_ext.runtime import native
 
-TYPES = ("fq4", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "q4_k", "q5_k", "q6_k", "nvfp4", "mxfp4")
+TYPES = (
+    "fq4",
+    "fq4_64",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "iq4_nl",
+    "iq4_xs",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "nvfp4",
+    "mxfp4",
+)
 
 
 def _weights(rows: int, n: int, seed: int = 0) -> NDArray[np.float32]:
@@ -74,7 +88,7 @@ def test_rescale_multiplies_weights(type_name: str) -> None:
     data = native.quantize(type_name, _weights(3, 256))
     values = native.dequantize(type_name, data, 256)
     doubled = native.dequantize(type_name, grid.rescale(type_name, data, 2.0), 256)
-    scales_are_bytes = type_name in ("mxfp4", "nvfp4")
+    scales_are_bytes = type_name in ("fq4_64", "mxfp4", "nvfp4")
     assert np.array_equal(doubled, values if scales_are_bytes else 2 * values)
 
 

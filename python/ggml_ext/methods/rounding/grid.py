@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.gguf import fq4
+from ggml_ext.gguf import fq4, fq4_64
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -258,12 +258,18 @@ def _unpack_e2m1(codes: Bytes) -> Bytes:
     return np.where(codes == 8, 0, codes)  # the negative zero
 
 
-# --- FQ4: docs/gguf.md
+# --- FQ4, FQ4_64: docs/gguf.md
 
 
 def _fq4_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
     rows = np.stack([blocks[:, 2:10] & 15, blocks[:, 2:10] >> 4], 2).reshape(-1, 16)
     scale = np.repeat(_half(blocks, 0).astype(np.float32)[:, None], 16, 1)
+    return scale, np.zeros_like(scale), rows
+
+
+def _fq4_64_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
+    rows = np.stack([blocks[:, 1:3] & 15, blocks[:, 1:3] >> 4], 2).reshape(-1, 4)
+    scale = np.repeat(fq4_64.SCALES[blocks[:, 0]][:, None], 4, 1)
     return scale, np.zeros_like(scale), rows
 
 
@@ -305,6 +311,7 @@ def _unpack_nvfp4(blocks: Bytes) -> Bytes:
 # fmt: off
 _LAYOUTS = {
     "fq4": _Layout(256, 138, 16, _FQ4_ROWS, _CODES4, (0,), _fq4_parameters, *_packed(10, 138, 64)),
+    "fq4_64": _Layout(64, 35, 16, _FQ4_ROWS, _CODES4, (), _fq4_64_parameters, *_packed(3, 35, 32)),
     "q4_0": _Layout(32, 18, 32, _steps(-8, 8), _CODES4, (0,), _d_parameters, *_packed(2, 18, 16)),
     "q4_1": _Layout(32, 20, 32, _steps(0, 16), _CODES4, (0, 2), _minimum_parameters, *_packed(4, 20, 16)),
     "q5_0": _Layout(32, 22, 32, _steps(-16, 16), _CODES5, (0,), _d_parameters, *_fifth_bits(2)),

@@ -1,4 +1,5 @@
-// FQ4 products with 256-bit vectors: the body that AVX2 and AVX-VNNI share. The including file defines
+// Products with 256-bit vectors: the body that AVX2 and AVX-VNNI share, of all types, after a type's block.h. The including
+// file defines
 //
 //   FQ4_TARGET               function attributes
 //   FQ4_OFFSET               what is added to a weight's byte: 0, or 128 to make it unsigned
@@ -6,11 +7,10 @@
 //                            neighbours to a lane
 //
 // Row vectors: w[v] holds the weights 32 v .. 32 v + 31 of one block.
-// Tile: 4 groups of 8 rows. In a group, vector k (0 .. 63) holds the weights 4 k .. 4 k + 3 of its rows, one row to a
+// Tile: 4 groups of 8 rows. In a group, vector k (0 .. FQ4_QK / 4 - 1) holds the weights 4 k .. 4 k + 3 of its rows, one row to a
 // lane: a column's four activations are broadcast, and no sum crosses lanes.
 
-#include "fq4.h"
-#include "pairs.h"
+#include "fq4/cpu/pairs.h"
 
 #include <float.h>
 #include <immintrin.h>
@@ -19,30 +19,35 @@
 
 #define FQ4_INLINE FQ4_TARGET static inline __attribute__((always_inline))
 
-#define FQ4_VECTORS     (QK_FQ4 / 32)  // of one row's block
-#define FQ4_GROUP_BYTES (8 * QK_FQ4)   // of 8 rows' blocks
+#define FQ4_VECTORS     (FQ4_QK / 32)  // of one row's block
+#define FQ4_GROUP_BYTES (8 * FQ4_QK)   // of 8 rows' blocks
 
 // Bytes ahead: rows that follow each other are one stream from memory. docs/fq4.md has the measurement.
 #define FQ4_PREFETCH 4096
 
-// The table rows of the sub-blocks 2 v and 2 v + 1, from the 8 bytes of row indices.
+FQ4_INLINE const fq4_act * fq4_act_at(const void * y, int ib) {
+    return (const fq4_act *) y + ib;
+}
+
+// The table rows of the sub-blocks 2 v and 2 v + 1, from the bytes of row indices.
 FQ4_INLINE __m256i fq4_rows(uint64_t s, int v) {
     const __m256i rows = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[s >> 8 * v & 255]);
     return FQ4_OFFSET ? rows : _mm256_xor_si256(rows, _mm256_set1_epi8(-128));
 }
 
 // Loads are what bounds a dot product with one column, so the row indices come in one.
-FQ4_INLINE void fq4_decode_row(const ggml_ext_block_fq4 * x, __m256i * w) {
+FQ4_INLINE void fq4_decode_row(const fq4_block * x, __m256i * w) {
     const __m256i mask = _mm256_set1_epi8(15);
-    uint64_t      s;
-    memcpy(&s, x->s, sizeof(s));
-    // 32 bytes of codes: 32 weights in the low nibbles, the 32 weights 64 further in the high ones.
-    for (int h = 0; h < 4; h++) {
-        const int v = 4 * (h / 2) + h % 2;
+    const int     run  = FQ4_RUN / 32;
+    uint64_t      s    = 0;
+    memcpy(&s, x->s, sizeof(x->s));
+    // 32 bytes of codes: 32 weights in the low nibbles, the 32 weights FQ4_RUN further in the high ones.
+    for (int h = 0; h < FQ4_QK / 64; h++) {
+        const int v = 2 * run * (h / run) + h % run;
         __m256i   q = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
         __asm__("" : "+x"(q));  // or GCC loads it twice
-        w[v]     = _mm256_shuffle_epi8(fq4_rows(s, v), _mm256_and_si256(q, mask));
-        w[v + 2] = _mm256_shuffle_epi8(fq4_rows(s, v + 2), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
+        w[v]       = _mm256_shuffle_epi8(fq4_rows(s, v), _mm256_and_si256(q, mask));
+        w[v + run] = _mm256_shuffle_epi8(fq4_rows(s, v + run), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
     }
 }
 
@@ -53,16 +58,16 @@ FQ4_INLINE float fq4_sum_lanes(__m256 x) {
 }
 
 FQ4_INLINE void fq4_dots_n(int n_rows, int n_blocks, const void * rows, size_t row_size, const int n_cols,
-                           const struct ggml_ext_fq4_act * const * y, float * const * out) {
+                           const void * const * y, float * const * out) {
     for (int r = 0; r < n_rows; r++) {
-        const ggml_ext_block_fq4 * x = (const ggml_ext_block_fq4 *) ((const char *) rows + r * row_size);
-        __m256                     acc[GGML_EXT_FQ4_MAX_COLS];
+        const fq4_block * x = (const fq4_block *) ((const char *) rows + r * row_size);
+        __m256            acc[GGML_EXT_FQ4_MAX_COLS];
 #pragma GCC unroll 8
         for (int c = 0; c < n_cols; c++) {
             acc[c] = _mm256_setzero_ps();
         }
         for (int ib = 0; ib < n_blocks; ib++) {
-            for (int line = 0; line < 192; line += 64) {
+            for (int line = 0; line < (int) sizeof(fq4_block); line += 64) {
                 _mm_prefetch((const char *) (x + ib) + FQ4_PREFETCH + line, _MM_HINT_T0);
             }
             __m256i w[FQ4_VECTORS];
@@ -70,18 +75,20 @@ FQ4_INLINE void fq4_dots_n(int n_rows, int n_blocks, const void * rows, size_t r
             fq4_decode_row(x + ib, w);
 #pragma GCC unroll 8
             for (int c = 0; c < n_cols; c++) {
-                sum[c] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(FQ4_OFFSET ? y[c][ib].start : 0));
+                sum[c] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(FQ4_OFFSET ? fq4_act_at(y[c], ib)->start : 0));
             }
             for (int v = 0; v < FQ4_VECTORS; v++) {
 #pragma GCC unroll 8
                 for (int c = 0; c < n_cols; c++) {
-                    sum[c] = fq4_mac(sum[c], w[v], _mm256_load_si256((const __m256i *) (y[c][ib].q + 32 * v)));
+                    sum[c] =
+                        fq4_mac(sum[c], w[v], _mm256_load_si256((const __m256i *) (fq4_act_at(y[c], ib)->q + 32 * v)));
                 }
             }
-            const float d = _cvtsh_ss(x[ib].d);
+            const float d = FQ4_SCALE(x + ib, _cvtsh_ss);
 #pragma GCC unroll 8
             for (int c = 0; c < n_cols; c++) {
-                acc[c] = _mm256_fmadd_ps(_mm256_set1_ps(d * y[c][ib].d), _mm256_cvtepi32_ps(sum[c]), acc[c]);
+                acc[c] =
+                    _mm256_fmadd_ps(_mm256_set1_ps(d * fq4_act_at(y[c], ib)->d), _mm256_cvtepi32_ps(sum[c]), acc[c]);
             }
         }
 #pragma GCC unroll 8
@@ -92,7 +99,7 @@ FQ4_INLINE void fq4_dots_n(int n_rows, int n_blocks, const void * rows, size_t r
 }
 
 FQ4_TARGET static void fq4_dots(int n_rows, int n_blocks, const void * x, size_t row_size, int n_cols,
-                                const struct ggml_ext_fq4_act * const * y, float * const * out) {
+                                const void * const * y, float * const * out) {
     switch (n_cols) {
         case 1:
             fq4_dots_n(n_rows, n_blocks, x, row_size, 1, y, out);
@@ -140,16 +147,17 @@ FQ4_INLINE void fq4_transpose_8x8(const __m256i in[8], __m256i * out) {
     }
 }
 
-FQ4_TARGET static void fq4_decode(int n_rows, const void * x, size_t row_size, struct ggml_ext_fq4_tile * tile) {
+FQ4_TARGET static void fq4_decode(int n_rows, const void * x, size_t row_size, void * to) {
+    fq4_tile * tile = (fq4_tile *) to;
     for (int group = 0; group < GGML_EXT_FQ4_TILE_ROWS / 8; group++) {
         __m256i   w[8][FQ4_VECTORS];
         __m256i * out = (__m256i *) (tile->w + group * FQ4_GROUP_BYTES);
         for (int r = 0; r < 8; r++) {
             const int row = 8 * group + r;
             if (row < n_rows) {
-                const ggml_ext_block_fq4 * block = (const ggml_ext_block_fq4 *) ((const char *) x + row * row_size);
+                const fq4_block * block = (const fq4_block *) ((const char *) x + row * row_size);
                 fq4_decode_row(block, w[r]);
-                tile->d[row] = _cvtsh_ss(block->d);
+                tile->d[row] = FQ4_SCALE(block, _cvtsh_ss);
             } else {
                 for (int v = 0; v < FQ4_VECTORS; v++) {
                     w[r][v] = _mm256_set1_epi8((char) FQ4_OFFSET);
@@ -171,20 +179,20 @@ FQ4_INLINE void fq4_add_scaled(__m256i sum, const float * d, float y_d, float * 
 }
 
 // 16 rows by up to 4 columns: 8 sums in registers, each weight loaded once for all columns.
-FQ4_INLINE void fq4_multiply_n(const uint8_t * w, const float * d, const int n_cols,
-                               const struct ggml_ext_fq4_act * const * y, float * acc) {
+FQ4_INLINE void fq4_multiply_n(const uint8_t * w, const float * d, const int n_cols, const void * const * y,
+                               float * acc) {
     __m256i sum[2][4];
 #pragma GCC unroll 8
     for (int c = 0; c < n_cols; c++) {
-        sum[0][c] = sum[1][c] = _mm256_set1_epi32(FQ4_OFFSET ? y[c]->start : 0);
+        sum[0][c] = sum[1][c] = _mm256_set1_epi32(FQ4_OFFSET ? fq4_act_at(y[c], 0)->start : 0);
     }
-    for (int k = 0; k < QK_FQ4 / 4; k++) {
+    for (int k = 0; k < FQ4_QK / 4; k++) {
         const __m256i w0 = _mm256_load_si256((const __m256i *) (w + 32 * k));
         const __m256i w1 = _mm256_load_si256((const __m256i *) (w + FQ4_GROUP_BYTES + 32 * k));
 #pragma GCC unroll 8
         for (int c = 0; c < n_cols; c++) {
             int32_t four;
-            memcpy(&four, y[c]->q + 4 * k, 4);
+            memcpy(&four, fq4_act_at(y[c], 0)->q + 4 * k, 4);
             const __m256i q = _mm256_set1_epi32(four);
             sum[0][c]       = fq4_mac(sum[0][c], w0, q);
             sum[1][c]       = fq4_mac(sum[1][c], w1, q);
@@ -194,16 +202,17 @@ FQ4_INLINE void fq4_multiply_n(const uint8_t * w, const float * d, const int n_c
     for (int c = 0; c < n_cols; c++) {
 #pragma GCC unroll 8
         for (int half = 0; half < 2; half++) {
-            fq4_add_scaled(sum[half][c], d + 8 * half, y[c]->d, acc + c * GGML_EXT_FQ4_TILE_ROWS + 8 * half);
+            fq4_add_scaled(sum[half][c], d + 8 * half, fq4_act_at(y[c], 0)->d,
+                           acc + c * GGML_EXT_FQ4_TILE_ROWS + 8 * half);
         }
     }
 }
 
-FQ4_TARGET static void fq4_multiply(const struct ggml_ext_fq4_tile * tile, int n_cols,
-                                    const struct ggml_ext_fq4_act * const * y, float * acc) {
+FQ4_TARGET static void fq4_multiply(const void * from, int n_cols, const void * const * y, float * acc) {
+    const fq4_tile * tile = (const fq4_tile *) from;
     for (; n_cols > 0; n_cols -= 4, y += 4, acc += 4 * GGML_EXT_FQ4_TILE_ROWS) {
         for (int row = 0; row < GGML_EXT_FQ4_TILE_ROWS; row += 16) {
-            const uint8_t * w = tile->w + row * QK_FQ4;
+            const uint8_t * w = tile->w + row * FQ4_QK;
             switch (n_cols) {
                 case 1:
                     fq4_multiply_n(w, tile->d + row, 1, y, acc + row);
@@ -226,7 +235,7 @@ FQ4_TARGET static void fq4_multiply(const struct ggml_ext_fq4_tile * tile, int n
 FQ4_INLINE int32_t fq4_max_bits(const float * x) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i       max       = _mm256_setzero_si256();
-    for (int i = 0; i < QK_FQ4; i += 8) {
+    for (int i = 0; i < FQ4_QK; i += 8) {
         max = _mm256_max_epi32(max, _mm256_and_si256(_mm256_loadu_si256((const __m256i *) (x + i)), magnitude));
     }
     __m128i r = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
@@ -238,11 +247,12 @@ FQ4_INLINE __m256i fq4_round_8(const float * x, __m256 inv) {
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inv));
 }
 
-FQ4_TARGET static void fq4_quantize(int64_t k, const float * x, struct ggml_ext_fq4_act * y) {
+FQ4_TARGET static void fq4_quantize(int64_t k, const float * x, void * acts) {
+    fq4_act *     y     = (fq4_act *) acts;
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes what the packs do to the lanes
     const __m256i ones8 = _mm256_set1_epi8(1);
     const __m256i ones  = _mm256_set1_epi16(1);
-    for (; k > 0; k -= QK_FQ4, x += QK_FQ4, y++) {
+    for (; k > 0; k -= FQ4_QK, x += FQ4_QK, y++) {
         const int32_t bits   = fq4_max_bits(x);
         const bool    finite = bits < 0x7f800000;
         float         max;
@@ -256,7 +266,7 @@ FQ4_TARGET static void fq4_quantize(int64_t k, const float * x, struct ggml_ext_
         }
         const __m256 inv = _mm256_set1_ps(scale);
         __m256i      sum = _mm256_setzero_si256();
-        for (int i = 0; i < QK_FQ4; i += 32) {
+        for (int i = 0; i < FQ4_QK; i += 32) {
             const __m256i low  = _mm256_packs_epi32(fq4_round_8(x + i, inv), fq4_round_8(x + i + 8, inv));
             const __m256i high = _mm256_packs_epi32(fq4_round_8(x + i + 16, inv), fq4_round_8(x + i + 24, inv));
             const __m256i q    = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);

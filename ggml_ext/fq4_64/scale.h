@@ -1,0 +1,18 @@
+// FQ4_64's scale, shared by its encoders.
+
+#ifndef GGML_EXT_FQ4_64_SCALE_H
+#define GGML_EXT_FQ4_64_SCALE_H
+
+#include <stdint.h>
+
+#define GGML_EXT_FQ4_64_NAN     255
+#define GGML_EXT_FQ4_64_LARGEST 254
+
+// Weights beyond this would leave the encoders too few candidates: 1.4 * 2e4 / 127 < 224, the largest scale.
+#define GGML_EXT_FQ4_64_MAX_WEIGHT 2e4f
+
+// The byte of the nearest scale, ties to the even one, 254 for larger ones and for infinity; 0 for what is nearer to 0
+// than to the smallest one, for numbers below 0 and NaN.
+uint8_t ggml_ext_fq4_64_round_d(float d);
+
+#endif  // GGML_EXT_FQ4_64_SCALE_H
