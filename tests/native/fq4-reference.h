@@ -3,11 +3,8 @@
 
 #pragma once
 
-#ifdef FQ4_REFERENCE_64
-#    include "fq4_64/cpu/block.h"
-#else
-#    include "fq4/cpu/block.h"
-#endif
+#include "fq4/fq4.h"
+#include "fq4_64/fq4_64.h"
 #include "ggml.h"
 
 #include <cfloat>
@@ -20,12 +17,11 @@
 namespace fq4_reference {
 
 #ifdef FQ4_REFERENCE_64
-constexpr int             BLOCK       = 64;
-constexpr size_t          BLOCK_BYTES = 35;
-constexpr ggml_type       TYPE        = GGML_TYPE_FQ4_64;
-const ggml_ext_fq4_kind & KIND        = ggml_ext_fq4_64_kernels;
-constexpr int             HEADER      = 1;   // bytes of d
-constexpr int             RUN         = 32;  // weights in the low nibbles of consecutive bytes
+constexpr int       BLOCK       = 64;
+constexpr size_t    BLOCK_BYTES = 35;
+constexpr ggml_type TYPE        = GGML_TYPE_FQ4_64;
+constexpr int       HEADER      = 1;   // bytes of d
+constexpr int       RUN         = 32;  // weights in the low nibbles of consecutive bytes
 
 inline double scale(const uint8_t * block) {
     const int d = block[0];
@@ -39,12 +35,11 @@ inline void set_scale(uint8_t * block, float d) {
     block[0]             = (uint8_t) (d == 0 ? 0 : 8 * (exponent - 1 + 24) + (int) (16 * fraction) - 8);
 }
 #else
-constexpr int             BLOCK       = 256;
-constexpr size_t          BLOCK_BYTES = 138;
-constexpr ggml_type       TYPE        = GGML_TYPE_FQ4;
-const ggml_ext_fq4_kind & KIND        = ggml_ext_fq4_kernels;
-constexpr int             HEADER      = 2;
-constexpr int             RUN         = 64;
+constexpr int       BLOCK       = 256;
+constexpr size_t    BLOCK_BYTES = 138;
+constexpr ggml_type TYPE        = GGML_TYPE_FQ4;
+constexpr int       HEADER      = 2;
+constexpr int       RUN         = 64;
 
 inline double scale(const uint8_t * block) {
     ggml_fp16_t half;

@@ -3,7 +3,7 @@
 
 #include "check.h"
 #include "fq4-evex256.h"
-#include "fq4-reference.h"
+#include "fq4-kind.h"
 #include "ggml-cpu.h"
 
 #define GGML_COMMON_DECL_CPP

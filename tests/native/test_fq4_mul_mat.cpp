@@ -3,7 +3,7 @@
 // bound, so no tolerance is a guess: at K = 256 it is smaller than one wrong unit in one product.
 
 #include "check.h"
-#include "fq4-reference.h"
+#include "fq4-kind.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
+OWN_TYPES = ("fq4", "fq4_64")
+"""Types that stock llama.cpp refuses."""
+
 SOURCE_TYPES = (*FLOAT_TYPES, "q8_0")
 """Types of weights that are worth rounding anew: what q8_0 has lost is far below what fewer bits lose."""
 

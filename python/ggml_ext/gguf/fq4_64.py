@@ -89,12 +89,12 @@ def _encode(x: Floats, weight: Floats) -> NDArray[np.void]:
     valid = largest <= _MAX_WEIGHT  # false for NaN
     x = np.where(valid[:, None, None], x, np.float32(0))
     largest = np.where(valid, largest, np.float32(0))
-    first = _round_d(largest * (_FIRST_FACTOR / np.float32(127)))
+    first = round_d(largest * (_FIRST_FACTOR / np.float32(127)))
     best = no_choice(n, _N_SUBS)
     for guess in range(_N_GUESSES):
         best.improve(choose(x, weight, SCALES[np.where(first > 0, np.minimum(first + guess, 254), 0)]))
     for _ in range(_N_REFITS):
-        best.improve(choose(x, weight, SCALES[np.where(best.d > 0, _round_d(refit_d(x, weight, best)), 0)]))
+        best.improve(choose(x, weight, SCALES[np.where(best.d > 0, round_d(refit_d(x, weight, best)), 0)]))
     blocks = _pack(best)
     refused = ~valid | ((first > 0) & (best.d == 0))
     blocks[refused] = np.zeros((), _DTYPE)
@@ -102,7 +102,7 @@ def _encode(x: Floats, weight: Floats) -> NDArray[np.void]:
     return blocks
 
 
-def _round_d(d: Floats) -> NDArray[np.intp]:
+def round_d(d: Floats) -> NDArray[np.intp]:
     """The byte of the nearest scale (ties to the even one), at most the largest; 0 for nearer to 0."""
     bits = d.astype(np.float32).view(np.uint32).astype(np.int64)
     rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - ((127 - 24) << 3)
@@ -113,7 +113,7 @@ def _round_d(d: Floats) -> NDArray[np.intp]:
 def _pack(choice: Choice) -> NDArray[np.void]:
     n = len(choice.d)
     blocks = np.zeros(n, _DTYPE)
-    blocks["d"] = _round_d(choice.d)
+    blocks["d"] = round_d(choice.d)
     blocks["s"] = choice.row[:, 0::2] | choice.row[:, 1::2] << 4
     codes = choice.codes().reshape(n, 2, BLOCK // 2)
     blocks["q"] = codes[:, 0] | codes[:, 1] << 4

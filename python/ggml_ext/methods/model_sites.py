@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ggml_ext.core.errors import listed
-from ggml_ext.core.registry import FLOAT_TYPES
+from ggml_ext.core.registry import FLOAT_TYPES, OWN_TYPES
 from ggml_ext.gguf.source import Source, read_floats, reading
 from ggml_ext.methods.sites import Fold, Linear, Site
 from ggml_ext.observe import sites as observed
@@ -73,7 +73,7 @@ class ModelSites:
             ),
             default=None,
         )
-        return first == index and "fq4" not in self.types.values()
+        return first == index and not set(OWN_TYPES) & set(self.types.values())
 
     @property
     def outside(self) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ggml_ext.core import paths
 from ggml_ext.core.errors import GgmlExtError
-from ggml_ext.core.registry import FLOAT_TYPES, ROUNDINGS, TRANSFORMS
+from ggml_ext.core.registry import FLOAT_TYPES, OWN_TYPES, ROUNDINGS, TRANSFORMS
 from ggml_ext.runtime import native
 from ggml_ext.types import mixes
 from ggml_ext.types.rules import STOCK_MIXES
@@ -234,7 +234,7 @@ def remarks(method: Method, used_types: Sequence[str]) -> list[str]:
             f"warning: diagonal scaling is known to hurt {', '.join(fp4)}, whose small groups have scales of "
             "their own; compare with --transform none or hadamard"
         )
-    if method.online and "fq4" not in used_types:
+    if method.online and not set(OWN_TYPES) & set(used_types):
         what = "the transform is" if TRANSFORMS[method.transform].online else "4-bit activations are"
         lines.append(f"{what} left for run time: stock llama.cpp will not run this file as it is meant")
     return lines

@@ -34,12 +34,12 @@ STOCK_MIXES = frozenset((
 ))
 # fmt: on
 
-# Row length no multiple of the type's block: the type of block 32 that takes its place
-# (tensor_type_fallback). FQ4 goes where Q4_K goes.
+# Row length no multiple of the type's block: the type of smaller blocks that takes its place
+# (tensor_type_fallback). FQ4 goes where Q4_K goes but for rows that FQ4_64 fits.
 _FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
     **dict.fromkeys(("q2_0", "q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
-    "fq4": "q5_0",
+    "fq4": "fq4_64",
     "fq4_64": "q5_0",
     "q4_k": "q5_0",
     "q5_k": "q5_1",
@@ -184,16 +184,16 @@ def fallback(type_name: str, row: int, block_size: BlockSize) -> str:
 
     Raises GgmlExtError for a type of large blocks that has no smaller relative.
     """
-    block = block_size(type_name)
-    if row % block == 0:
+    if row % block_size(type_name) == 0:
         return type_name
-    smaller = _FALLBACK.get(type_name, type_name if block <= 32 else "")
-    if not smaller:
+    if type_name in _FALLBACK:
+        return fallback(_FALLBACK[type_name], row, block_size)
+    if block_size(type_name) > 32:
         raise GgmlExtError(
-            f"rows of {row} weights do not fit type {type_name}, whose blocks have {block}; "
+            f"rows of {row} weights do not fit type {type_name}, whose blocks have {block_size(type_name)}; "
             "choose another type for these tensors with --type-for"
         )
-    return smaller if row % block_size(smaller) == 0 else "f16"
+    return "f16"
 
 
 def _default_type(

@@ -15,7 +15,7 @@ from ggml_ext.core.atomic import atomic_path
 from ggml_ext.core.cpus import processors
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.progress import track
-from ggml_ext.core.registry import SOURCE_TYPES
+from ggml_ext.core.registry import OWN_TYPES, SOURCE_TYPES
 from ggml_ext.gguf.imatrix import Imatrix
 from ggml_ext.gguf.source import Source, float_slabs
 from ggml_ext.runtime import native, tools
@@ -31,9 +31,10 @@ def quantize(
 
     ``work``: a folder for temporary files. Raises GgmlExtError with llama-quantize's reason.
     """
-    if any(type_name == "fq4" for _, type_name in request.type_for):
+    own = next((type_name for _, type_name in request.type_for if type_name in OWN_TYPES), None)
+    if own is not None:
         raise GgmlExtError(
-            f"--type {request.base}: llama-quantize makes this mix and fq4 is none of its types; "
+            f"--type {request.base}: llama-quantize makes this mix and {own} is none of its types; "
             "use --type fq4 and name the exceptions with --type-for"
         )
     overrides = rules.overrides([tensor.shape for tensor in source.tensors], source.arch, request)

@@ -88,7 +88,7 @@ def test_rescale_multiplies_weights(type_name: str) -> None:
     data = native.quantize(type_name, _weights(3, 256))
     values = native.dequantize(type_name, data, 256)
     doubled = native.dequantize(type_name, grid.rescale(type_name, data, 2.0), 256)
-    scales_are_bytes = type_name in ("fq4_64", "mxfp4", "nvfp4")
+    scales_are_bytes = type_name in ("mxfp4", "nvfp4")
     assert np.array_equal(doubled, values if scales_are_bytes else 2 * values)
 
 

@@ -18,7 +18,17 @@ from ggml_ext.types.rules import (
     without_effect,
 )
 
-_BLOCKS = {"f32": 1, "f16": 1, "bf16": 1, "q4_0": 32, "q5_0": 32, "q8_0": 32, "mxfp4": 32, "nvfp4": 64}
+_BLOCKS = {
+    "fq4_64": 64,
+    "f32": 1,
+    "f16": 1,
+    "bf16": 1,
+    "q4_0": 32,
+    "q5_0": 32,
+    "q8_0": 32,
+    "mxfp4": 32,
+    "nvfp4": 64,
+}
 
 
 def block_size(name: str) -> int:
@@ -75,7 +85,9 @@ def test_one_architecture_has_names_of_its_own() -> None:
     ("wanted", "row", "used"),
     [
         ("fq4", 512, "fq4"),
+        ("fq4", 576, "fq4_64"),
         ("fq4", 288, "q5_0"),
+        ("fq4_64", 288, "q5_0"),
         ("q4_k", 288, "q5_0"),
         ("q6_k", 288, "q8_0"),
         ("iq4_xs", 96, "iq4_nl"),

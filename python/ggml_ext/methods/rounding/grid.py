@@ -104,11 +104,14 @@ def encode(type_name: str, data: Bytes, levels: Bytes) -> Bytes:
 
 
 def rescale(type_name: str, data: Bytes, factor: float | Floats) -> Bytes:
-    """A copy of ``data`` whose blocks' fp16 scales are multiplied by ``factor`` (one, or one per block, as
-    [rows, blocks]). Types without an fp16 scale are returned as they are."""
+    """A copy of ``data`` whose blocks' scales are multiplied by ``factor`` (one, or one per block, as
+    [rows, blocks]), as far as their floats can. MXFP4 and NVFP4 are returned as they are."""
     layout = _LAYOUTS[type_name]
     out = data.copy()
     blocks = out.reshape(-1, layout.n_bytes)
+    if type_name == "fq4_64":
+        scale = fq4_64.SCALES[blocks[:, 0]] * np.asarray(factor, np.float32).reshape(-1)
+        blocks[:, 0] = fq4_64.round_d(scale)
     for at in layout.scales:
         scale = _half(blocks, at).astype(np.float32) * np.asarray(factor, np.float32).reshape(-1)
         blocks[:, at : at + 2] = scale.clip(-65504, 65504).astype("<f2")[:, None].view(np.uint8)
