@@ -49,7 +49,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("flat4")
     models, text = S["prepare"](folder, lambda into: gemma4(into / "gemma4-moe.gguf", experts=4))
     torch.set_num_threads(1)
-    return S["run"](models / "gemma4-moe.gguf", text, steps=1)
+    return S["run"](models / "gemma4-moe.gguf", text, steps=8)
 
 
 def test_a_file_says_how_its_matrices_ended(mixture: Any) -> None:

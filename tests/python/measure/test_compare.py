@@ -322,7 +322,14 @@ def test_interrupt(folder: Path, tmp_path: Path, command: str) -> None:
             break
     assert child.poll() is None, "too short to be interrupted"
     child.send_signal(signal.SIGINT)
-    stdout, stderr = child.communicate(timeout=30)
+    try:
+        stdout, stderr = child.communicate(timeout=30)
+    except (
+        subprocess.TimeoutExpired
+    ):  # CPython drops what is raised in the hooks of a fork, of which bench has many
+        child.send_signal(signal.SIGINT)
+        stdout, stderr = child.communicate(timeout=30)
+        stderr = stderr[stderr.index("KeyboardInterrupt") :]
     assert child.returncode in INTERRUPTED, stderr
     assert stdout == ""
     assert stderr.splitlines()[-1] == "ggml-ext: interrupted"
