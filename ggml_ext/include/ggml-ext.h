@@ -118,6 +118,14 @@ GGML_EXT_API int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const flo
 GGML_EXT_API int64_t ggml_ext_descend(const struct ggml_ext_grid * grid, int64_t nrows, const float * w,
                                       const float * h, int32_t sweeps, uint8_t * levels);
 
+// Puts size bytes in the place of those at offset in the tensor of that name, in its own type, wherever the model has
+// it. Not while a context computes. The model must be loaded neither mapped (LLAMA_LOAD_MODE_NONE) nor packed
+// (use_extra_bufts false). Returns 0, GGML_EXT_E_TYPE for a tensor that is not there or in a mapped file, or
+// GGML_EXT_E_SHAPE for bytes outside of it. [llama]
+struct llama_model;
+GGML_EXT_API int32_t ggml_ext_model_set_tensor(struct llama_model * model, const char * name, const void * data,
+                                               int64_t offset, int64_t size);
+
 // Measures a model's token embeddings (rows of token_embd.weight) and the outputs of its blocks, which
 // llama.cpp names "l_out-<block>": n_layer + 1 tensors of [n_embd, n_tokens], below called outputs. The
 // object is the user data of ggml_ext_layers_eval, which goes into llama_context_params.cb_eval.

@@ -49,6 +49,9 @@ constexpr known_key known_keys[] = {
     { "ggml_ext.error.tensors", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
     { "ggml_ext.error.values", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
     { "ggml_ext.error.kind", GGUF_TYPE_STRING },
+    { "ggml_ext.loss.tensors", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
+    { "ggml_ext.loss.types", GGUF_TYPE_ARRAY, GGUF_TYPE_STRING },
+    { "ggml_ext.loss.values", GGUF_TYPE_ARRAY, GGUF_TYPE_FLOAT32 },
 };
 
 constexpr const char * transform_names[] = { "none", "smoothquant", "awq", "folded", "hadamard", "flatquant" };
@@ -215,19 +218,40 @@ void check_value(const gguf_context * metadata, const char * key, std::initializ
     refuse(key, "is " + std::to_string(gguf_get_val_u32(metadata, id)) + ", not one of " + names);
 }
 
-void check_errors(const gguf_context * metadata) {
-    const char * const keys[] = { "ggml_ext.error.tensors", "ggml_ext.error.values", "ggml_ext.error.kind" };
-    int64_t            ids[3];
+// The ids of three keys that stand together; false where the file has none of them.
+bool find_three(const gguf_context * metadata, const char * const (&keys)[3], int64_t (&ids)[3]) {
     std::transform(std::begin(keys), std::end(keys), ids,
                    [metadata](const char * key) { return gguf_find_key(metadata, key); });
     const int64_t present = *std::max_element(std::begin(ids), std::end(ids));
     if (present < 0) {
-        return;
+        return false;
     }
     for (int i = 0; i < 3; i++) {
         if (ids[i] < 0) {
             refuse(keys[i], std::string("is missing beside '") + gguf_get_key(metadata, present) + "'");
         }
+    }
+    return true;
+}
+
+void check_losses(const gguf_context * metadata) {
+    const char * const keys[] = { "ggml_ext.loss.tensors", "ggml_ext.loss.types", "ggml_ext.loss.values" };
+    int64_t            ids[3];
+    if (!find_three(metadata, keys, ids)) {
+        return;
+    }
+    const uint64_t tensors = gguf_get_arr_n(metadata, ids[0]), types = gguf_get_arr_n(metadata, ids[1]);
+    if (gguf_get_arr_n(metadata, ids[2]) != tensors * types) {
+        refuse(keys[2], "has " + std::to_string(gguf_get_arr_n(metadata, ids[2])) + " elements, not one for each of " +
+                            std::to_string(tensors) + " tensors and " + std::to_string(types) + " types");
+    }
+}
+
+void check_errors(const gguf_context * metadata) {
+    const char * const keys[] = { "ggml_ext.error.tensors", "ggml_ext.error.values", "ggml_ext.error.kind" };
+    int64_t            ids[3];
+    if (!find_three(metadata, keys, ids)) {
+        return;
     }
     if (gguf_get_arr_n(metadata, ids[0]) != gguf_get_arr_n(metadata, ids[1])) {
         refuse(keys[1], "has " + std::to_string(gguf_get_arr_n(metadata, ids[1])) + " elements, '" + keys[0] +
@@ -280,5 +304,6 @@ void ggml_ext_llama_check_metadata(const gguf_context * metadata) {
         check_value(metadata, "ggml_ext.activation.bits", { 4, 8 });
         check_value(metadata, "ggml_ext.activation.group", { 0, 32, 256 });
         check_errors(metadata);
+    check_losses(metadata);
     }
 }

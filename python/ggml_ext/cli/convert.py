@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,17 @@ def _rule(value: str) -> tuple[str, str]:
     if not separator or not pattern or not type_name:
         raise typer.BadParameter(f"{value!r} is not REGEX=TYPE, for example 'ffn_down=q6_k'")
     return pattern, type_name
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _bytes(value: str) -> int:
+    """The bytes that a size such as 4G, 1.5 GB or 91900000 stands for."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip().upper())
+    if match is None or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise typer.BadParameter(f"{value!r} is no size such as 4G, 80M or 91900000", param_hint="--size")
+    return size
 
 
 SourceArgument = Annotated[
@@ -70,6 +82,22 @@ class Settings:
         str | None,
         typer.Option(metavar="NAME", help="Activations: a8 (llama.cpp's own), a4, a4/32 or a4/256."),
     ] = None
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Choose types by what they cost, for a file of at most 4G, 80M, ... (10^9, 10^6).",
+        ),
+    ] = None
+    bpw: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS", min=1, max=32, help="The same for so many bits per weight of all tensors."
+        ),
+    ] = None
+    stock: Annotated[
+        bool, typer.Option("--stock", help="The same with types that unpatched llama.cpp runs.")
+    ] = False
     calibration: CalibrationOption = None
     type_for: Annotated[
         list[str] | None,
@@ -120,7 +148,16 @@ class Settings:
         """What is said of the method."""
         from ggml_ext.recipes import Options
 
-        return Options(self.type_name, self.transform, self.rounding, self.activation, self.samples)
+        return Options(
+            self.type_name,
+            self.transform,
+            self.rounding,
+            self.activation,
+            self.samples,
+            None if self.size is None else _bytes(self.size),
+            self.bpw,
+            self.stock or None,
+        )
 
     def require_device(self) -> None:
         """Refuses what is no device, or one that is not there."""

@@ -207,17 +207,31 @@ def bench(
 def inspect(
     model: ModelArgument,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    bits: Annotated[bool, typer.Option("--bits", help="Show which matrices the bits went to.")] = False,
+    plot_out: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the bits of every matrix.")
+    ] = None,
     json_out: JsonOption = None,
 ) -> None:
     """What a GGUF file consists of: types, sizes, how it was made."""
     from ggml_ext.core.outputs import check_outputs, write_json
+    from ggml_ext.core.plots import require_matplotlib
+    from ggml_ext.gguf import bits as shares
     from ggml_ext.gguf import inspect as inspection
 
-    check_outputs(json_out, inputs=[model])
+    check_outputs(json_out, plot_out, inputs=[model])
+    if plot_out is not None:
+        require_matplotlib()
     result = inspection.inspect(model)
     if json_out is not None:
         write_json(json_out, result.as_json())
     inspection.print_result(result, tensors=tensors)
+    if bits:
+        print_table(shares.bits_table(result))
+    if plot_out is not None:
+        shares.write_plot(plot_out, result)
+    for line in wrote(json_out, plot_out):
+        print(line)
 
 
 @app.command()

@@ -58,6 +58,16 @@ class TensorErrors:
 
 
 @dataclass(frozen=True)
+class TensorLosses:
+    """What ``tensors`` cost in ``types``: KL divergences in nats per token, ``values`` [tensors, types], -1
+    where a tensor cannot have a type."""
+
+    tensors: tuple[str, ...]
+    types: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ExtMetadata:
     """The keys under ggml_ext. of one file; None or empty where the file lacks the key. ``hadamard``,
     ``clip`` and ``fold_sizes``: one per site, of which version 1 has four per block; ``fold_orders``: one per
@@ -75,6 +85,7 @@ class ExtMetadata:
     activation_bits: int | None = None
     activation_group: int | None = None
     errors: TensorErrors | None = None
+    losses: TensorLosses | None = None
 
 
 def _register(name: str, number: int, block: int, size: int) -> gguf.GGMLQuantizationType:
@@ -140,6 +151,9 @@ def read_ext(source: gguf.GGUFReader | Header) -> ExtMetadata | None:
             tensors=tuple(keys["ggml_ext.error.tensors"]),
             values=tuple(keys["ggml_ext.error.values"]),
         )
+    losses = None
+    if "ggml_ext.loss.tensors" in keys:
+        losses = TensorLosses(*(tuple(keys[f"ggml_ext.loss.{f.name}"]) for f in fields(TensorLosses)))
     return ExtMetadata(
         rounding=keys.get("ggml_ext.rounding"),
         transform=keys.get("ggml_ext.transform.name"),
@@ -152,6 +166,7 @@ def read_ext(source: gguf.GGUFReader | Header) -> ExtMetadata | None:
         activation_bits=keys.get("ggml_ext.activation.bits"),
         activation_group=keys.get("ggml_ext.activation.group"),
         errors=errors,
+        losses=losses,
     )
 
 
@@ -166,7 +181,12 @@ def add_ext_keys(writer: gguf.GGUFWriter, meta: ExtMetadata) -> None:
         "ggml_ext.activation.bits": meta.activation_bits,
         "ggml_ext.activation.group": meta.activation_group,
     }
-    for part, prefix in ((meta.calibration, "ggml_ext.calibration"), (meta.errors, "ggml_ext.error")):
+    parts = {
+        "ggml_ext.calibration": meta.calibration,
+        "ggml_ext.error": meta.errors,
+        "ggml_ext.loss": meta.losses,
+    }
+    for prefix, part in parts.items():
         if part is not None:
             for field in fields(part):
                 value = getattr(part, field.name)

@@ -117,6 +117,12 @@ KEYS: Mapping[str, Key] = {
         GGUFValueType.STRING,
         'Of what: "output" (of the products, on the calibration text) or "weight".',
     ),
+    "ggml_ext.loss.tensors": _texts("Names of the tensors whose types were chosen by what they cost."),
+    "ggml_ext.loss.types": _texts("Names of the types that were compared."),
+    "ggml_ext.loss.values": _floats(
+        "Per tensor and type the KL divergence, in nats per token, that plain rounding of this tensor alone "
+        "adds; -1 where the tensor cannot have the type."
+    ),
 }
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
@@ -159,6 +165,7 @@ def check_values(values: Mapping[str, Any], n_blocks: int | None) -> None:
                 "convert the model again"
             )
     _check_errors(values)
+    _check_losses(values)
 
 
 def _check_sites(values: Mapping[str, Any], version: int) -> None:
@@ -254,6 +261,22 @@ def _check_errors(values: Mapping[str, Any]) -> None:
         raise GgmlExtError(
             f"key {names[1]} has {len(values[names[1]])} elements, {names[0]} has {len(values[names[0]])}; "
             "convert the model again"
+        )
+
+
+def _check_losses(values: Mapping[str, Any]) -> None:
+    names = [f"ggml_ext.loss.{part}" for part in ("tensors", "types", "values")]
+    present = [name for name in names if name in values]
+    if not present:
+        return
+    if len(present) < len(names):
+        (missing, *_) = [name for name in names if name not in values]
+        raise GgmlExtError(f"key {missing} is missing beside {present[0]}; convert the model again")
+    tensors, types, losses = (values[name] for name in names)
+    if len(losses) != len(tensors) * len(types):
+        raise GgmlExtError(
+            f"key {names[2]} has {len(losses)} elements, not one for each of {len(tensors)} tensors and "
+            f"{len(types)} types; convert the model again"
         )
 
 

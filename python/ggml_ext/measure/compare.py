@@ -15,6 +15,7 @@ from typing import Any
 
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.outputs import check_outputs, write_json
+from ggml_ext.core.plots import require_matplotlib
 from ggml_ext.gguf.header import read_header, value
 from ggml_ext.gguf.inspect import InspectResult, inspect
 from ggml_ext.gguf.shards import named_errors
@@ -175,7 +176,7 @@ def compare(
     """
     check_outputs(json_out, report_out, plot_out, inputs=[base, *models, text])
     if plot_out is not None:
-        report.require_matplotlib()
+        require_matplotlib()
     with Evaluation(base, models, text, ctx=ctx, threads=threads, cache=cache) as evaluation:
         paths = [base, *models]
         facts = [file_facts(path) for path in paths]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shlex
@@ -15,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ggml_ext import __version__
-from ggml_ext.core.atomic import atomic_path, write_text
+from ggml_ext.core.atomic import write_text
 from ggml_ext.core.cpus import physical_cores
-from ggml_ext.core.errors import GgmlExtError
+from ggml_ext.core.plots import require_matplotlib, save_figure
 from ggml_ext.measure import bench, loss
 from ggml_ext.runtime.cache_types import PLAIN, CacheTypes
 from ggml_ext.runtime.llama import bindings
@@ -296,12 +295,6 @@ def write_report(path: Path, rows: Sequence[Row], *, threads: int | None, rounds
     write_text(path, markdown(rows, threads=threads, rounds=rounds))
 
 
-def require_matplotlib() -> None:
-    """Raise GgmlExtError if plots cannot be drawn here."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise GgmlExtError("--plot: matplotlib is not installed; pip install 'ggml-ext[plot]'")
-
-
 def write_plot(path: Path, rows: Sequence[Row]) -> None:
     """Draw KL divergence over bits per weight, log scales both; a model equal to its base is left out.
 
@@ -342,8 +335,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     figure.supxlabel(PLOT_TEXT, fontsize="small")
     canvas.draw()  # type: ignore[no-untyped-call]
     _label_points(axes, canvas.get_renderer(), shown)  # type: ignore[no-untyped-call]
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(path, figure)
 
 
 def _bars(value: float, bounds: Sequence[float] | None) -> list[list[float]] | None:

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.outputs import check_outputs, write_json
+from ggml_ext.core.plots import require_matplotlib
 from ggml_ext.core.progress import Advance, track
 from ggml_ext.measure import retrieval_report
 from ggml_ext.measure.journal import Journal
 from ggml_ext.measure.proportion import Share, difference, mean, share
-from ggml_ext.measure.report import Row, require_matplotlib
+from ggml_ext.measure.report import Row
 from ggml_ext.measure.scoring import score
 from ggml_ext.measure.subjects import Journalled, Subject, check_vocabulary, read_text
 from ggml_ext.measure.tasks.cases import Case, Spec, Tokenize, make_case

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ggml_ext.core.atomic import atomic_path
+from ggml_ext.core.plots import save_figure
 from ggml_ext.measure.report import Row, caches, number, short_names
 from ggml_ext.runtime.cache_types import CacheTypes
 
@@ -105,5 +105,4 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     figure.colorbar(image, ax=axes, label="share of right answers")
     figure.supxlabel(f"tokens; hatched: {NOT_COUNTED}, the base finds less than 90 %", fontsize=8)
     canvas.draw()  # type: ignore[no-untyped-call]
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(path, figure)

@@ -46,13 +46,14 @@ _BLOCK = re.compile(r"blk\.\d+\.")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What solving and rounding the observed matrices depend on. ``widest``: channels of a site.
-    ``squares``: sum of n^2 over the sites. ``weights``: of all matrices, ``block``: of those of the largest
-    block, ``outside``: of those in none."""
+    """What solving and rounding the observed matrices depend on. ``widest``: channels of a site. ``squares``:
+    sum of n^2 over the sites. ``matrices``: how many read them. ``weights``: of all matrices, ``block``: of
+    those of the largest block, ``outside``: of those in none."""
 
     widest: int
     sites: int
     squares: int
+    matrices: int
     weights: int
     block: int
     outside: int
@@ -162,6 +163,7 @@ def sizes_of(table: Table, source: Source) -> Sizes:
         widest=table.widest,
         sites=len(table.sites),
         squares=sum(site.n**2 for site in table.sites),
+        matrices=sum(len(site.readers) for site in table.sites),
         weights=blocks.total(),
         block=max((n for block, n in blocks.items() if block), default=0),
         outside=blocks[""],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Method:
     """``type_name``: a ggml type or a mix. ``transform``, ``rounding``: names of the registry.
     ``activation``: one of ACTIVATIONS. ``transform_bits``: bits per weight that online factors may take,
     None for no limit. ``samples``: windows of the calibration text, 0 for as many as the widest matrix asks
-    for."""
+    for. ``size``: bytes of the file, ``bpw``: bits per weight of all of its tensors together, if each
+    tensor's type is to be chosen by what it costs; ``stock``: among the types of unpatched llama.cpp."""
 
     type_name: str = "fq4"
     transform: str = "none"
@@ -50,6 +51,14 @@ class Method:
     activation: str = "a8"
     transform_bits: float | None = None
     samples: int = 0
+    size: int | None = None
+    bpw: float | None = None
+    stock: bool = False
+
+    @property
+    def allocates(self) -> bool:
+        """Whether each tensor's type is chosen by what it costs."""
+        return self.size is not None or self.bpw is not None
 
     @property
     def blockwise(self) -> bool:
@@ -87,6 +96,9 @@ class Options:
     rounding: str | None = None
     activation: str | None = None
     samples: int | None = None
+    size: int | None = None
+    bpw: float | None = None
+    stock: bool | None = None
 
 
 def names() -> list[str]:
@@ -119,7 +131,21 @@ def resolve(recipe: str | None, options: Options, *, importances: bool) -> Metho
     """
     given = {key: value for key, value in vars(options).items() if value is not None}
     given = {key: value.lower() if isinstance(value, str) else value for key, value in given.items()}
+    if given.keys() & {"size", "bpw", "stock"}:
+        return _allocating(recipe, given)
     base = Method() if recipe is None else load(recipe).method
+    _check_names(given)
+    if base.allocates and "type_name" in given:
+        base = replace(base, bpw=None)
+    if recipe is None and "rounding" not in given:
+        if given.get("transform", "none") != "none":
+            given["rounding"] = "gptq"
+        elif importances:
+            given["rounding"] = "imatrix"
+    return replace(base, **given)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
     for option, known in (
         ("transform", tuple(TRANSFORMS)),
         ("rounding", tuple(ROUNDINGS)),
@@ -127,12 +153,36 @@ def resolve(recipe: str | None, options: Options, *, importances: bool) -> Metho
     ):
         if given.get(option, known[0]) not in known:
             raise GgmlExtError(f"--{option} {given[option]}: unknown; there are: {', '.join(known)}")
-    if recipe is None and "rounding" not in given:
-        if given.get("transform", "none") != "none":
-            given["rounding"] = "gptq"
-        elif importances:
-            given["rounding"] = "imatrix"
-    return replace(base, **given)
+
+
+def _allocating(recipe: str | None, given: dict[str, Any]) -> Method:
+    """The method with --size, --bpw or --stock: best's, unless a recipe is named, with what stock llama.cpp
+    can do where it has to."""
+    _check_names(given)
+    option = next(f"--{name}" for name in ("size", "bpw", "stock") if name in given)
+    if "type_name" in given:
+        raise GgmlExtError(
+            f"--type {given['type_name']} beside {option}, which chooses types; leave out one of the two, or "
+            "give single tensors theirs with --type-for"
+        )
+    if "size" in given and "bpw" in given:
+        raise GgmlExtError("--size beside --bpw: two sizes; give one of the two")
+    best = load("best").method
+    stock = given.get("stock", False)
+    base = load(recipe or ("stock4" if stock else "best")).method
+    method = replace(base, type_name="q4_k" if stock else best.type_name, **given)
+    if method.size is not None:
+        method = replace(method, bpw=None)
+    elif method.bpw is None:
+        method = replace(method, bpw=best.bpw)
+    if method.transform_bits is None:
+        method = replace(method, transform_bits=best.transform_bits)
+    if stock and method.online:
+        raise GgmlExtError(
+            f"--stock with {method.describe()}: unpatched llama.cpp cannot do that; use --transform awq or "
+            "folded, and activations a8"
+        )
+    return method
 
 
 def with_matrices(method: Method, options: Options, matrices: Path | None) -> Method:
@@ -164,6 +214,11 @@ def check(
             "--imatrix beside --calibration or --observed: two sources of importances; give one of the two"
         )
     _check_types(method, [name for _, name in type_for])
+    if method.allocates and not ROUNDINGS[method.rounding].compensates:
+        raise GgmlExtError(
+            f"--rounding {method.rounding}: types are chosen by what they cost with gptq; use that, or name "
+            "a --type"
+        )
     if method.blockwise:
         _check_blockwise(method, imatrix=imatrix)
     elif ACTIVATIONS[method.activation] is not None:

@@ -188,10 +188,7 @@ class Model:
             raise GgmlExtError(f"{path}: {error.strerror}; name a GGUF file that can be read") from error
         aborts.running(path)
         hparams.check(path)
-        params = self._api.llama_model_default_params()
-        params.progress_callback = _load_callback(self._api)
-        if not weights:
-            params.no_alloc, params.load_mode = True, self._api.LLAMA_LOAD_MODE_NONE  # with mmap it asserts
+        params = self._parameters(weights)
         _log.clear()
         with interruptible():
             self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
@@ -201,16 +198,21 @@ class Model:
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self.vocab)
         self.n_layer: int = self._api.llama_model_n_layer(self._model)
         self.n_embd: int = self._api.llama_model_n_embd(self._model)
-        self.adjacent_rope: bool = (
-            self._api.llama_model_rope_type(self._model) == self._api.LLAMA_ROPE_TYPE_NORM
-        )
+        rope = self._api.llama_model_rope_type(self._model)
+        self.adjacent_rope: bool = rope == self._api.LLAMA_ROPE_TYPE_NORM
         """Whether RoPE turns adjacent channels, not channels half a head apart."""
         self.n_ctx_train: int = self._api.llama_model_n_ctx_train(self._model)
-        self.bos: int | None = (
-            self._api.llama_vocab_bos(self.vocab) if self._api.llama_vocab_get_add_bos(self.vocab) else None
-        )
+        adds_bos = self._api.llama_vocab_get_add_bos(self.vocab)
+        self.bos: int | None = self._api.llama_vocab_bos(self.vocab) if adds_bos else None
         """Token that stands before every text, None if the model has none."""
         self.adds_eos: bool = self._api.llama_vocab_get_add_eos(self.vocab)
+
+    def _parameters(self, weights: bool) -> Any:
+        params = self._api.llama_model_default_params()
+        params.progress_callback = _load_callback(self._api)
+        if not weights:
+            params.no_alloc, params.load_mode = True, self._api.LLAMA_LOAD_MODE_NONE  # with mmap it asserts
+        return params
 
     def tokenize(self, text: bytes, *, special: bool = False) -> NDArray[np.int32]:
         """Token ids [n] of UTF-8 ``text``, BOS first where the model wants it. All of it is plain text, or
@@ -282,9 +284,7 @@ class Model:
         aborts.running(self.path)
         self._ends = _abort_callback(self._api) if ends is None else _ending_callback(self._api, ends)
         params = self._api.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq
-        params.n_seq_max = n_seq
-        params.n_batch = n_batch
+        params.n_ctx, params.n_seq_max, params.n_batch = n_ctx * n_seq, n_seq, n_batch
         params.n_ubatch = cache.ubatch(min(n_batch, params.n_ubatch))
         params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = self.threads

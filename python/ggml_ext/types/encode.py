@@ -55,7 +55,8 @@ class Prepared:
     """What a calibration has made of the model. ``tensors``: those that it rounded, changed or added.
     ``mix``: the name of llama-quantize's mix whose types the file has, or "". ``sites``: those with a
     transform or a clip. ``activation``: bits and group, None for llama.cpp's own. ``errors``: relative
-    squared error of each rounded matrix's output. docs/gguf.md has their meaning."""
+    squared error of each rounded matrix's output. ``losses``: tensor -> type -> what it costs, of the tensors
+    whose types were chosen by that. docs/gguf.md has their meaning."""
 
     tensors: Mapping[str, Stored]
     mix: str
@@ -64,6 +65,7 @@ class Prepared:
     sites: Sequence[FileSite]
     activation: Sequence[int] | None
     errors: Mapping[str, float]
+    losses: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,21 @@ def _prepared_keys(prepared: Prepared) -> dict[str, bytes]:
         values = list(prepared.errors.values())
         put("ggml_ext.error.values", float32_array_key("ggml_ext.error.values", values))
         put("ggml_ext.error.kind", string_key("ggml_ext.error.kind", "output"))
+    if prepared.losses:
+        keys |= loss_keys(prepared.losses)
     return keys
+
+
+def loss_keys(losses: Mapping[str, Mapping[str, float]]) -> dict[str, bytes]:
+    """The table of losses: tensor -> type -> KL divergence."""
+    types = sorted({name for its in losses.values() for name in its})
+    values = [its.get(name, -1.0) for its in losses.values() for name in types]
+    prefix = "ggml_ext.loss"
+    return {
+        f"{prefix}.tensors": string_array_key(f"{prefix}.tensors", list(losses)),
+        f"{prefix}.types": string_array_key(f"{prefix}.types", types),
+        f"{prefix}.values": float32_array_key(f"{prefix}.values", values),
+    }
 
 
 def _site_keys(sites: Sequence[FileSite]) -> dict[str, bytes]:

@@ -254,6 +254,15 @@ def without_effect(tensors: Sequence[Shape], arch: str, rules: Rules) -> list[st
     ]
 
 
+def free(tensors: Sequence[Shape], arch: str, rules: Rules, choices: Sequence[Choice]) -> list[str]:
+    """Tensors that are quantised and whose type nobody prescribes. ``choices``: of the tensors, in order."""
+    return [
+        tensor.name
+        for tensor, choice in zip(tensors, choices, strict=True)
+        if choice.target not in FLOAT_TYPES and _asked(tensor, arch, rules) is None
+    ]
+
+
 def _asked(tensor: Shape, arch: str, rules: Rules) -> str | None:
     """The type that ``keep`` or ``type_for`` gives the tensor, None if they do not concern it."""
     if any(pattern.search(tensor.name) for pattern in rules.keep):

@@ -26,9 +26,41 @@ def test_every_recipe_can_be_carried_out(name: str) -> None:
 
 
 def test_the_recipes_are_the_documented_ones() -> None:
-    assert recipes.names() == ["flat4", "flat4-m", "stock4", "w4a4"]
+    assert recipes.names() == ["best", "flat4", "flat4-m", "stock4", "w4a4"]
     assert not load("stock4").method.online
     assert load("w4a4").method.activation == "a4"
+
+
+def test_a_size_alone_is_the_recipe_best() -> None:
+    best = load("best").method
+    assert best.bpw is not None
+    assert resolve("best", Options(), importances=True) == best
+    sized = resolve(None, Options(size=10**8), importances=True)
+    assert (sized.size, sized.bpw) == (10**8, None)
+    assert sized.allocates
+    assert (sized.transform, sized.rounding) == (best.transform, best.rounding)
+    assert resolve(None, Options(bpw=5.0), importances=True).bpw == 5.0
+    stock = resolve(None, Options(stock=True), importances=True)
+    assert stock.bpw == best.bpw
+    assert not stock.online
+    assert not resolve("best", Options(type_name="q4_k"), importances=True).allocates
+    named = resolve("stock4", Options(size=10**8, transform="hadamard"), importances=True)
+    assert named.transform_bits == best.transform_bits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(type_name="q4_k", size=10**8), "--type q4_k beside --size, which chooses types"),
+        (Options(size=10**8, bpw=4.5), "--size beside --bpw: two sizes"),
+        (Options(stock=True, transform="flatquant"), "--stock with type q4_k, transform flatquant"),
+        (Options(stock=True, activation="a4"), "--stock with .* activations a4: unpatched"),
+    ],
+)
+def test_what_does_not_go_with_a_size(options: Options, message: str) -> None:
+    with pytest.raises(GgmlExtError, match=message) as caught:
+        resolve(None, options, importances=True)
+    assert ";" in str(caught.value), "no remedy"
 
 
 def test_options_beside_a_recipe_win() -> None:
@@ -64,7 +96,9 @@ def test_unknown_names(options: Options, message: str) -> None:
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(GgmlExtError, match=r"--recipe flat5: no such recipe; there are: flat4, flat4-m"):
+    with pytest.raises(
+        GgmlExtError, match=r"--recipe flat5: no such recipe; there are: best, flat4, flat4-m"
+    ):
         load("flat5")
 
 
@@ -76,6 +110,11 @@ def test_unknown_recipe() -> None:
         (Method(), {}, "--rounding rtn: without a transform it uses no calibration"),
         (Method(activation="a4"), {"text": False}, "--activation a4: nothing prepares this model"),
         (Method("f32", "flatquant", "gptq"), {}, "type f32 leaves nothing to round"),
+        (
+            Method("fq4", "flatquant", "rtn", bpw=5.0),
+            {},
+            "--rounding rtn: types are chosen by what they cost",
+        ),
         (Method("q5_k_m", "awq", "gptq"), {}, "only llama-quantize knows this mix"),
         (Method("q5_z", rounding="imatrix"), {}, "unknown type q5_z; use fq4"),
         (Method(rounding="imatrix"), {"type_for": [("attn", "q4_k_m")]}, "unknown type q4_k_m"),

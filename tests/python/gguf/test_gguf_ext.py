@@ -23,6 +23,7 @@ from ggml_ext.gguf.ext import (
     Calibration,
     ExtMetadata,
     TensorErrors,
+    TensorLosses,
     add_ext_keys,
     read_ext,
     validate_keys,
@@ -142,6 +143,15 @@ def add_no_error_values(writer: gguf.GGUFWriter) -> None:
     writer.add_array("ggml_ext.error.tensors", ["a"])
 
 
+def add_fewer_losses(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata(losses=TensorLosses(("a", "b"), ("fq4", "q8_0"), (0.5, 0.1, 0.2))))
+
+
+def add_no_losses(writer: gguf.GGUFWriter) -> None:
+    add_ext_keys(writer, ExtMetadata())
+    writer.add_array("ggml_ext.loss.tensors", ["a"])
+
+
 def add_errors_of_unknown_kind(writer: gguf.GGUFWriter) -> None:
     add_ext_keys(writer, ExtMetadata(errors=TensorErrors("guess", ("a",), (0.5,))))
 
@@ -164,6 +174,8 @@ REFUSED = {
     add_group_of_64: "key ggml_ext.activation.group is 64, not one of 0, 32, 256",
     add_fewer_errors: "key ggml_ext.error.values has 1 elements, ggml_ext.error.tensors has 2",
     add_no_error_values: "key ggml_ext.error.values is missing beside ggml_ext.error.tensors",
+    add_fewer_losses: "key ggml_ext.loss.values has 3 elements, not one for each of 2 tensors and 2 types",
+    add_no_losses: "key ggml_ext.loss.types is missing beside ggml_ext.loss.tensors",
     add_errors_of_unknown_kind: "key ggml_ext.error.kind is guess, not one of output, weight",
 }
 

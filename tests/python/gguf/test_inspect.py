@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from rich.console import Console
 import models
 import tiny_fq4
 from ggml_ext.core.errors import GgmlExtError
-from ggml_ext.gguf.ext import FQ4
+from ggml_ext.gguf import bits
+from ggml_ext.gguf.ext import FQ4, TensorLosses
 from ggml_ext.gguf.inspect import Factor, InspectResult, inspect, print_result
 
 
@@ -162,3 +164,29 @@ def test_keys_are_checked(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     refuse(tmp_path / "t.gguf", "key ggml_ext.version is 9")
+
+
+def test_where_the_bits_went(tmp_path: Path) -> None:
+    """By kind of matrix and block, with the losses of the types that the file has; a picture beside it."""
+    path = tmp_path / "m.gguf"
+    losses = TensorLosses(
+        ("blk.0.ffn_down.weight", "token_embd.weight"), ("fq4", "q8_0"), (0.03, 0.001, 0.01, 0.002)
+    )
+    tiny_fq4.write(path, replace(tiny_fq4.METADATA, losses=losses))
+    result = inspect(path)
+    assert result.ext is not None
+    assert result.ext.losses is not None
+    assert result.ext.losses.values == pytest.approx(losses.values)
+    found = {(place.kind, place.block): place for place in bits.places(result)}
+    down = found["ffn_down", 0]
+    assert (down.bits, down.weights, down.loss) == (4.3125, 256 * 256, pytest.approx(0.03))
+    assert found["token_embd", None].loss == pytest.approx(0.01)
+    assert found["attn_q", 0].loss is None
+    text = StringIO()
+    Console(file=text, width=120).print(bits.bits_table(result))
+    lines = {line.split()[0]: line.split()[1:] for line in text.getvalue().splitlines()}
+    assert lines["ffn_down"] == ["4.312", "4.312", "4.312", lines["ffn_down"][3], "%", "75.0", "%"]
+    shares = [float(cells[3]) for name, cells in lines.items() if name != "matrix"]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    bits.write_plot(tmp_path / "m.png", result)
+    assert (tmp_path / "m.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

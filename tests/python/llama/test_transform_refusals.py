@@ -186,6 +186,7 @@ MALFORMED: dict[str, tuple[Change, str]] = {
     "group": (key("activation.group", 128), "key 'ggml_ext.activation.group' is 128"),
     "fewer errors": (fewer_errors, "key 'ggml_ext.error.values' has 1 elements"),
     "errors of nothing": (key("error.values", [0.5]), "key 'ggml_ext.error.tensors' is missing"),
+    "losses of nothing": (key("loss.values", [0.5]), "key 'ggml_ext.loss.tensors' is missing"),
     "half a K pair": (drop("blk.0.attn_q.fq_h"), "tensor 'blk.0.attn_k.fq_h' needs 'blk.0.attn_q.fq_h'"),
     "half a V pair": (drop("blk.1.attn_v.fq_h"), "tensor 'blk.1.attn_output.fq_h' needs 'blk.1.attn_v.fq_h'"),
     "no inverse of K": (scale("blk.0.attn_q.fq_h", 1.01), "tensor 'blk.0.attn_q.fq_h' does not undo"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -28,6 +29,8 @@ from ggml_ext.methods.rounding.hessian import Hessian
 from ggml_ext.methods.sites import ActivationSpec, Linear, Site, SiteStats
 from ggml_ext.observe import estimate as observing
 from ggml_ext.observe.layout import FLOAT
+from ggml_ext.runtime.llama import Model
+from ggml_ext.types import losses
 from ggml_ext.types.mixes import BODY
 
 _N = 512  # order of the matrices that rates are measured on
@@ -35,6 +38,7 @@ _WORKSPACE = 1 << 29  # Python, torch and its kernels' buffers
 _COPIES = 3  # of a block's matrices: as they are, transformed, encoded
 _SQUARES = 9  # n x n float64 matrices while the widest site is solved and rounded
 _BITS = 6.5625  # per weight in block files at most: Q6_K
+_LOSS_TOKENS = losses.WINDOWS * losses.CTX
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,22 @@ def estimate(request: Request, folder: Path) -> Estimate:
     if finished is None:
         seen = observing.estimate(observation_of(request, request.source), folder / OBSERVATION, warn=_silent)
         sizes, memory, disk, seconds = seen.sizes, seen.memory, seen.disk, {"observing": seen.seconds}
+        whole, token = seen.mapped, seen.forward / (seen.windows * seen.ctx)
     else:
         made = finished.folder / SOURCE if request.source.is_dir() else request.source
         sizes, memory, seconds = observing.sizes_of(finished.table, open_gguf(made)), 0, {}
         disk = {SOURCE: made.stat().st_size} if request.source.is_dir() else {}
+        whole = sum(path.stat().st_size for path in open_gguf(made).files)
+        token = _pass(made, request.threads) / _LOSS_TOKENS if method.allocates else 0.0
+    rounding = sizes.weights * _rounding(method, request.threads) / _N**2
+    if method.allocates:
+        seconds["losses"] = (sizes.matrices + 2) * _LOSS_TOKENS * token + rounding
+        memory = max(memory, whole + _WORKSPACE)
     if method.transform != "none":
         # The solver multiplies matrices of order n with factors of order sqrt(n).
         width = sizes.squares**0.5 / max(sizes.sites, 1) ** 0.5
         seconds["transforms"] = _solving(method) * sizes.squares / _N**2 * (width / _N) ** 0.5
-    seconds["rounding"] = sizes.weights * _rounding(method, request.threads) / _N**2
+    seconds["rounding"] = rounding
     # What is outside the blocks is rounded in slabs, whose bytes are put together.
     matrices = max(_COPIES * FLOAT * sizes.block, int(2 * _BITS / 8 * sizes.outside))
     solving = _WORKSPACE + matrices + _SQUARES * 8 * sizes.widest**2
@@ -124,6 +135,21 @@ def _timed(work: Callable[[], object]) -> float:
         work()
         calls += 1
     return (time.monotonic() - started) / calls
+
+
+def _pass(model: Path, threads: int) -> float:
+    """Seconds in which the model reads the windows that losses are measured on."""
+    with Model(model, threads=threads or None) as loaded:
+        loaded.start(n_ctx=losses.CTX, n_seq=losses.WINDOWS, n_batch=_LOSS_TOKENS)
+        positions = np.tile(np.arange(losses.CTX, dtype=np.int32), losses.WINDOWS)
+        sequences = np.repeat(np.arange(losses.WINDOWS, dtype=np.int32), losses.CTX)
+        tokens = np.zeros(_LOSS_TOKENS, np.int32)
+
+        def read() -> None:
+            loaded.clear()
+            loaded.run(tokens, positions, sequences)
+
+        return _timed(read)
 
 
 def _moments() -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ggml_ext.core import owned_folder
 from ggml_ext.core.owned_folder import Held, Kind
 from ggml_ext.methods.calibrate import plan as plans
+from ggml_ext.methods.calibrate.allocate import LOSSES, TYPES
 from ggml_ext.methods.calibrate.block_file import block_path, outside_path
 
 OBSERVATION = "observation"
@@ -20,6 +21,7 @@ def _made(folder: Path) -> Iterator[Path]:
     assert plan is not None
     yield from (block_path(folder, index) for index in range(plan.blocks))
     yield outside_path(folder)
+    yield from (folder / LOSSES, folder / TYPES)
 
 
 def held(folder: Path, *, temporary: bool) -> AbstractContextManager[Held]:

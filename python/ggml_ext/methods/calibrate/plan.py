@@ -67,6 +67,8 @@ class Plan:
     ``without_effect``: tensors that --type-for names in vain. ``outside``: matrices
     outside the blocks that are rounded by what was observed. ``matrices``: SHA-256 of the transforms that
     were given, None where they are solved. ``activation``: bits and group, None for llama.cpp's own.
+    ``free``: tensors whose types are chosen by what they cost, ``types`` having others until then; ``size``,
+    ``bpw``, ``stock``: see recipes.Method.
     ``versions``: of the programs involved. ``observed``: see Description.digest, None for an observation of
     the calibration's own."""
 
@@ -90,6 +92,10 @@ class Plan:
     versions: dict[str, str] = field(default_factory=dict)
     observed: str | None = None
     outside: list[str] = field(default_factory=list)
+    size: int | None = None
+    bpw: float | None = None
+    stock: bool = False
+    free: list[str] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Writes the plan atomically."""
@@ -156,6 +162,10 @@ def make(
         fallbacks={choice.name: choice.fallback_from for choice in choices if choice.fallback_from},
         without_effect=rules.without_effect(shapes, source.arch, asked),
         outside=ModelSites(source, table, types).outside if ROUNDINGS[method.rounding].measures else [],
+        size=method.size,
+        bpw=method.bpw,
+        stock=method.stock,
+        free=rules.free(shapes, source.arch, asked, choices) if method.allocates else [],
         transform=method.transform,
         transform_bits=method.transform_bits,
         matrices=None if request.matrices is None else official.sha256(request.matrices),

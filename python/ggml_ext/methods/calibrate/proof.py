@@ -152,6 +152,7 @@ def written(model: ModelSites, work: Path, draw: Draw, transform: str, threads: 
         sites=placed,
         activation=None,
         errors={},
+        losses={},
     )
     out = work / "proof.gguf"
     choices = [

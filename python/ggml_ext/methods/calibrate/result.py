@@ -10,6 +10,7 @@ from ggml_ext.core.owned_folder import SOURCE
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.gguf.transformed import require_plain
 from ggml_ext.methods.calibrate import plan as plans
+from ggml_ext.methods.calibrate.allocate import allocated, table_of
 from ggml_ext.methods.calibrate.block_file import FileSite, Stored, block_path, load, outside_path
 from ggml_ext.methods.calibrate.folder import OBSERVATION
 from ggml_ext.methods.calibrate.plan import Plan
@@ -50,6 +51,7 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
             "go on with the ggml-ext calibrate that began it"
         )
     plans.require_model(plan, model, folder)
+    plan = allocated(plan, folder)
     source = open_gguf(folder / SOURCE if model.is_dir() else model)
     require_plain(source)
     plans.require_tensors(plan, source, folder)
@@ -70,6 +72,7 @@ def open_folder(folder: Path, model: Path) -> Calibrated:
         sites=sites,
         activation=plan.activation,
         errors=errors,
+        losses=table_of(plan, folder),
     )
     return Calibrated(plan, _windows(plan, folder), source, prepared)
 

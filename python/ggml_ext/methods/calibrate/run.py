@@ -35,6 +35,7 @@ from ggml_ext.hf import folder as hf
 from ggml_ext.methods import transforms
 from ggml_ext.methods.calibrate import given
 from ggml_ext.methods.calibrate import plan as plans
+from ggml_ext.methods.calibrate.allocate import choose_types, require_room
 from ggml_ext.methods.calibrate.block import Job, encode_block
 from ggml_ext.methods.calibrate.block_file import Findings, block_path, outside_path, save
 from ggml_ext.methods.calibrate.device import bound_threads, require_device
@@ -52,7 +53,7 @@ from ggml_ext.observe.layout import SAMPLE_ROWS
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.reuse import Asked, open_finished, require_figures
 from ggml_ext.observe.run import named_as
-from ggml_ext.observe.samples import few_tokens, read_text
+from ggml_ext.observe.samples import DEFAULT_TEXT, few_tokens, read_text
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,20 @@ def calibrate(
         if found is None:
             if matrices is not None:
                 given.require_fit(matrices, ModelSites(source, table, plan.types))
+            require_room(plan, source, table)
             plan.save(folder)
         else:
             plans.require_equal(found, plan, folder)
+        if seen is None:
+            seen = _observe(request, content, folder, source, warn)
+        if plan.free and not content:
+            content = read_text(request.text or DEFAULT_TEXT)
+        plan = choose_types(plan, folder, source, seen, content, threads=request.threads, warn=warn)
         for line in recipes.remarks(request.method, sorted(set(plan.types.values()))):
             warn(line)
         if plan.without_grid:
             kinds = ", ".join(sorted({plan.types[name] for name in plan.without_grid}))
             warn(f"{plan.rounding} knows no levels of {kinds}: imatrix for {listed(plan.without_grid)}")
-        if seen is None:
-            seen = _observe(request, content, folder, source, warn)
         errors = _run(request, folder, plan, source, seen, matrices, warn)
         done = len(errors)
     measured = [error for block in errors for error in block]
