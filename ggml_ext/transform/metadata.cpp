@@ -304,6 +304,6 @@ void ggml_ext_llama_check_metadata(const gguf_context * metadata) {
         check_value(metadata, "ggml_ext.activation.bits", { 4, 8 });
         check_value(metadata, "ggml_ext.activation.group", { 0, 32, 256 });
         check_errors(metadata);
-    check_losses(metadata);
+        check_losses(metadata);
     }
 }
