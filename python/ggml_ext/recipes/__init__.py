@@ -63,7 +63,7 @@ class Method:
     @property
     def blockwise(self) -> bool:
         """Whether the model itself must run, block by block, to convert it."""
-        return self.transform != "none" or ROUNDINGS[self.rounding].compensates
+        return self.transform != "none" or ROUNDINGS[self.rounding].compensates or self.allocates
 
     @property
     def online(self) -> bool:
@@ -214,10 +214,10 @@ def check(
             "--imatrix beside --calibration or --observed: two sources of importances; give one of the two"
         )
     _check_types(method, [name for _, name in type_for])
-    if method.allocates and not ROUNDINGS[method.rounding].compensates:
+    if method.allocates and not ROUNDINGS[method.rounding].measures:
         raise GgmlExtError(
-            f"--rounding {method.rounding}: types are chosen by what they cost with gptq; use that, or name "
-            "a --type"
+            f"--rounding {method.rounding}: types are chosen by what they cost with gptq or imatrix; use one "
+            "of these, or name a --type"
         )
     if method.blockwise:
         _check_blockwise(method, imatrix=imatrix)

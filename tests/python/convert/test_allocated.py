@@ -98,6 +98,14 @@ def test_types_of_stock_llama_cpp(source: Path, text: Path, tmp_path: Path) -> N
     assert result.bits_per_weight <= 5.5
 
 
+def test_a_mix_of_stock_types_by_importances(source: Path, text: Path, tmp_path: Path) -> None:
+    """Without gptq more types are to be had, and the file is a plain one."""
+    result = made(source, tmp_path / "m.gguf", text, bpw=4.0, stock=True, rounding="imatrix")
+    assert 3.8 < result.bits_per_weight <= 4.0
+    assert {name.lower() for name in result.weights} & {"q2_k", "iq2_s", "iq3_xxs", "iq3_s", "q3_k"}
+    assert not {name.lower() for name in result.weights} & set(OWN_TYPES)
+
+
 def test_prescribed_types_stay(source: Path, text: Path, tmp_path: Path) -> None:
     rules = [("attn_v", "q8_0"), (r"blk\.1\.ffn_down", "q4_0")]
     its = inspect(made(source, tmp_path / "m.gguf", text, bpw=6.0, type_for=rules).path)

@@ -111,7 +111,7 @@ def test_unknown_recipe() -> None:
         (Method(activation="a4"), {"text": False}, "--activation a4: nothing prepares this model"),
         (Method("f32", "flatquant", "gptq"), {}, "type f32 leaves nothing to round"),
         (
-            Method("fq4", "flatquant", "rtn", bpw=5.0),
+            Method("fq4", "none", "rtn", bpw=5.0),
             {},
             "--rounding rtn: types are chosen by what they cost",
         ),

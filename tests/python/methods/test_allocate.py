@@ -56,7 +56,7 @@ def test_errors_are_those_of_the_conversions_rounding(source: Path, seen: Observ
     tensor = tensor_of(source, "blk.1.ffn_down.weight")
     rounder = _Rounder(plan, seen, 1)
     found = rounder.errors(tensor)
-    assert set(found) == {"q4_0", *candidates(tensor, stock=False)}
+    assert set(found) == {"q4_0", *candidates(tensor, "gptq", stock=False)}
     site = seen.site_of(tensor.name)
     assert site is not None
     moments = torch.from_numpy(seen.moment(site)).double()
@@ -102,8 +102,10 @@ def test_types_that_were_not_chosen_are_missed(plan: Plan, tmp_path: Path) -> No
 
 def test_candidates_fit_the_rows(source: Path) -> None:
     tensor = tensor_of(source, "blk.0.attn_q.weight")
-    assert {"fq4", "fq4_64", "q6_k", "q8_0"} <= set(candidates(tensor, stock=False))
-    assert not {"fq4", "fq4_64"} & set(candidates(tensor, stock=True))
+    assert {"fq4", "fq4_64", "q6_k", "q8_0"} <= set(candidates(tensor, "gptq", stock=False))
+    assert not {"fq4", "fq4_64"} & set(candidates(tensor, "gptq", stock=True))
     narrow = replace(tensor, dims=(576, 4))
-    assert {"fq4_64", "q5_0"} <= set(candidates(narrow, stock=False))
-    assert not {"fq4", "q4_k", "q6_k"} & set(candidates(narrow, stock=False))
+    assert {"fq4_64", "q5_0"} <= set(candidates(narrow, "gptq", stock=False))
+    assert not {"fq4", "q4_k", "q6_k"} & set(candidates(narrow, "gptq", stock=False))
+    assert "q3_k" in candidates(tensor, "imatrix", stock=True)
+    assert "q3_k" not in candidates(tensor, "gptq", stock=True)

@@ -34,21 +34,23 @@ from ggml_ext.types.allocation import Option, TooSmallError, allocate
 
 LOSSES, TYPES = "losses.json", "types.json"
 
+_BY_IMPORTANCE = ("q2_k", "iq2_s", "iq3_xxs", "iq3_s", "q3_k")  # gptq does not know their levels
 _CANDIDATES = (*OWN_TYPES, "iq4_nl", "iq4_xs", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0")
 
 _SAMPLE_ROWS = 32  # of a tensor, whose errors stand for all of its rows'
 _KEYS = 8192  # bytes of the keys that do not grow with the model
+_TYPES = len(_BY_IMPORTANCE) + len(_CANDIDATES)
 _SITE = 96  # bytes of a site's numbers, or of a factor's description
 
 
-def candidates(tensor: Tensor, *, stock: bool) -> list[str]:
-    """The types that a tensor can have: those whose codes GPTQ can choose, and Q8_0."""
+def candidates(tensor: Tensor, rounding: str, *, stock: bool) -> list[str]:
+    """The types that a tensor can have: with a rounding that chooses codes those whose codes it can choose,
+    and Q8_0."""
+    every = _CANDIDATES if ROUNDINGS[rounding].otherwise else (*_BY_IMPORTANCE, *_CANDIDATES)
     return [
         name
-        for name in _CANDIDATES
-        if (grid.supports(name) or name == "q8_0")
-        and tensor.row_length % native.block_size(name) == 0
-        and not (stock and name in OWN_TYPES)
+        for name in every
+        if tensor.row_length % native.block_size(name) == 0 and not (stock and name in OWN_TYPES)
     ]
 
 
@@ -98,7 +100,7 @@ def choose_types(
             threads=threads,
             warn=warn,
         )
-        options = {tensor.name: _options(tensor, source, known.of, stock=plan.stock) for tensor in tensors}
+        options = {tensor.name: _options(tensor, source, known.of, plan) for tensor in tensors}
         types = allocate(options, _room(plan, source, seen.table))
         write_text(folder / TYPES, json.dumps(types, indent=1) + "\n")
     return allocated(plan, folder)
@@ -109,8 +111,9 @@ def table_of(plan: Plan, folder: Path) -> Mapping[str, Mapping[str, float]]:
     if not plan.free:
         return {}
     known = losses.load(folder / LOSSES)
+    types = {*_BY_IMPORTANCE, *_CANDIDATES}
     return {
-        name: {kind: known.of(name, kind) for kind in sorted(known.error[name]) if kind in _CANDIDATES}
+        name: {kind: known.of(name, kind) for kind in sorted(known.error[name]) if kind in types}
         for name in plan.free
         if name in known.kld
     }
@@ -143,7 +146,7 @@ class _Rounder:
     def errors(self, tensor: Tensor) -> dict[str, float]:
         """See losses.Rounder; of some rows."""
         rows = some_rows(tensor, _SAMPLE_ROWS)
-        types = {losses.PROBE, *candidates(tensor, stock=self._plan.stock)}
+        types = {losses.PROBE, *candidates(tensor, self._plan.rounding, stock=self._plan.stock)}
         return {name: self._rounded(tensor, rows, name).error for name in sorted(types)}
 
     def probe(self, tensor: Tensor, rows: losses.Floats) -> losses.Floats:
@@ -155,7 +158,7 @@ class _Rounder:
         hessian, method = self._hessian(tensor.name), self._plan.rounding
         if hessian is None:
             method = "rtn"
-        elif not grid.supports(type_name):
+        elif ROUNDINGS[method].otherwise and not grid.supports(type_name):
             method = ROUNDINGS[method].otherwise
         return round_matrix(rows, type_name, method, hessian, threads=self._threads)
 
@@ -179,12 +182,10 @@ def some_rows(tensor: Tensor, most: int) -> losses.Floats:
     return np.concatenate(found)
 
 
-def _options(
-    tensor: Tensor, source: Source, loss: Callable[[str, str], float], *, stock: bool
-) -> list[Option]:
+def _options(tensor: Tensor, source: Source, loss: Callable[[str, str], float], plan: Plan) -> list[Option]:
     return [
         Option(name, _padded(tensor, name, source.alignment), loss(tensor.name, name))
-        for name in candidates(tensor, stock=stock)
+        for name in candidates(tensor, plan.rounding, stock=plan.stock)
     ]
 
 
@@ -212,7 +213,7 @@ def _front(plan: Plan, source: Source) -> int:
     """Bytes in front of the tensors without what transforms add: a bound from above."""
     header = sum(map(len, source.keys.values()))
     header += sum(len(tensor.name) + 4 + 8 * (3 + len(tensor.dims)) for tensor in source.tensors)
-    tables = sum(len(name) + 8 + 4 + 4 * len(_CANDIDATES) for name in plan.free)
+    tables = sum(len(name) + 8 + 4 + 4 * _TYPES for name in plan.free)
     return header + tables + sum(len(name) + 8 + 4 for name in plan.types) + _KEYS
 
 
@@ -225,7 +226,7 @@ def require_room(plan: Plan, source: Source, table: Table) -> None:
     if not plan.free:
         return
     tensors = [tensor for tensor in source.tensors if tensor.name in set(plan.free)]
-    options = {its.name: _options(its, source, lambda *_: 0.0, stock=plan.stock) for its in tensors}
+    options = {its.name: _options(its, source, lambda *_: 0.0, plan) for its in tensors}
     room = _room(plan, source, table)
     try:
         allocate(options, room)

@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def without_grid(self) -> list[str]:
-        """Matrices whose type has no levels to choose from; importances round them instead."""
+        """Matrices of a prescribed type that has no levels to choose from; importances round them instead."""
         if not ROUNDINGS[self.rounding].otherwise:
             return []
         return [
@@ -112,6 +112,7 @@ class Plan:
             if (name.startswith("blk.") or name in self.outside)
             and kind not in rules.FLOAT_TYPES
             and not grid.supports(kind)
+            and name not in self.free
         ]
 
     def missing(self, folder: Path) -> list[int]:
