@@ -5,6 +5,7 @@ changed, own types with --stock, losses that the file does not tell, a folder th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from ggml_ext.types import losses
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path_factory.mktemp("cache")))
     torch.set_num_threads(1)
 
 
@@ -70,7 +72,17 @@ def table(result: InspectResult) -> dict[str, dict[str, float]]:
     return {name: {kind: next(values) for kind in its.types} for name in its.tensors}
 
 
-def test_a_file_of_the_size_asked_for(source: Path, text: Path, tmp_path: Path) -> None:
+def test_a_file_of_the_size_asked_for(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are measured once for all sizes."""
+    divergence, calls = losses._Judge.divergence, [0]
+
+    def counted(judge: losses._Judge) -> float:
+        calls[0] += 1
+        return divergence(judge)
+
+    monkeypatch.setattr(losses._Judge, "divergence", counted)
     sizes = [int(source.stat().st_size * share) for share in (0.32, 0.4, 0.5)]
     found = [
         inspect(made(source, tmp_path / f"{i}.gguf", text, size=size).path) for i, size in enumerate(sizes)
@@ -81,13 +93,15 @@ def test_a_file_of_the_size_asked_for(source: Path, text: Path, tmp_path: Path) 
         assert len(set(types.values())) > 1
         assert all(costs[name][kind] >= 0 for name, kind in types.items())
         assert set(types) >= {"output.weight", "token_embd.weight", "blk.0.attn_q.weight"}
+    assert calls[0] == len(chosen(found[0])) + 1
     totals = [sum(table(its)[name][kind] for name, kind in chosen(its).items()) for its in found]
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] < totals[0] / 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.gguf", "1.gguf", "2.gguf"]
 
 
-def test_bits_per_weight(source: Path, text: Path, tmp_path: Path) -> None:
+def test_bits_per_weight(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "TransformRequest", partial(run.TransformRequest, steps=2))
     result = made(source, tmp_path / "m.gguf", text, bpw=6.0, transform="flatquant")
     assert 5.85 < result.bits_per_weight <= 6.0
 
@@ -134,10 +148,15 @@ def test_too_small_a_size_is_refused_before_any_work(
 
 
 def test_an_interrupted_conversion_goes_on(
-    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Once while losses are measured, once while blocks are rounded: the same bytes."""
     whole = made(source, tmp_path / "whole.gguf", text, bpw=6.0)
+    monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path_factory.mktemp("other")))
     divergence, encode, calls = losses._Judge.divergence, run.encode_block, [0]
 
     def stopped(judge: losses._Judge) -> float:
@@ -168,9 +187,9 @@ def test_an_interrupted_conversion_goes_on(
 def test_a_mixture(tmp_path_factory: pytest.TempPathFactory, text: Path, tmp_path: Path) -> None:
     """Experts are one tensor with one type; every one of them has importances of its own."""
     source = models.mixtral_gguf(tmp_path_factory.getbasetemp())
-    result = made(source, tmp_path / "m.gguf", text, bpw=5.5)
+    result = made(source, tmp_path / "m.gguf", text, bpw=5.5, rounding="imatrix")
     assert result.bits_per_weight <= 5.5
     costs = table(inspect(result.path))
     assert {name for name in costs if "_exps" in name}
-    assert all(costs[name]["q8_0"] < costs[name]["q4_0"] for name in costs if "_exps" in name)
+    assert all(costs[name]["q8_0"] < costs[name]["q5_0"] for name in costs if "_exps" in name)
     assert {t.name for t in open_gguf(source).tensors if "ffn_gate_inp" in t.name}.isdisjoint(costs)

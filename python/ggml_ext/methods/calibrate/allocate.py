@@ -1,8 +1,8 @@
 """Types by what they cost: from the plan, the observation and the losses of single tensors to a type for
 each.
 
-In the calibration's folder losses.json has the losses, tensor by tensor, so that an interrupted measurement
-goes on, and types.json the types, once they are chosen.
+In the calibration's folder losses.json has the losses of all tensors and types.json the types, once they are
+chosen. Until then losses are in the user's cache, where another size of the same model finds them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ggml_ext.core.atomic import write_text
 from ggml_ext.core.errors import GgmlExtError, Warn
 from ggml_ext.core.registry import OWN_TYPES, ROUNDINGS, TRANSFORMS
 from ggml_ext.gguf.source import Source, Tensor, read_floats, reading
+from ggml_ext.methods.calibrate import loss_cache
 from ggml_ext.methods.calibrate.plan import Plan
 from ggml_ext.methods.model_sites import ModelSites
 from ggml_ext.methods.rounding import Rounded, grid, round_matrix
@@ -96,10 +97,11 @@ def choose_types(
             tensors,
             _Rounder(plan, seen, threads),
             _windows(source, content, plan),
-            folder / LOSSES,
+            loss_cache.place(plan) or folder / LOSSES,
             threads=threads,
             warn=warn,
         )
+        known.save(folder / LOSSES)
         options = {tensor.name: _options(tensor, source, known.of, plan) for tensor in tensors}
         types = allocate(options, _room(plan, source, seen.table))
         write_text(folder / TYPES, json.dumps(types, indent=1) + "\n")
