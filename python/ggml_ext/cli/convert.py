@@ -301,6 +301,7 @@ def recipes() -> None:
     for name in found.names():
         recipe = found.load(name)
         method = recipe.method
-        cells = (name, method.type_name, method.transform, method.rounding, method.activation)
+        kind = f"by cost, {method.bpw} bits" if method.allocates else method.type_name
+        cells = (name, kind, method.transform, method.rounding, method.activation)
         table.add_row(*map(Text, (*cells, recipe.description)))
     print_table(table)

@@ -92,15 +92,14 @@ def choose_types(
         return plan
     if not (folder / TYPES).is_file():
         tensors = [tensor for tensor in source.tensors if tensor.name in set(plan.free)]
-        known = losses.measure(
-            source.path,
-            tensors,
-            _Rounder(plan, seen, threads),
-            _windows(source, content, plan),
-            loss_cache.place(plan) or folder / LOSSES,
-            threads=threads,
-            warn=warn,
-        )
+        place = loss_cache.place(plan) or folder / LOSSES
+        rounder, windows = _Rounder(plan, seen, threads), _windows(source, content, plan)
+        try:
+            known = losses.measure(source.path, tensors, rounder, windows, place, threads=threads, warn=warn)
+        except KeyboardInterrupt:
+            left = len(set(plan.free) - losses.load(place).kld.keys())
+            warn(f"{left} of {len(plan.free)} tensors' losses are missing; the same command goes on there")
+            raise
         known.save(folder / LOSSES)
         options = {tensor.name: _options(tensor, source, known.of, plan) for tensor in tensors}
         types = allocate(options, _room(plan, source, seen.table))
