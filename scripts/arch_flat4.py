@@ -35,7 +35,7 @@ from ggml_ext.gguf.header import Header, read_header
 from ggml_ext.gguf.inspect import inspect
 from ggml_ext.gguf.keys import value_of
 from ggml_ext.gguf.source import open_gguf
-from ggml_ext.methods.calibrate import run as calibrate
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.methods.rounding import grid
 from ggml_ext.methods.transforms import TransformRequest
 from ggml_ext.observe.prepare import table_of
@@ -155,7 +155,7 @@ def run(model: Path, text: Path, steps: int = 0) -> Result:
     started, options = time.monotonic(), Options(samples=SAMPLES)
     remarks, matrices, error = list[str](), dict[str, Ending](), ""
     request = partial(TransformRequest, steps=steps) if steps else TransformRequest
-    with tempfile.TemporaryDirectory() as folder, patch.object(calibrate, "TransformRequest", request):
+    with tempfile.TemporaryDirectory() as folder, patch.object(blocks, "TransformRequest", request):
         out = Path(folder) / "out.gguf"
         try:
             convert(

@@ -121,6 +121,7 @@ def convert(
     matrices: Path | None = None,
     parse_special: bool = False,
     trust_remote_code: bool = False,
+    dask: str | None = None,
     warn: Warn = warn,
 ) -> ConvertResult:
     """Converts a Hugging Face model directory, a model on the Hub (hub.parse) or an f16/bf16/f32 GGUF file to
@@ -135,8 +136,8 @@ def convert(
     of the text beside it must be true of it. type_for: (pattern, type) pairs; keep: patterns of tensors that
     stay as they are (re.search, names). threads: 0 means all. ctx, seed: tokens per window of the calibration
     text and the seed of everything random, by default those of the observation, or 512 and 0. device,
-    matrices, parse_special: see calibrate.plan.Request. trust_remote_code: see hf.to_gguf. warn: gets one
-    line at a time. Raises GgmlExtError; ``out`` then stays as it was.
+    matrices, parse_special, dask: see calibrate.plan.Request. trust_remote_code: see hf.to_gguf. warn: gets
+    one line at a time. Raises GgmlExtError; ``out`` then stays as it was.
     """
     started = time.monotonic()
     require_threads(threads)
@@ -178,6 +179,7 @@ def convert(
             reading.parse_special,
             trust_remote_code,
             observed,
+            dask,
         )
         calibrate(wanted, folder, temporary=True, warn=warn)
         result = _from_folder(source, folder, out, threads, started, warn)

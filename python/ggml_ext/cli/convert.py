@@ -133,6 +133,10 @@ class Settings:
         Path | None,
         typer.Option(metavar="FILE", help="Use the transforms in flat_matrices.pth of FlatQuant's own code."),
     ] = None
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Solve and round blocks on the workers of this Dask scheduler."),
+    ] = None
     parse_special: ParseSpecialOption = False
     trust_remote_code: TrustOption = False
     threads: Annotated[
@@ -222,6 +226,7 @@ def convert(
         "parse_special": its.parse_special,
         "trust_remote_code": its.trust_remote_code,
         "threads": its.threads,
+        "dask": its.dask,
     }
 
     def make(place: Path) -> str:
@@ -282,6 +287,7 @@ def calibrate(
         reading.parse_special,
         its.trust_remote_code,
         its.observed,
+        its.dask,
     )
     if dry_run:
         from ggml_ext.methods.calibrate.estimate import estimate

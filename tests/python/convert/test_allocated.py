@@ -18,7 +18,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.registry import OWN_TYPES
 from ggml_ext.gguf.inspect import InspectResult, inspect
 from ggml_ext.gguf.source import open_gguf
-from ggml_ext.methods.calibrate import run
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.recipes import Options
 from ggml_ext.types import losses
 
@@ -101,7 +101,7 @@ def test_a_file_of_the_size_asked_for(
 
 
 def test_bits_per_weight(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "TransformRequest", partial(run.TransformRequest, steps=2))
+    monkeypatch.setattr(blocks, "TransformRequest", partial(blocks.TransformRequest, steps=2))
     result = made(source, tmp_path / "m.gguf", text, bpw=6.0, transform="flatquant")
     assert 5.85 < result.bits_per_weight <= 6.0
 
@@ -157,7 +157,7 @@ def test_an_interrupted_conversion_goes_on(
     """Once while losses are measured, once while blocks are rounded: the same bytes."""
     whole = made(source, tmp_path / "whole.gguf", text, bpw=6.0)
     monkeypatch.setenv("GGML_EXT_CACHE", str(tmp_path_factory.mktemp("other")))
-    divergence, encode, calls = losses._Judge.divergence, run.encode_block, [0]
+    divergence, encode, calls = losses._Judge.divergence, blocks.encode_block, [0]
 
     def stopped(judge: losses._Judge) -> float:
         calls[0] += 1
@@ -172,12 +172,12 @@ def test_an_interrupted_conversion_goes_on(
     monkeypatch.setattr(losses._Judge, "divergence", stopped)
     with pytest.raises(KeyboardInterrupt):
         made(source, out, text, bpw=6.0)
-    monkeypatch.setattr(run, "encode_block", killed)
+    monkeypatch.setattr(blocks, "encode_block", killed)
     with pytest.raises(KeyboardInterrupt):
         made(source, out, text, bpw=6.0)
     n_tensors = len(chosen(inspect(whole.path)))
     assert calls[0] == n_tensors + 2, "losses were measured twice"
-    monkeypatch.setattr(run, "encode_block", encode)
+    monkeypatch.setattr(blocks, "encode_block", encode)
     made(source, out, text, bpw=6.0)
     assert calls[0] == n_tensors + 2
     assert out.read_bytes() == whole.path.read_bytes()

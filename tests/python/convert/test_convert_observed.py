@@ -22,7 +22,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.gguf.source import open_gguf
 from ggml_ext.hf import folder as hf
 from ggml_ext.methods.calibrate import block as blockwise
-from ggml_ext.methods.calibrate import estimate, run
+from ggml_ext.methods.calibrate import blocks, estimate
 from ggml_ext.methods.calibrate.plan import Request as Calibration
 from ggml_ext.observe.prepare import Request
 from ggml_ext.observe.reader import Observation
@@ -219,7 +219,7 @@ def test_it_goes_on_with_the_same_observation_only(
             raise KeyboardInterrupt
         return blockwise.encode_block(sites, *arguments)
 
-    monkeypatch.setattr(run, "encode_block", interrupted)
+    monkeypatch.setattr(blocks, "encode_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made(model, out, GPTQ, observed=observed)
     folder = tmp_path / "m.gguf.calibration"

@@ -24,6 +24,7 @@ import transform_files as files
 from ggml_ext.convert import convert
 from ggml_ext.core.registry import TRANSFORMS
 from ggml_ext.gguf.inspect import inspect, print_result
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.methods.calibrate import run as calibrate
 from ggml_ext.recipes import Options
 
@@ -197,7 +198,7 @@ def converted(base: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out, **_: out.write_bytes(llama.read_bytes()))
-        patch.setattr(calibrate, "TransformRequest", partial(calibrate.TransformRequest, steps=4))
+        patch.setattr(blocks, "TransformRequest", partial(blocks.TransformRequest, steps=4))
         for transform in TRANSFORMS:
             plain = transform == "none"
             convert(

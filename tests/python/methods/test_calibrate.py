@@ -28,7 +28,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.gguf.header import read_header, value
 from ggml_ext.gguf.source import open_gguf
 from ggml_ext.methods.calibrate import block as blockwise
-from ggml_ext.methods.calibrate import estimate
+from ggml_ext.methods.calibrate import blocks, estimate
 from ggml_ext.methods.calibrate import run as calibrate
 from ggml_ext.methods.calibrate.block_file import block_path, load, outside_path
 from ggml_ext.methods.calibrate.plan import Request
@@ -108,7 +108,7 @@ def refused(request: Request, folder: Path, message: str) -> None:
     assert ";" in str(caught.value), "no remedy"
 
 
-def blocks(folder: Path) -> dict[str, bytes]:
+def block_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("block-*"))}
 
 
@@ -171,18 +171,18 @@ def test_convert_resumes_beside_the_output_and_tidies_up(
             raise KeyboardInterrupt
         return blockwise.encode_block(sites, *arguments)
 
-    monkeypatch.setattr(calibrate, "encode_block", interrupted)
+    monkeypatch.setattr(blocks, "encode_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go()
     folder = tmp_path / "m.gguf.calibration"
     assert lines[-1] == f"{folder}: 1 of 2 blocks are done; the same command goes on there"
     assert not out.exists()
-    kept = blocks(folder)
+    kept = block_files(folder)
     result = go()
     assert done == [0, 1, 1]
     assert list(tmp_path.iterdir()) == [out]
     assert result.quantized_bits_per_weight is not None
-    assert kept.items() <= blocks(finished).items()
+    assert kept.items() <= block_files(finished).items()
     convert(models.llama_dir(base), tmp_path / "again.gguf", calibrated=finished)
     assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
 
@@ -217,12 +217,12 @@ def test_killed_once_observed_and_after_a_block_the_result_is_the_same(
     command += ["--ctx", str(CTX), "--samples", str(SAMPLES)]
     state = folder / "observation" / "state.json"
     killed_when(state, command)
-    assert not blocks(folder)
+    assert not block_files(folder)
     observed = state.stat().st_mtime_ns
     killed_when(folder / "block-000.safetensors", command)
     assert state.stat().st_mtime_ns == observed, "what is observed stays"
-    kept = blocks(folder)
-    assert kept.items() <= blocks(finished).items()
+    kept = block_files(folder)
+    assert kept.items() <= block_files(finished).items()
     assert not out.exists()
     subprocess.run(command, check=True, capture_output=True)
     convert(models.llama_dir(base), tmp_path / "whole.gguf", calibrated=finished)
@@ -266,7 +266,7 @@ def test_a_text_that_can_be_read_once(base: Path, text: Path, finished: Path, tm
 
 def test_a_folder_with_another_plan_is_refused(base: Path, text: Path, finished: Path) -> None:
     request = request_for(base, text)
-    before = blocks(finished)
+    before = block_files(finished)
     refused(replace(request, ctx=CTX * 2), finished, r"\(ctx 32 there, 64 here\); repeat its settings")
     refused(replace(request, seed=3), finished, r"\(seed 0 there, 3 here\); repeat its settings")
     rtn = replace(request, method=replace(request.method, rounding="rtn"))
@@ -276,7 +276,7 @@ def test_a_folder_with_another_plan_is_refused(base: Path, text: Path, finished:
     other = text.with_name("other.txt")
     other.write_text(models.TEXT * 7)
     refused(replace(request, text=other), finished, "another calibration text")
-    assert blocks(finished) == before
+    assert block_files(finished) == before
 
 
 @pytest.mark.usefixtures("converted")
@@ -389,7 +389,7 @@ def test_a_dry_run_knows_the_disk(base: Path, text: Path, finished: Path, tmp_pa
     """And leaves nothing there."""
     found = estimate.estimate(request_for(base, text, source=models.llama_gguf(base)), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
-    files = sum(map(len, blocks(finished).values()))
+    files = sum(map(len, block_files(finished).values()))
     assert files < found.disk["block files"] < 2 * files
     observed = {path.name: path.stat().st_size for path in (finished / "observation").iterdir()}
     assert found.disk["samples"] == observed["samples.bin"] + observed["absmax.bin"]

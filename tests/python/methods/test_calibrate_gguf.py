@@ -20,6 +20,7 @@ from ggml_ext.convert import convert
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.gguf.header import read_header, value
 from ggml_ext.gguf.source import open_gguf
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.methods.calibrate import run as calibrate
 from ggml_ext.methods.calibrate.proof import logits
 from ggml_ext.recipes import Options
@@ -54,7 +55,7 @@ def test_a_folder_and_its_gguf_give_the_same_file(
     base = tmp_path_factory.getbasetemp()
     folder, gguf = models.llama_dir(base), models.llama_gguf(base)
     monkeypatch.setattr(calibrate.hf, "to_gguf", lambda _folder, out, **_: shutil.copyfile(gguf, out))
-    monkeypatch.setattr(calibrate, "TransformRequest", partial(calibrate.TransformRequest, steps=4))
+    monkeypatch.setattr(blocks, "TransformRequest", partial(blocks.TransformRequest, steps=4))
     for name, source in (("folder", folder), ("gguf", gguf)):
         convert_quietly(source, tmp_path / name, text, recipe="flat4", options=Options(samples=4))
     assert (tmp_path / "folder").read_bytes() == (tmp_path / "gguf").read_bytes()

@@ -20,6 +20,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.registry import TRANSFORMS
 from ggml_ext.gguf import fq4
 from ggml_ext.hf.folder import to_gguf
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.methods.calibrate import run as calibrate
 from ggml_ext.methods.calibrate.block_file import block_path, load
 from ggml_ext.methods.calibrate.plan import Request
@@ -155,7 +156,7 @@ def test_zeroed_matrices_and_a_zeroed_layer(tmp_path: Path, tmp_path_factory: py
     to_gguf(folder, converted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate.hf, "to_gguf", lambda _folder, out, **_: shutil.copyfile(converted, out))
-        patch.setattr(calibrate, "TransformRequest", partial(TransformRequest, steps=4))
+        patch.setattr(blocks, "TransformRequest", partial(TransformRequest, steps=4))
         for name in recipes.names():
             method = replace(recipes.load(name).method, samples=2)
             out = tmp_path / name

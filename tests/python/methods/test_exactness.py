@@ -22,6 +22,7 @@ from ggml_ext.convert import convert
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.registry import TRANSFORMS
 from ggml_ext.gguf.header import read_header, value
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.methods.calibrate import run as calibrate
 from ggml_ext.recipes import Options
 
@@ -126,7 +127,7 @@ def test_the_function_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_gguf(ggufs[family], monkeypatch)
-    monkeypatch.setattr(calibrate, "TransformRequest", partial(calibrate.TransformRequest, steps=STEPS))
+    monkeypatch.setattr(blocks, "TransformRequest", partial(blocks.TransformRequest, steps=STEPS))
     torch.manual_seed(0)
     out = tmp_path / "m.gguf"
     # gptq runs block by block even without a transform, and has nothing to round where all is kept.

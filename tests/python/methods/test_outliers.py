@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from ggml_ext import recipes
 from ggml_ext.convert import convert
 from ggml_ext.measure.compare import compare
-from ggml_ext.methods.calibrate import run as calibrate
+from ggml_ext.methods.calibrate import blocks
 from ggml_ext.recipes import Options
 
 CTX, SAMPLES = 256, 24
@@ -82,7 +82,7 @@ def test_a_recipe_keeps_its_bound_and_folds_outliers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibrate, "TransformRequest", partial(calibrate.TransformRequest, steps=STEPS))
+    monkeypatch.setattr(blocks, "TransformRequest", partial(blocks.TransformRequest, steps=STEPS))
     kld = {}
     for name, base in bases.items():
         out = tmp_path / f"{name}.gguf"

@@ -39,10 +39,11 @@ _MOST_BLOCKS = 2**16
 class Request:
     """A calibration of a Hugging Face folder or a float GGUF file. ``text``: the calibration text. ``ctx``:
     tokens per window. ``device``: "cpu" or "cuda", where transforms are solved. ``threads``: 0 for all; the
-    result does not depend on it where sums do not. ``matrices``: transforms that the official FlatQuant
-    code saved, a file flat_matrices.pth or its folder, to use instead of solved ones. ``parse_special``:
-    see samples.windows. ``trust_remote_code``: see hf.to_gguf. ``observed``: folder of a finished observation
-    to use, of the same text, windows and seed; ``text`` may be None then."""
+    result does not depend on it where sums do not. ``matrices``: transforms that the official FlatQuant code
+    saved, a file flat_matrices.pth or its folder, to use instead of solved ones. ``parse_special``: see
+    samples.windows. ``trust_remote_code``: see hf.to_gguf. ``observed``: folder of a finished observation to
+    use, of the same text, windows and seed; ``text`` may be None then. ``dask``: address of a scheduler whose
+    workers do the blocks."""
 
     source: Path
     text: Path | None
@@ -57,6 +58,7 @@ class Request:
     parse_special: bool = False
     trust_remote_code: bool = False
     observed: Path | None = None
+    dask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def make(
         activation=None if activation is None else list(activation),
         blocks=source.n_blocks,
         device=request.device,
-        versions=_versions(),
+        versions=versions(),
         observed=None if observed is None else observed.digest,
     )
 
@@ -189,7 +191,8 @@ def _check_grid(base: str, rounding: str) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the programs that a result depends on."""
     return {
         "ggml-ext": __version__,
         "library": model_files.short_sha256(paths.library("ggml-base")),

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ggml_ext import recipes
 from ggml_ext.core.atomic import atomic_path, work_folder
@@ -32,24 +30,16 @@ from ggml_ext.core.progress import track
 from ggml_ext.gguf.source import Source, open_gguf
 from ggml_ext.gguf.transformed import require_plain
 from ggml_ext.hf import folder as hf
-from ggml_ext.methods import transforms
 from ggml_ext.methods.calibrate import given
 from ggml_ext.methods.calibrate import plan as plans
 from ggml_ext.methods.calibrate.allocate import choose_types, require_room
-from ggml_ext.methods.calibrate.block import Job, encode_block
-from ggml_ext.methods.calibrate.block_file import Findings, block_path, outside_path, save
+from ggml_ext.methods.calibrate.blocks import Work, calibrate_block, calibrate_outside, sample_rows
 from ggml_ext.methods.calibrate.device import bound_threads, require_device
 from ggml_ext.methods.calibrate.folder import OBSERVATION, held
-from ggml_ext.methods.calibrate.outside import round_outside
 from ggml_ext.methods.calibrate.plan import Plan, Request
 from ggml_ext.methods.calibrate.proof import prove
 from ggml_ext.methods.model_sites import ModelSites
-from ggml_ext.methods.rounding.hessian import Hessian, choose_shrinkage
-from ggml_ext.methods.sites import ActivationSpec, Linear, Site, SiteStats, SiteTransform, identity
-from ggml_ext.methods.transforms import TransformRequest
-from ggml_ext.methods.transforms.loss import SAMPLE_TOKENS
 from ggml_ext.observe import prepare, run
-from ggml_ext.observe.layout import SAMPLE_ROWS
 from ggml_ext.observe.reader import Observation
 from ggml_ext.observe.reuse import Asked, open_finished, require_figures
 from ggml_ext.observe.run import named_as
@@ -154,12 +144,6 @@ def require_convertible(request: Request) -> None:
             )
 
 
-def sample_rows(activation: Sequence[int] | None) -> int:
-    """Rows of each site's sample. With activations of 4 bits it is part of what transforms are solved for;
-    else it only tells how far to trust the moments."""
-    return SAMPLE_ROWS if activation is None else SAMPLE_TOKENS
-
-
 def observation_of(request: Request, source: Path) -> prepare.Request:
     """What a calibration observes, on the float GGUF file ``source``."""
     assert request.text is not None
@@ -243,19 +227,19 @@ def _run(
         warn(line)
     missing = plan.missing(folder)
     if plan.transform != "none" and len(missing) == plan.blocks:
-        with work_folder(folder / "proof") as work:
-            prove(model, work, plan.transform, threads=request.threads)
+        with work_folder(folder / "proof") as room:
+            prove(model, room, plan.transform, threads=request.threads)
     if matrices is not None:
         matrices = given.in_gguf_order(matrices, source.path)
+    work = Work(folder, plan, model, seen, matrices, request.threads)
     errors: list[list[float]] = []
     try:
         with track(len(missing), "calibration", "blocks") as advance:
-            for index in missing:
-                found = _block(request, folder, plan, model, seen, index, matrices)
+            for index, found in _blocks(request, work, missing):
                 errors.append(list(found.values()))
                 advance(1, _progress(index, found))
         if plan.lacks_outside(folder):
-            _outside(request, folder, plan, source, seen)
+            calibrate_outside(work, source)
     except KeyboardInterrupt:
         left = len(plan.missing(folder))
         warn(
@@ -265,6 +249,17 @@ def _run(
     return errors
 
 
+def _blocks(request: Request, work: Work, missing: Sequence[int]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The blocks, as they are done, with the errors of their matrices."""
+    if request.dask:
+        from ggml_ext.methods.calibrate.cluster import calibrate_blocks
+
+        yield from calibrate_blocks(request, work, missing)
+        return
+    for index in missing:
+        yield index, calibrate_block(work, index)
+
+
 def _progress(index: int, errors: Mapping[str, float]) -> str:
     if not errors:
         return f"block {index}: nothing to round"
@@ -272,112 +267,4 @@ def _progress(index: int, errors: Mapping[str, float]) -> str:
     return (
         f"block {index}: mean error {np.mean(list(errors.values())):.3g}, "
         f"worst {worst.removeprefix(f'blk.{index}.')} {errors[worst]:.3g}"
-    )
-
-
-def _block(
-    request: Request,
-    folder: Path,
-    plan: Plan,
-    model: ModelSites,
-    seen: Observation,
-    index: int,
-    matrices: given.Matrices | None,
-) -> dict[str, float]:
-    """Calibrates one block, writes its file, and returns the errors of its matrices."""
-    sites, rows = model.block(index), sample_rows(plan.activation)
-    torch.manual_seed(plan.seed)
-    if matrices is not None:
-        solved = given.sites(matrices, index, sites, clips=plan.activation is not None)
-    else:
-        solved = _solve(plan, sites, seen)
-    job = Job(plan.types, plan.rounding, model.read, model.marks(index), request.threads)
-    packed, findings = encode_block(sites, lambda site: site_stats(seen, site, rows), solved, job)
-    if matrices is not None:
-        packed |= given.cache_tensors(matrices, index)
-    save(block_path(folder, index), packed, findings)
-    return findings.errors
-
-
-def _outside(request: Request, folder: Path, plan: Plan, source: Source, seen: Observation) -> None:
-    """Rounds the matrices outside the blocks and writes their file."""
-    packed, errors = {}, {}
-    for tensor in source.tensors:
-        if tensor.name not in plan.outside:
-            continue
-        site = Site(tensor.name, tensor.row_length, (Linear(tensor.name, torch.empty(0)),), None)
-        stats = site_stats(seen, site, sample_rows(plan.activation))
-        hessian = Hessian(
-            stats.hessian.double(), choose_shrinkage(stats.hessian, stats.n_tokens, stats.sample)
-        )
-        packed[tensor.name], errors[tensor.name] = round_outside(
-            tensor, plan.types[tensor.name], plan.rounding, hessian, threads=request.threads
-        )
-    save(outside_path(folder), packed, Findings(errors=errors))
-
-
-class _ExpertMoments(Sequence[Tensor]):
-    """The second moments of a site's experts, read when they are asked for: all together are large."""
-
-    def __init__(self, seen: Observation, tensor: str, experts: int) -> None:
-        self._seen, self._tensor, self._experts = seen, tensor, experts
-
-    def __len__(self) -> int:
-        return self._experts
-
-    def __getitem__(self, expert: int) -> Tensor:  # type: ignore[override]  # no slices
-        site = self._seen.site_of(self._tensor)
-        assert site is not None
-        return torch.from_numpy(self._seen.expert_moment(site, expert))
-
-
-def site_stats(seen: Observation, site: Site, rows: int) -> SiteStats:
-    """What was observed at the site, with at most so many rows of its sample."""
-    tensor = (*site.linears, *site.folded)[0].tensor
-    its = seen.site_of(tensor)
-    assert its is not None, tensor
-    experts = its.experts
-    return SiteStats(
-        hessian=torch.from_numpy(seen.moment(its)),
-        absmax=torch.from_numpy(seen.absmax(its)),
-        sample=torch.from_numpy(seen.sample(its, rows)),
-        n_tokens=round(seen.rows(its)),
-        expert_hessian=_ExpertMoments(seen, tensor, experts) if seen.has_expert_moments(its) else None,
-        expert_diagonal=torch.from_numpy(seen.expert_diagonals(its)) if experts else None,
-        expert_tokens=torch.from_numpy(np.rint(seen.expert_rows(its)).astype(np.int64)) if experts else None,
-    )
-
-
-def _activation(plan: Plan) -> ActivationSpec:
-    return ActivationSpec() if plan.activation is None else ActivationSpec(*plan.activation)
-
-
-def _solve(plan: Plan, sites: Mapping[str, Site], seen: Observation) -> dict[str, SiteTransform]:
-    wanted = TransformRequest(
-        name=plan.transform,
-        types=plan.types,
-        activation=_activation(plan),
-        rounding=plan.rounding,
-        seed=plan.seed,
-    )
-    budgets = transforms.split_budget(sites, plan.transform_bits)
-    solved = {anchor: identity(site.n) for anchor, site in sites.items()}
-    if plan.transform == "none" and not wanted.clips:
-        return solved
-    device = torch.device(plan.device)
-    for anchor, site in sites.items():
-        its, stats = _on_device(site, site_stats(seen, site, sample_rows(plan.activation)), device)
-        solved[anchor] = transforms.solve(its, stats, replace(wanted, budget_bits=budgets[anchor]))
-    return solved
-
-
-def _on_device(site: Site, stats: SiteStats, device: torch.device) -> tuple[Site, SiteStats]:
-    if device.type == "cpu":
-        return site, stats
-    linears = tuple(Linear(linear.tensor, linear.weight.to(device)) for linear in site.linears)
-    return replace(site, linears=linears), replace(
-        stats,
-        hessian=stats.hessian.to(device),
-        absmax=stats.absmax.to(device),
-        sample=stats.sample.to(device),
     )
