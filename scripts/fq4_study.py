@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""The comparison that settled the layout, table and encoder of FQ4 (docs/fq4.md) and the layout of FQ4_64
-(docs/fq4_64.md), in plain numpy.
+"""The comparison that settled the layout, table and encoder of FQ4 (docs/fq4.md), the layout of FQ4_64
+(docs/fq4_64.md) and the encoders of FQ3 and FQ3_64 (docs/fq3.md), in plain numpy.
 
     scripts/fq4_study.py --json OUT.json                       Gaussian, Student-t(5) and Student-t(3) rows
     scripts/fq4_study.py --model F16.gguf --imatrix I.gguf     the block matrices of a model as well
@@ -30,7 +30,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.gguf import fq4
+from ggml_ext.gguf import fq3, fq4
 
 F32 = NDArray[np.float32]
 
@@ -58,7 +58,7 @@ IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 
 
 
 def mirrored(shapes: F32) -> F32:
-    """[n, 16] shapes -> [2 n, 16]: every shape, then every shape mirrored and negated."""
+    """[n, codes] shapes -> [2 n, codes]: every shape, then every shape mirrored and negated."""
     return np.concatenate([shapes, -shapes[:, ::-1]])
 
 
@@ -73,6 +73,7 @@ TABLES = {
     "8 rows": mirrored(SHAPES[[0, 2, 4, 7]]),
     "codebook x 16": scaled(IQ4_NL, 16),
     "codebook x 8": scaled(IQ4_NL, 8),
+    "8 codes": fq3.TABLE.astype(np.float32),
 }
 
 
@@ -95,8 +96,8 @@ class Variant:
     @property
     def bits(self) -> float:
         """Bits per weight."""
-        index_bits = int(np.log2(len(TABLES[self.table])))
-        return 4 + (16 if self.mantissa == 10 else 8) / self.block + index_bits / self.sub
+        index_bits, code_bits = np.log2(TABLES[self.table].shape)
+        return float(code_bits + (16 if self.mantissa == 10 else 8) / self.block + index_bits / self.sub)
 
     def round_scale(self, d: F32) -> F32:
         """d [n] as the format can hold it. Minifloats: the range of the exponent is left open."""
@@ -108,7 +109,8 @@ class Variant:
 
 
 def encoder(candidates: int, low: float, high: float, refits: int = 2, table: str = "learned") -> Variant:
-    name = f"{candidates} x {low:.2f}-{high:.2f}, {refits} refits"
+    prefix = "FQ3, " if table == "8 codes" else ""
+    name = f"{prefix}{candidates} x {low:.2f}-{high:.2f}, {refits} refits"
     return Variant(name, table=table, candidates=candidates, low=low, high=high, refits=refits)
 
 
@@ -139,6 +141,22 @@ VARIANTS = [
         Variant(f"64, {scale}", block=64, mantissa=mantissa, candidates=11, high=1.40)
         for scale, mantissa in (("fp16", 10), ("e3m5", 5), ("e4m4", 4), ("e5m3", 3), ("e6m2", 2))
     ),
+    *(
+        encoder(candidates, low, high, refits, "8 codes")
+        for candidates, low, high, refits in (
+            (5, 0.80, 1.20, 2),
+            (7, 0.80, 1.25, 2),
+            (9, 0.75, 1.15, 2),
+            (9, 0.80, 1.20, 2),
+            (9, 0.80, 1.40, 2),
+            (9, 0.90, 1.30, 0),
+            (9, 0.90, 1.30, 2),
+            (9, 0.90, 1.30, 4),
+            (13, 0.70, 1.30, 2),
+            (25, 0.50, 1.70, 2),
+        )
+    ),
+    Variant("FQ3_64", table="8 codes", block=64, mantissa=3, candidates=11, low=0.8, high=1.40),
 ]
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Learns an FQ4 table: Lloyd's algorithm with the whole encoder in the loop, in plain numpy.
 
-    scripts/fq4_table.py [--model F16.gguf] [--sub 16|32] [--shapes 4|8|32] [--block 64 --mantissa 3]
+    scripts/fq4_table.py [--model F16.gguf] [--codes 16|8] [--sub 16|32] [--shapes 4|8|32] [--free]
+                         [--block 64 --mantissa 3]
 
 Encode; move every entry to the value that minimises the squared error over the weights that chose it
 (sum of d x / sum of d^2); repeat. Gaussian rows count 1, Student-t(5) rows 0.3, the block matrices of a
@@ -39,21 +40,26 @@ BATCH = 8192  # weights
 SHARES = {"gaussian": 1.0, "t5": 0.3, "model": 1.0}
 
 
-def first_shapes(count: int) -> F32:
-    """[count, 16]: of the first eight shapes evenly spaced ones, or as many between them."""
-    if count <= len(FIRST_SHAPES):
-        return FIRST_SHAPES[:: len(FIRST_SHAPES) // count]
-    at = np.linspace(0, len(FIRST_SHAPES) - 1, count)
-    low = np.minimum(at.astype(int), len(FIRST_SHAPES) - 2)
+def first_shapes(count: int, codes: int) -> F32:
+    """[count, codes]: of the first eight shapes evenly spaced ones, or as many between them, with as many
+    values as there are codes: the means of neighbours where these are 8."""
+    first = FIRST_SHAPES.reshape(len(FIRST_SHAPES), codes, -1).mean(-1)
+    if count <= len(first):
+        return first[:: len(first) // count]
+    at = np.linspace(0, len(first) - 1, count)
+    low = np.minimum(at.astype(int), len(first) - 2)
     part = (at - low)[:, None]
-    shapes = FIRST_SHAPES[low] * (1 - part) + FIRST_SHAPES[low + 1] * part
+    shapes = first[low] * (1 - part) + first[low + 1] * part
     # Or neighbours would stay alike.
     shapes += 3 * np.random.default_rng(0).standard_normal(shapes.shape)
     return np.sort(shapes, axis=1).astype(np.float32)
 
 
-def step(table: F32, variant: Variant, data: dict[str, F32], random: np.random.Generator) -> F32:
-    """One round of Lloyd's algorithm on a sample of every data set: a better table."""
+def step(
+    table: F32, variant: Variant, data: dict[str, F32], random: np.random.Generator, free: bool
+) -> F32:
+    """One round of Lloyd's algorithm on a sample of every data set: a better table. ``free``: rows do not
+    move with their mirror images."""
     encoder = Encoder(variant, table, CELLS)
     moment = np.zeros(table.size)
     power = np.zeros(table.size)
@@ -65,16 +71,18 @@ def step(table: F32, variant: Variant, data: dict[str, F32], random: np.random.G
             x = sample[start : start + batch]
             d, levels, rows = encoder.encode(x, None)
             row = np.repeat(rows.astype(np.intp), variant.sub, axis=1)
-            entry = (16 * row + np.abs(levels[..., None] - table[row]).argmin(-1)).ravel()
+            entry = (table.shape[1] * row + np.abs(levels[..., None] - table[row]).argmin(-1)).ravel()
             scale = np.broadcast_to(d[:, None], x.shape)
             moment += np.bincount(entry, (share * scale * x).ravel(), table.size)
             power += np.bincount(entry, (share * scale * scale).ravel(), table.size)
     half = len(table) // 2
     moments, powers = moment.reshape(table.shape), power.reshape(table.shape)
-    moments = moments[:half] - moments[half:, ::-1]
-    powers = powers[:half] + powers[half:, ::-1]
-    moved = np.where(powers > 0, moments / np.where(powers > 0, powers, 1), table[:half])
-    return mirrored(np.sort(np.clip(moved, -127, 127), axis=1).astype(np.float32))
+    if not free:
+        moments = moments[:half] - moments[half:, ::-1]
+        powers = powers[:half] + powers[half:, ::-1]
+    moved = np.where(powers > 0, moments / np.where(powers > 0, powers, 1), table[: len(powers)])
+    moved = np.sort(np.clip(moved, -127, 127), axis=1).astype(np.float32)
+    return moved if free else mirrored(moved)
 
 
 def main() -> None:
@@ -82,10 +90,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="f16, bf16 or f32 GGUF")
+    parser.add_argument("--codes", type=int, choices=(16, 8), default=16, help="values of a row")
     parser.add_argument("--sub", type=int, choices=(16, 32), default=16, help="weights per sub-block")
     parser.add_argument(
         "--shapes", type=int, choices=(4, 8, 32), default=8, help="rows of the table, less mirrors"
     )
+    parser.add_argument("--free", action="store_true", help="rows without mirror images")
     parser.add_argument("--block", type=int, choices=(256, 64), default=SUPER, help="weights per block")
     parser.add_argument("--mantissa", type=int, default=10, help="bits of the scale's fraction, 10 is fp16")
     args = parser.parse_args()
@@ -105,15 +115,15 @@ def main() -> None:
     random = np.random.default_rng(1)
     layout = Variant("result", table="learning", sub=args.sub, block=args.block, mantissa=args.mantissa)
     variant = dataclasses.replace(layout, candidates=7, low=0.8, refits=1)
-    table = mirrored(first_shapes(args.shapes))
+    table = mirrored(first_shapes(args.shapes, args.codes))
     for number in range(STEPS):
-        table = step(table, variant, data, random)
+        table = step(table, variant, data, random, args.free)
         if number % 10 == 9:
             TABLES["learning"] = np.rint(table)
             errors = {name: measure(layout, items)["error"] for name, items in tests.items()}
             figures = "  ".join(f"{name} {error:.6f}" for name, error in errors.items())
             print(f"step {number + 1}, {layout.bits} bits: {figures}", flush=True)
-    for shape in np.rint(table[: args.shapes]).astype(int).tolist():
+    for shape in np.rint(table if args.free else table[: args.shapes]).astype(int).tolist():
         print(shape)
 
 

@@ -74,8 +74,8 @@ foreach(target IN LISTS GGML_EXT_GGML_TARGETS)
     if (target MATCHES "^ggml-cpu(-.+)?$" AND NOT target MATCHES "-feats$")
         ggml_ext_inject(${target} ${GGML_EXT_CPU_SOURCES})
         # The reference of the dot products, which numpy repeats bit for bit.
-        set_property(SOURCE "${GGML_EXT_ROOT}/ggml_ext/fq4/cpu/generic.c" "${GGML_EXT_ROOT}/ggml_ext/fq4_64/cpu/generic.c"
-            TARGET_DIRECTORY ${target}
+        file(GLOB GGML_EXT_GENERIC_SOURCES "${GGML_EXT_ROOT}/ggml_ext/fq*/cpu/generic.c")
+        set_property(SOURCE ${GGML_EXT_GENERIC_SOURCES} TARGET_DIRECTORY ${target}
             APPEND PROPERTY COMPILE_OPTIONS -ffp-contract=off)
         set(GGML_EXT_HAS_CPU TRUE)
     endif()

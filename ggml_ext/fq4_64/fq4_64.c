@@ -15,7 +15,8 @@ static_assert(sizeof(ggml_ext_block_fq4_64) == 35, "FQ4_64 blocks are packed");
 
 #define N_SUBS (QK_FQ4_64 / QK_FQ4_SUB)
 
-// First guesses of d: so many consecutive scales from that of factor * absmax / 127 on. docs/fq4_64.md, "candidates".
+// First guesses of d: so many consecutive scales from that of factor * absmax / 127 on, then refits. docs/fq4_64.md and
+// docs/fq3.md, "candidates".
 #define FIRST_FACTOR 0.95f
 #define N_GUESSES    8
 #define N_REFITS     2
@@ -50,46 +51,51 @@ uint8_t ggml_ext_fq4_64_round_d(float d) {
     return (uint8_t) (rounded > FIRST_SCALE ? rounded - FIRST_SCALE : 1);
 }
 
-// What ggml_ext_fq4_64_validate reports.
-static void refuse_block(ggml_ext_block_fq4_64 * block) {
-    memset(block, 0, sizeof(*block));
-    block->d = GGML_EXT_FQ4_64_NAN;
+bool ggml_ext_fq4_64_search(const float * x, const float * weight, struct ggml_ext_fq4_choice * best) {
+    float largest;
+    if (!ggml_ext_fq4_largest(QK_FQ4_64, x, GGML_EXT_FQ4_64_MAX_WEIGHT, &largest)) {
+        return false;
+    }
+    const int first = ggml_ext_fq4_64_round_d(largest * (FIRST_FACTOR / 127.0f));
+    const int end   = MIN(first + N_GUESSES, GGML_EXT_FQ4_64_LARGEST + 1);
+    // Where the first is 0, the weights are too small for any scale: zeros.
+    for (int d = first; first > 0 && d < end; d++) {
+        ggml_ext_fq4_try(N_SUBS, x, weight, ggml_ext_fq4_64_scales[d], best);
+    }
+    for (int k = 0; k < N_REFITS && best->d > 0.0f; k++) {
+        const uint8_t d = ggml_ext_fq4_64_round_d(ggml_ext_fq4_refit(N_SUBS, x, weight, best));
+        ggml_ext_fq4_try(N_SUBS, x, weight, ggml_ext_fq4_64_scales[d], best);
+    }
+    return first == 0 || best->d > 0.0f;  // else the cost of every scale overflowed: zeros would be wrong
 }
 
-static void pack(const struct ggml_ext_fq4_choice * choice, ggml_ext_block_fq4_64 * block) {
-    block->d = ggml_ext_fq4_64_round_d(choice->d);
-    for (int i = 0; i < 2; i++) {
-        block->s[i] = (uint8_t) (choice->row[2 * i] | choice->row[2 * i + 1] << 4);
+bool ggml_ext_fq4_64_check(const char * name, const void * data, size_t n_blocks, size_t block_size) {
+    const uint8_t * d = data;
+    for (size_t i = 0; i < n_blocks; i++, d += block_size) {
+        if (*d == GGML_EXT_FQ4_64_NAN) {
+            GGML_LOG_ERROR("%s: found nan value at block %zu\n", name, i);
+            return false;
+        }
     }
+    return true;
+}
+
+static void pack(const struct ggml_ext_fq4_choice * choice, void * to) {
+    ggml_ext_block_fq4_64 * block = to;
+    block->d                      = ggml_ext_fq4_64_round_d(choice->d);
+    ggml_ext_fq4_pack_rows(choice, N_SUBS, block->s);
     for (int j = 0; j < 32; j++) {
         block->q[j] = (uint8_t) (ggml_ext_fq4_code(choice, j) | ggml_ext_fq4_code(choice, 32 + j) << 4);
     }
 }
 
-static void encode_block(const float * x, const float * weight, ggml_ext_block_fq4_64 * block) {
-    float largest;
-    if (!ggml_ext_fq4_largest(QK_FQ4_64, x, GGML_EXT_FQ4_64_MAX_WEIGHT, &largest)) {
-        refuse_block(block);
-        return;
-    }
-    struct ggml_ext_fq4_choice best  = { 0 };
-    const int                  first = ggml_ext_fq4_64_round_d(largest * (FIRST_FACTOR / 127.0f));
-    const int                  end   = MIN(first + N_GUESSES, GGML_EXT_FQ4_64_LARGEST + 1);
-    best.cost                        = INFINITY;
-    // Where the first is 0, the weights are too small for any scale: zeros.
-    for (int d = first; first > 0 && d < end; d++) {
-        ggml_ext_fq4_try(N_SUBS, x, weight, ggml_ext_fq4_64_scales[d], &best);
-    }
-    for (int k = 0; k < N_REFITS && best.d > 0.0f; k++) {
-        const uint8_t d = ggml_ext_fq4_64_round_d(ggml_ext_fq4_refit(N_SUBS, x, weight, &best));
-        ggml_ext_fq4_try(N_SUBS, x, weight, ggml_ext_fq4_64_scales[d], &best);
-    }
-    if (first > 0 && best.d == 0.0f) {  // the cost of every scale overflowed: zeros would be wrong
-        refuse_block(block);
-        return;
-    }
-    pack(&best, block);
+static void refuse(void * block) {
+    ((ggml_ext_block_fq4_64 *) block)->d = GGML_EXT_FQ4_64_NAN;
 }
+
+static const struct ggml_ext_fq4_encoder encoder = {
+    &ggml_ext_fq4_nearest, QK_FQ4_64, sizeof(ggml_ext_block_fq4_64), ggml_ext_fq4_64_search, pack, refuse,
+};
 
 void ggml_ext_fq4_64_quantize_row(const float * x, void * y, int64_t k) {
     ggml_ext_fq4_64_quantize(x, y, 1, k, NULL);
@@ -97,17 +103,7 @@ void ggml_ext_fq4_64_quantize_row(const float * x, void * y, int64_t k) {
 
 size_t ggml_ext_fq4_64_quantize(const float * src, void * dst, int64_t nrows, int64_t n_per_row,
                                 const float * imatrix) {
-    assert(n_per_row % QK_FQ4_64 == 0);
-    ggml_ext_fq4_encode_init();
-    ggml_ext_block_fq4_64 * block = dst;
-    for (int64_t row = 0; row < nrows; row++) {
-        for (int64_t i = 0; i < n_per_row; i += QK_FQ4_64) {
-            float weight[QK_FQ4_64];
-            ggml_ext_fq4_error_weights(QK_FQ4_64, imatrix ? imatrix + i : NULL, weight);
-            encode_block(src + row * n_per_row + i, weight, block++);
-        }
-    }
-    return (size_t) ((char *) block - (char *) dst);
+    return ggml_ext_fq4_encode_rows(&encoder, src, dst, nrows, n_per_row, imatrix);
 }
 
 void ggml_ext_fq4_64_dequantize_row(const void * x, float * y, int64_t k) {
@@ -124,12 +120,5 @@ void ggml_ext_fq4_64_dequantize_row(const void * x, float * y, int64_t k) {
 }
 
 bool ggml_ext_fq4_64_validate(const void * data, size_t n_blocks) {
-    const ggml_ext_block_fq4_64 * blocks = data;
-    for (size_t i = 0; i < n_blocks; i++) {
-        if (blocks[i].d == GGML_EXT_FQ4_64_NAN) {
-            GGML_LOG_ERROR("%s: found nan value at block %zu\n", __func__, i);
-            return false;
-        }
-    }
-    return true;
+    return ggml_ext_fq4_64_check(__func__, data, n_blocks, sizeof(ggml_ext_block_fq4_64));
 }

@@ -5,6 +5,8 @@
 
 #include "core/cpu/ext_op.h"
 #include "core/cpu/override.h"
+#include "fq3/cpu/fq3.h"
+#include "fq3_64/cpu/fq3_64.h"
 #include "fq4/cpu/fq4.h"
 #include "fq4_64/cpu/fq4_64.h"
 

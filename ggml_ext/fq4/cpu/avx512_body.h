@@ -142,29 +142,48 @@ FQ4_VNNI static void fq4_multiply(const void * from, int n_cols, const void * co
 
 // The table rows of four sub-blocks, whose indices are two bytes.
 FQ4_VNNI FQ4_INLINE __m512i rows_of(const uint8_t * s) {
-    const __m256i rows_01 = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[s[0]]);
-    const __m256i rows_23 = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[s[1]]);
+    const __m256i rows_01 = _mm256_load_si256((const __m256i *) FQ4_PAIRS[s[0]]);
+    const __m256i rows_23 = _mm256_load_si256((const __m256i *) FQ4_PAIRS[s[1]]);
     return _mm512_inserti64x4(_mm512_castsi256_si512(rows_01), rows_23, 1);
 }
 
 #define FQ4_VECTORS (FQ4_QK / 64)
 
+#ifdef FQ4_PLANES
+#    include "fq3/cpu/avx512_planes.h"
+#elif FQ4_QK == 64
+// The codes of a block, one to a byte, in the low bits.
+FQ4_VNNI FQ4_INLINE __m512i codes_of(const fq4_block * x) {
+    const __m512i shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
+    return _mm512_srlv_epi64(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) x->q)), shift);
+}
+#else
+// The codes of a block as nibbles: the low ones of vector h are FQ4_RUN / 64 vectors of weights in front of the high ones.
+FQ4_VNNI FQ4_INLINE void nibbles_of(const fq4_block * x, __m512i q[FQ4_VECTORS / 2]) {
+    for (int h = 0; h < FQ4_VECTORS / 2; h++) {
+        q[h] = _mm512_loadu_si512(x->q + 64 * h);
+        // Keeps the compiler from loading twice what nearly always crosses a cache line.
+        __asm__("" : "+v"(q[h]));
+    }
+}
+#endif
+
 // The weights of a block as T + 128, 64 per register, in order: 16 weights share a table row, which one lane of
 // vpshufb holds.
 FQ4_VNNI FQ4_INLINE void decode_block(const fq4_block * x, __m512i w[FQ4_VECTORS]) {
     const __m512i mask = _mm512_set1_epi8(15);
-#if FQ4_RUN == 64
-    for (int h = 0; h < FQ4_VECTORS / 2; h++) {
-        __m512i q = _mm512_loadu_si512(x->q + 64 * h);
-        // Keeps the compiler from loading twice what nearly always crosses a cache line.
-        __asm__("" : "+v"(q));
-        w[2 * h]     = _mm512_shuffle_epi8(rows_of(x->s + 4 * h), _mm512_and_si512(q, mask));
-        w[2 * h + 1] = _mm512_shuffle_epi8(rows_of(x->s + 4 * h + 2), _mm512_and_si512(_mm512_srli_epi16(q, 4), mask));
-    }
+#if FQ4_QK == 64
+    w[0] = _mm512_shuffle_epi8(rows_of(x->s), _mm512_and_si512(codes_of(x), mask));
 #else
-    const __m512i shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
-    const __m512i q     = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) x->q));
-    w[0]                = _mm512_shuffle_epi8(rows_of(x->s), _mm512_and_si512(_mm512_srlv_epi64(q, shift), mask));
+    const int run = FQ4_RUN / 64;
+    __m512i   q[FQ4_VECTORS / 2];
+    nibbles_of(x, q);
+    for (int h = 0; h < FQ4_VECTORS / 2; h++) {
+        const int v = 2 * run * (h / run) + h % run;
+        w[v]        = _mm512_shuffle_epi8(rows_of(x->s + 2 * v), _mm512_and_si512(q[h], mask));
+        w[v + run] =
+            _mm512_shuffle_epi8(rows_of(x->s + 2 * (v + run)), _mm512_and_si512(_mm512_srli_epi16(q[h], 4), mask));
+    }
 #endif
 }
 

@@ -1,7 +1,10 @@
-// FQ4's paths, the choice between paths, and the dot product that upstream's own code may ask for.
+// FQ4's paths, the types with such kernels, the choice between paths, and the dot product that upstream's own code may ask
+// for.
 
 #include "fq4.h"
 
+#include "fq3/cpu/fq3.h"
+#include "fq3_64/cpu/fq3_64.h"
 #include "fq4_64/cpu/fq4_64.h"
 #include "paths.h"
 
@@ -13,19 +16,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-static const struct ggml_ext_fq4_path * const paths[] = {
-#ifdef GGML_EXT_X86
-    &ggml_ext_fq4_avx512_vnni,
-#    ifdef GGML_EXT_AVX_VNNI
-    &ggml_ext_fq4_avxvnni,
-#    endif
-    &ggml_ext_fq4_avx2,
-#endif
-#ifdef GGML_EXT_FQ4_HAS_NEON
-    &ggml_ext_fq4_neon,
-#endif
-    &ggml_ext_fq4_generic,
-};
+static const struct ggml_ext_fq4_path * const paths[] = { GGML_EXT_FQ4_PATHS(GGML_EXT_FQ4_ENTRY, fq4) };
 
 const struct ggml_ext_fq4_kind ggml_ext_fq4_kernels = {
     GGML_TYPE_FQ4,
@@ -37,7 +28,18 @@ const struct ggml_ext_fq4_kind ggml_ext_fq4_kernels = {
 };
 
 const struct ggml_ext_fq4_kind * ggml_ext_fq4_kind_of(enum ggml_type type) {
-    return type == GGML_TYPE_FQ4 ? &ggml_ext_fq4_kernels : type == GGML_TYPE_FQ4_64 ? &ggml_ext_fq4_64_kernels : NULL;
+    switch (type) {
+        case GGML_TYPE_FQ4:
+            return &ggml_ext_fq4_kernels;
+        case GGML_TYPE_FQ4_64:
+            return &ggml_ext_fq4_64_kernels;
+        case GGML_TYPE_FQ3:
+            return &ggml_ext_fq3_kernels;
+        case GGML_TYPE_FQ3_64:
+            return &ggml_ext_fq3_64_kernels;
+        default:
+            return NULL;
+    }
 }
 
 const struct ggml_ext_fq4_path * ggml_ext_fq4_fastest(const struct ggml_ext_fq4_kind * kind) {
@@ -54,14 +56,10 @@ const struct ggml_ext_fq4_path * ggml_ext_fq4_fastest(const struct ggml_ext_fq4_
     return kind->paths[number];
 }
 
-void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
-    assert(n % QK_FQ4 == 0 && nrc == 1);
-    GGML_UNUSED(bs);
-    GGML_UNUSED(bx);
-    GGML_UNUSED(by);
-    GGML_UNUSED(nrc);
-    const struct ggml_ext_fq4_path * path = ggml_ext_fq4_fastest(&ggml_ext_fq4_kernels);
-    const ggml_ext_block_fq4 *       x    = vx;
+float ggml_ext_fq4_dot_q8_k(const struct ggml_ext_fq4_kind * kind, int n, const void * vx, const void * vy) {
+    assert(n % QK_FQ4 == 0 && kind->block == QK_FQ4);
+    const struct ggml_ext_fq4_path * path = ggml_ext_fq4_fastest(kind);
+    const char *                     x    = vx;
     const block_q8_K *               y    = vy;
     float                            sum  = 0.0f;
     for (int ib = 0; ib < n / QK_FQ4; ib++) {
@@ -75,8 +73,16 @@ void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, c
         for (int i = 0; i < QK_FQ4 / 16; i++) {
             act.start -= 128 * y[ib].bsums[i];
         }
-        path->dots(1, 1, x + ib, 0, 1, &acts, &out);
+        path->dots(1, 1, x + ib * kind->block_size, 0, 1, &acts, &out);
         sum += part;
     }
-    *s = sum;
+    return sum;
+}
+
+void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
+    GGML_UNUSED(bs);
+    GGML_UNUSED(bx);
+    GGML_UNUSED(by);
+    GGML_UNUSED(nrc);
+    *s = ggml_ext_fq4_dot_q8_k(&ggml_ext_fq4_kernels, n, vx, vy);
 }

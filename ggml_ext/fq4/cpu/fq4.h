@@ -1,5 +1,5 @@
 // FQ4 inside ggml-cpu: products of rows with columns of int8 activations, one set of kernels per instruction set, and the
-// choice between them, for each type with FQ4's table (fq4_64/cpu has the other). mul_mat.c drives them. The kernels
+// choice between them, for FQ4 and its relatives (fq4_64/cpu, fq3/cpu, fq3_64/cpu). mul_mat.c drives them. The kernels
 // of all types have common bodies (*_body.h), which a type's block.h tells its layout.
 //
 // All kernels accumulate in int32 over a block of at most 256 and so equal the reference exactly in their integer part:
@@ -73,7 +73,10 @@ GGML_API const struct ggml_ext_fq4_kind * ggml_ext_fq4_kind_of(enum ggml_type ty
 // The fastest available path.
 GGML_API const struct ggml_ext_fq4_path * ggml_ext_fq4_fastest(const struct ggml_ext_fq4_kind * kind);
 
-// The fastest path's product of one row of n weights and one column of Q8_K, as a ggml_vec_dot_t for the type traits (nrc 1).
+// The fastest path's product of one row of n weights, of a type with blocks of 256, and one column of Q8_K.
+GGML_API float ggml_ext_fq4_dot_q8_k(const struct ggml_ext_fq4_kind * kind, int n, const void * vx, const void * vy);
+
+// FQ4's as a ggml_vec_dot_t for the type traits (nrc 1).
 GGML_API void ggml_ext_fq4_dot(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
                                int nrc);
 

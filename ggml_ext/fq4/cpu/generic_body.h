@@ -38,10 +38,9 @@ static void fq4_quantize(int64_t k, const float * x, void * acts) {
 
 static void fq4_decode_row(const fq4_block * x, int8_t * w) {
     for (int i = 0; i < FQ4_QK; i++) {
-        const int b    = i / 16;
-        const int row  = x->s[b / 2] >> 4 * (b % 2) & 15;
-        const int code = x->q[FQ4_RUN * (i / (2 * FQ4_RUN)) + i % FQ4_RUN] >> 4 * (i / FQ4_RUN % 2) & 15;
-        w[i]           = ggml_ext_fq4_table[row][code];
+        const int b   = i / 16;
+        const int row = x->s[b / 2] >> 4 * (b % 2) & 15;
+        w[i]          = FQ4_TABLE[row][FQ4_CODE(x, i)];
     }
 }
 

@@ -66,17 +66,29 @@ FQ4_TARGET static void fq4_quantize(int64_t k, const float * x, void * acts) {
     }
 }
 
+#ifdef FQ4_PLANES
+#    include "fq3/cpu/neon_planes.h"
+#else
+// The codes of a block as nibbles: the low ones of vector i are FQ4_RUN / 16 vectors of weights in front of the high ones.
+FQ4_INLINE void nibbles_of(const fq4_block * x, uint8x16_t q[FQ4_VECTORS / 2]) {
+    for (int i = 0; i < FQ4_VECTORS / 2; i++) {
+        q[i] = vld1q_u8(x->q + 16 * i);
+    }
+}
+#endif
+
 // w[v]: the weights 16 v .. 16 v + 15, which share one row of the table.
 FQ4_INLINE void decode_row(const fq4_block * x, int8x16_t w[FQ4_VECTORS]) {
-    for (int i = 0; i < FQ4_QK / 32; i++) {  // 16 bytes of codes: sub-block v in the low nibbles, v + run in the high
-        const int        run   = FQ4_RUN / 16;
-        const int        v     = 2 * run * (i / run) + i % run;
-        const int        shift = 4 * (v % 2);
-        const uint8x16_t q     = vld1q_u8(x->q + 16 * i);
-        const int8x16_t  low   = vld1q_s8(ggml_ext_fq4_table[x->s[v / 2] >> shift & 15]);
-        const int8x16_t  high  = vld1q_s8(ggml_ext_fq4_table[x->s[(v + run) / 2] >> shift & 15]);
-        w[v]                   = vqtbl1q_s8(low, vandq_u8(q, vdupq_n_u8(15)));
-        w[v + run]             = vqtbl1q_s8(high, vshrq_n_u8(q, 4));
+    uint8x16_t q[FQ4_VECTORS / 2];
+    nibbles_of(x, q);
+    for (int i = 0; i < FQ4_VECTORS / 2; i++) {
+        const int       run   = FQ4_RUN / 16;
+        const int       v     = 2 * run * (i / run) + i % run;
+        const int       shift = 4 * (v % 2);
+        const int8x16_t low   = vld1q_s8(FQ4_ROWS[x->s[v / 2] >> shift & 15]);
+        const int8x16_t high  = vld1q_s8(FQ4_ROWS[x->s[(v + run) / 2] >> shift & 15]);
+        w[v]                  = vqtbl1q_s8(low, vandq_u8(q[i], vdupq_n_u8(15)));
+        w[v + run]            = vqtbl1q_s8(high, vshrq_n_u8(q[i], 4));
     }
 }
 

@@ -1,4 +1,4 @@
-// The paths of fq4.h, one per file: FQ4's here, FQ4_64's in fq4_64/cpu, for the tables in fq4.c and fq4_64.c.
+// The paths of fq4.h, one per file: FQ4's here, the other types' in <type>/cpu, for the table in <type>/cpu/<type>.c.
 
 #ifndef GGML_EXT_FQ4_PATHS_CPU_H
 #define GGML_EXT_FQ4_PATHS_CPU_H
@@ -12,15 +12,36 @@
 #    define GGML_EXT_FQ4_HAS_NEON 1
 #endif
 
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx512_vnni;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avxvnni;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_avx2;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_neon;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_generic;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_avx512_vnni;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_avxvnni;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_avx2;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_neon;
-extern const struct ggml_ext_fq4_path ggml_ext_fq4_64_generic;
+#ifdef GGML_EXT_X86
+#    define GGML_EXT_FQ4_X86_PATHS(apply, type) \
+        apply(type, avx512_vnni) GGML_EXT_FQ4_VNNI_PATHS(apply, type) apply(type, avx2)
+#else
+#    define GGML_EXT_FQ4_X86_PATHS(apply, type)
+#endif
+#ifdef GGML_EXT_AVX_VNNI
+#    define GGML_EXT_FQ4_VNNI_PATHS(apply, type) apply(type, avxvnni)
+#else
+#    define GGML_EXT_FQ4_VNNI_PATHS(apply, type)
+#endif
+#ifdef GGML_EXT_FQ4_HAS_NEON
+#    define GGML_EXT_FQ4_NEON_PATHS(apply, type) apply(type, neon)
+#else
+#    define GGML_EXT_FQ4_NEON_PATHS(apply, type)
+#endif
+
+// apply(type, path) for every path of a type, fastest first.
+#define GGML_EXT_FQ4_PATHS(apply, type)  \
+    GGML_EXT_FQ4_X86_PATHS(apply, type)  \
+    GGML_EXT_FQ4_NEON_PATHS(apply, type) \
+    apply(type, generic)
+
+#define GGML_EXT_FQ4_DECLARE(type, path) extern const struct ggml_ext_fq4_path ggml_ext_##type##_##path;
+GGML_EXT_FQ4_PATHS(GGML_EXT_FQ4_DECLARE, fq4)
+GGML_EXT_FQ4_PATHS(GGML_EXT_FQ4_DECLARE, fq4_64)
+GGML_EXT_FQ4_PATHS(GGML_EXT_FQ4_DECLARE, fq3)
+GGML_EXT_FQ4_PATHS(GGML_EXT_FQ4_DECLARE, fq3_64)
+
+// An element of the table.
+#define GGML_EXT_FQ4_ENTRY(type, path) &ggml_ext_##type##_##path,
 
 #endif  // GGML_EXT_FQ4_PATHS_CPU_H

@@ -31,23 +31,34 @@ FQ4_INLINE const fq4_act * fq4_act_at(const void * y, int ib) {
 
 // The table rows of the sub-blocks 2 v and 2 v + 1, from the bytes of row indices.
 FQ4_INLINE __m256i fq4_rows(uint64_t s, int v) {
-    const __m256i rows = _mm256_load_si256((const __m256i *) ggml_ext_fq4_pairs[s >> 8 * v & 255]);
+    const __m256i rows = _mm256_load_si256((const __m256i *) FQ4_PAIRS[s >> 8 * v & 255]);
     return FQ4_OFFSET ? rows : _mm256_xor_si256(rows, _mm256_set1_epi8(-128));
 }
+
+#ifdef FQ4_PLANES
+#    include "fq3/cpu/x86_256_planes.h"
+#else
+// The codes of a block as nibbles: the low ones of vector h are FQ4_RUN / 32 vectors of weights in front of the high ones.
+FQ4_INLINE void fq4_nibbles(const fq4_block * x, __m256i q[FQ4_VECTORS / 2]) {
+    for (int h = 0; h < FQ4_VECTORS / 2; h++) {
+        q[h] = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
+        __asm__("" : "+x"(q[h]));  // or GCC loads it twice
+    }
+}
+#endif
 
 // Loads are what bounds a dot product with one column, so the row indices come in one.
 FQ4_INLINE void fq4_decode_row(const fq4_block * x, __m256i * w) {
     const __m256i mask = _mm256_set1_epi8(15);
     const int     run  = FQ4_RUN / 32;
     uint64_t      s    = 0;
+    __m256i       q[FQ4_VECTORS / 2];
     memcpy(&s, x->s, sizeof(x->s));
-    // 32 bytes of codes: 32 weights in the low nibbles, the 32 weights FQ4_RUN further in the high ones.
-    for (int h = 0; h < FQ4_QK / 64; h++) {
+    fq4_nibbles(x, q);
+    for (int h = 0; h < FQ4_VECTORS / 2; h++) {
         const int v = 2 * run * (h / run) + h % run;
-        __m256i   q = _mm256_loadu_si256((const __m256i *) (x->q + 32 * h));
-        __asm__("" : "+x"(q));  // or GCC loads it twice
-        w[v]       = _mm256_shuffle_epi8(fq4_rows(s, v), _mm256_and_si256(q, mask));
-        w[v + run] = _mm256_shuffle_epi8(fq4_rows(s, v + run), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
+        w[v]        = _mm256_shuffle_epi8(fq4_rows(s, v), _mm256_and_si256(q[h], mask));
+        w[v + run]  = _mm256_shuffle_epi8(fq4_rows(s, v + run), _mm256_and_si256(_mm256_srli_epi16(q[h], 4), mask));
     }
 }
 

@@ -1,5 +1,5 @@
-"""What FQ4 and FQ4_64 share, in plain numpy: the table, and the encoders' search for rows and codes, bit for
-bit what ggml_ext/fq4/fq4_encode.c computes. A block is s sub-blocks of 16 weights."""
+"""What the types FQ4, FQ4_64, FQ3 and FQ3_64 share, in plain numpy: the encoders' search for rows and codes,
+bit for bit what ggml_ext/fq4/fq4_encode.c computes. A block is s sub-blocks of 16 weights."""
 
 from __future__ import annotations
 
@@ -14,35 +14,27 @@ SUB = 16  # weights per sub-block
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-# Eight shapes from narrow to wide and from even to peaked, learnt on Gaussian, Student-t and real weights
-# (scripts/fq4_table.py).
-_SHAPES = np.array(
-    [
-        [-44, -35, -28, -21, -16, -10, -6, -1, 3, 8, 13, 19, 25, 32, 41, 53],
-        [-68, -49, -38, -29, -21, -14, -8, -1, 5, 11, 17, 23, 31, 39, 48, 60],
-        [-65, -53, -43, -33, -25, -17, -10, -2, 5, 12, 19, 27, 35, 45, 56, 72],
-        [-81, -58, -47, -37, -27, -18, -10, -2, 6, 14, 22, 31, 41, 51, 62, 77],
-        [-94, -66, -51, -39, -29, -19, -11, -2, 6, 14, 23, 32, 42, 53, 68, 85],
-        [-90, -72, -57, -44, -33, -23, -13, -3, 6, 15, 25, 35, 47, 60, 79, 99],
-        [-107, -73, -57, -44, -32, -21, -12, -2, 8, 18, 28, 39, 51, 66, 85, 111],
-        [-127, -81, -60, -44, -32, -20, -11, -2, 7, 16, 27, 38, 52, 70, 101, 127],
-    ],
-    dtype=np.int8,
-)
-
-# int8 [16 rows, 16 codes], rows ascending; row 8 + r is row r mirrored and negated.
-TABLE = np.concatenate([_SHAPES, -_SHAPES[:, ::-1]])
-
 # An importance counts as at least this part of its block's mean.
 _IMPORTANCE_FLOOR = np.float32(1e-4)
 
-# Cell c holds t = w / d with c / 2 - 128 <= t < (c + 1) / 2 - 128. The midpoint of two int8 is a multiple of
-# 1 / 2, so inside a cell the nearest table value is constant: _CODES, _VALUES [512 cells, 16 rows].
 _N_CELLS = 512
-_MIDDLES = 2 * np.arange(_N_CELLS)[:, None, None] - 511  # four times the middle of the cell
-_MIDPOINTS = 2 * (TABLE[:, :-1].astype(int) + TABLE[:, 1:])  # likewise
-_CODES = (_MIDPOINTS < _MIDDLES).sum(-1).astype(np.uint8)
-_VALUES = np.take_along_axis(TABLE[None], _CODES[..., None].astype(int), -1)[..., 0].astype(np.float32)
+
+
+class Table:
+    """Rows of ascending values, ``values`` int8 [16, n]: ``shapes`` [8, n], then these mirrored and negated.
+
+    Cell c holds t = w / d with c / 2 - 128 <= t < (c + 1) / 2 - 128. The midpoint of two int8 is a multiple
+    of 1 / 2, so inside a cell the nearest value is constant: ``nearest_code``, ``nearest_value``
+    [512 cells, 16 rows]."""
+
+    def __init__(self, shapes: list[list[int]]) -> None:
+        first = np.array(shapes, np.int8)
+        self.values = np.concatenate([first, -first[:, ::-1]])
+        middles = 2 * np.arange(_N_CELLS)[:, None, None] - 511  # four times the middle of the cell
+        midpoints = 2 * (self.values[:, :-1].astype(int) + self.values[:, 1:])  # likewise
+        self.nearest_code = (midpoints < middles).sum(-1).astype(np.uint8)
+        codes = self.nearest_code[..., None].astype(int)
+        self.nearest_value = np.take_along_axis(self.values[None], codes, -1)[..., 0].astype(np.float32)
 
 
 @dataclass
@@ -50,6 +42,7 @@ class Choice:
     """Encodings of n blocks of s sub-blocks: d [n] as a block can hold it, cost [n] = sum of weight *
     error^2, row [n, s] per sub-block, cell [n, s, 16] per weight."""
 
+    table: Table
     d: Floats
     cost: Floats
     row: NDArray[np.intp]
@@ -72,16 +65,17 @@ class Choice:
 
     def values(self) -> Floats:
         """The table values [n, s, 16] of the weights."""
-        return self._gather(_VALUES)
+        return self._gather(self.table.nearest_value)
 
     def codes(self) -> NDArray[np.uint8]:
         """The codes [n, s, 16] of the weights."""
-        return self._gather(_CODES)
+        return self._gather(self.table.nearest_code)
 
 
-def no_choice(n: int, n_subs: int) -> Choice:
+def no_choice(table: Table, n: int, n_subs: int) -> Choice:
     """What any encoding beats: d = 0 at infinite cost."""
     return Choice(
+        table,
         np.zeros(n, np.float32),
         np.full(n, np.inf, np.float32),
         np.zeros((n, n_subs), np.intp),
@@ -100,7 +94,7 @@ def error_weights(importances: Floats) -> Floats:
     return np.where(total[:, None] > 0, weights, np.float32(1)).astype(np.float32)
 
 
-def choose(x: Floats, weight: Floats, d: Floats) -> Choice:
+def choose(table: Table, x: Floats, weight: Floats, d: Floats) -> Choice:
     """The best row of each sub-block for d [n], which blocks must be able to hold, and the cells of the
     weights. x, weight [n, s, 16]. A d of 0 is no candidate: its cost is infinite."""
     inverse = np.float32(1) / np.where(d > 0, d, np.float32(1))
@@ -108,14 +102,14 @@ def choose(x: Floats, weight: Floats, d: Floats) -> Choice:
     cell = np.minimum(np.maximum(t * np.float32(2) + np.float32(256), 0), 511).astype(np.intp)
     cost = np.zeros((*x.shape[:2], 16), np.float32)
     for i in range(SUB):
-        error = t[:, :, i, None] - _VALUES[cell[:, :, i]]
+        error = t[:, :, i, None] - table.nearest_value[cell[:, :, i]]
         cost += weight[:, :, i, None] * error * error
     row = cost.argmin(-1)
     lowest = np.take_along_axis(cost, row[..., None], -1)[..., 0]
     total = np.zeros(len(x), np.float32)
     for b in range(x.shape[1]):
         total += lowest[:, b]
-    return Choice(d, np.where(d > 0, total * (d * d), np.float32(np.inf)), row, cell)
+    return Choice(table, d, np.where(d > 0, total * (d * d), np.float32(np.inf)), row, cell)
 
 
 def refit_d(x: Floats, weight: Floats, choice: Choice) -> Floats:
