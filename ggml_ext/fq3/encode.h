@@ -13,9 +13,4 @@ extern struct ggml_ext_fq4_nearest ggml_ext_fq3_nearest;
 // Adds the chosen codes of a block of n weights to its planes, which hold zeros.
 void ggml_ext_fq3_pack_codes(const struct ggml_ext_fq4_choice * choice, int n, uint8_t * low, uint8_t * high);
 
-// The code of weight i of a block of n weights.
-static inline int ggml_ext_fq3_code(const uint8_t * low, const uint8_t * high, int n, int i) {
-    return (low[i % (n / 4)] >> 2 * (i / (n / 4)) & 3) | (high[i % (n / 8)] >> i / (n / 8) & 1) << 2;
-}
-
 #endif  // GGML_EXT_FQ3_ENCODE_H

@@ -3,6 +3,7 @@
 
 #include "fq3.h"
 
+#include "code.h"
 #include "encode.h"
 #include "ggml-impl.h"
 #include "table.h"

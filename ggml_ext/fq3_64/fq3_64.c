@@ -3,6 +3,7 @@
 
 #include "fq3_64.h"
 
+#include "fq3/code.h"
 #include "fq3/encode.h"
 #include "fq3/fq3.h"
 #include "fq4_64/fq4_64.h"

@@ -3,18 +3,14 @@
 #pragma once
 
 #include "fq4-reference.h"
-#ifdef FQ4_REFERENCE_64
-#    include "fq4_64/cpu/block.h"
-#else
-#    include "fq4/cpu/block.h"
+
+#ifndef FQ4_BLOCK_H
+#    define FQ4_BLOCK_H "fq4/cpu/block.h"
 #endif
+#include FQ4_BLOCK_H
 
 namespace fq4_reference {
 
-#ifdef FQ4_REFERENCE_64
-const ggml_ext_fq4_kind & KIND = ggml_ext_fq4_64_kernels;
-#else
-const ggml_ext_fq4_kind & KIND = ggml_ext_fq4_kernels;
-#endif
+const ggml_ext_fq4_kind & KIND = *ggml_ext_fq4_kind_of(TYPE);
 
 }  // namespace fq4_reference

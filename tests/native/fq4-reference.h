@@ -1,8 +1,9 @@
-// Weights and int8 activations as docs/gguf.md and fq4/cpu/fq4.h word them, written anew for the tests: FQ4's, or with
-// FQ4_REFERENCE_64 those of FQ4_64.
+// Weights and int8 activations as docs/gguf.md and fq4/cpu/fq4.h word them, written anew for the tests: FQ4's, with
+// FQ4_REFERENCE_64 those of FQ4_64, with FQ4_REFERENCE_3 those of FQ3, with both those of FQ3_64.
 
 #pragma once
 
+#include "fq3/fq3.h"
 #include "fq4/fq4.h"
 #include "fq4_64/fq4_64.h"
 #include "ggml.h"
@@ -17,11 +18,9 @@
 namespace fq4_reference {
 
 #ifdef FQ4_REFERENCE_64
-constexpr int       BLOCK       = 64;
-constexpr size_t    BLOCK_BYTES = 35;
-constexpr ggml_type TYPE        = GGML_TYPE_FQ4_64;
-constexpr int       HEADER      = 1;   // bytes of d
-constexpr int       RUN         = 32;  // weights in the low nibbles of consecutive bytes
+constexpr int BLOCK  = 64;
+constexpr int HEADER = 1;   // bytes of d
+constexpr int RUN    = 32;  // weights in the low nibbles of consecutive bytes
 
 inline double scale(const uint8_t * block) {
     const int d = block[0];
@@ -35,11 +34,9 @@ inline void set_scale(uint8_t * block, float d) {
     block[0]             = (uint8_t) (d == 0 ? 0 : 8 * (exponent - 1 + 24) + (int) (16 * fraction) - 8);
 }
 #else
-constexpr int       BLOCK       = 256;
-constexpr size_t    BLOCK_BYTES = 138;
-constexpr ggml_type TYPE        = GGML_TYPE_FQ4;
-constexpr int       HEADER      = 2;
-constexpr int       RUN         = 64;
+constexpr int BLOCK  = 256;
+constexpr int HEADER = 2;
+constexpr int RUN    = 64;
 
 inline double scale(const uint8_t * block) {
     ggml_fp16_t half;
@@ -53,6 +50,35 @@ inline void set_scale(uint8_t * block, float d) {
 }
 #endif
 
+#ifdef FQ4_REFERENCE_3
+constexpr int       CODE_BYTES = BLOCK * 3 / 8;
+constexpr ggml_type TYPE       = BLOCK == 64 ? GGML_TYPE_FQ3_64 : GGML_TYPE_FQ3;
+
+inline int code_of(const uint8_t * codes, int i) {
+    const int low  = codes[i % (BLOCK / 4)] >> i / (BLOCK / 4) * 2;
+    const int high = codes[BLOCK / 4 + i % (BLOCK / 8)] >> i / (BLOCK / 8);
+    return low % 4 + high % 2 * 4;
+}
+
+inline int8_t value_of(int row, int code) {
+    return ggml_ext_fq3_table[row][code];
+}
+#else
+constexpr int       CODE_BYTES = BLOCK / 2;
+constexpr ggml_type TYPE       = BLOCK == 64 ? GGML_TYPE_FQ4_64 : GGML_TYPE_FQ4;
+
+inline int code_of(const uint8_t * codes, int i) {
+    const int byte = codes[i / (2 * RUN) * RUN + i % RUN];
+    return i % (2 * RUN) >= RUN ? byte / 16 : byte % 16;
+}
+
+inline int8_t value_of(int row, int code) {
+    return ggml_ext_fq4_table[row][code];
+}
+#endif
+
+constexpr size_t BLOCK_BYTES = HEADER + BLOCK / 32 + CODE_BYTES;
+
 // Rows of whole blocks as scale times integer: weights with the scales of fp16, or activations.
 struct Rows {
     int64_t             n_blocks;  // of a row
@@ -61,13 +87,10 @@ struct Rows {
 };
 
 inline void decode(const uint8_t * block, double & d, int8_t * q) {
-    const uint8_t * codes = block + BLOCK_BYTES - BLOCK / 2;
-    d                     = scale(block);
+    d = scale(block);
     for (int i = 0; i < BLOCK; i++) {
-        const int row_byte = block[HEADER + i / 32], code_byte = codes[i / (2 * RUN) * RUN + i % RUN];
-        const int row  = i / 16 % 2 ? row_byte / 16 : row_byte % 16;
-        const int code = i % (2 * RUN) >= RUN ? code_byte / 16 : code_byte % 16;
-        q[i]           = ggml_ext_fq4_table[row][code];
+        const int row_byte = block[HEADER + i / 32];
+        q[i] = value_of(i / 16 % 2 ? row_byte / 16 : row_byte % 16, code_of(block + BLOCK_BYTES - CODE_BYTES, i));
     }
 }
 

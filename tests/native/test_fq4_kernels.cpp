@@ -1,5 +1,5 @@
-// Every FQ4 path of this machine, kernel by kernel, against integers: no tolerance anywhere. test_fq4_64_kernels.cpp is
-// the same for FQ4_64.
+// Every FQ4 path of this machine, kernel by kernel, against integers: no tolerance anywhere. test_<type>_kernels.cpp is
+// the same for its relatives.
 
 #include "check.h"
 #include "fq4-evex256.h"
@@ -164,18 +164,18 @@ void test_tiles(const ggml_ext_fq4_path & path) {
 
 // The largest sums there are, +-127 * 127 * 256: any 16-bit step on the way that saturates shows.
 void test_extremes(const ggml_ext_fq4_path & path) {
-    for (int code : { 0, 15 }) {  // row 7: -127 and 127
+    for (int w : { -127, 127 }) {  // the first of row 15, the last of row 7
         for (int q : { -127, 127 }) {
             uint8_t block[BLOCK_BYTES];
-            std::memset(block, 0x77, BLOCK_BYTES);
-            std::memset(block + BLOCK_BYTES - BLOCK / 2, code * 17, BLOCK / 2);
+            std::memset(block, w < 0 ? 0xff : 0x77, BLOCK_BYTES);
+            std::memset(block + BLOCK_BYTES - fq4_reference::CODE_BYTES, w < 0 ? 0 : 0xff, fq4_reference::CODE_BYTES);
             fq4_reference::set_scale(block, 1.0f);
             Act act;
             act.d     = 1.0f;
             act.start = -128 * BLOCK * q;
             std::memset(act.q, q, sizeof(act.q));
             const void * y        = &act;
-            const float  expected = (float) (q * BLOCK * ggml_ext_fq4_table[7][code]);
+            const float  expected = (float) (q * BLOCK * w);
             float        out      = 0;
             float *      to       = &out;
             path.dots(1, 1, block, 0, 1, &y, &to);

@@ -3,7 +3,7 @@
 #ifndef GGML_EXT_FQ3_BLOCK_CPU_H
 #define GGML_EXT_FQ3_BLOCK_CPU_H
 
-#include "fq3/encode.h"
+#include "fq3/code.h"
 #include "fq3/fq3.h"
 #include "fq4/cpu/fq4.h"
 #include "rows.h"

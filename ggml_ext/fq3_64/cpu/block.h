@@ -3,8 +3,8 @@
 #ifndef GGML_EXT_FQ3_64_BLOCK_CPU_H
 #define GGML_EXT_FQ3_64_BLOCK_CPU_H
 
+#include "fq3/code.h"
 #include "fq3/cpu/rows.h"
-#include "fq3/encode.h"
 #include "fq3/fq3.h"
 #include "fq3_64/fq3_64.h"
 #include "fq4_64/cpu/fq4_64.h"

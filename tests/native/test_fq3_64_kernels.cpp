@@ -1,0 +1,6 @@
+// test_fq4_kernels.cpp for FQ3_64.
+
+#define FQ4_REFERENCE_3
+#define FQ4_REFERENCE_64
+#define FQ4_BLOCK_H "fq3_64/cpu/block.h"
+#include "test_fq4_kernels.cpp"
