@@ -55,9 +55,7 @@ def first_shapes(count: int, codes: int) -> F32:
     return np.sort(shapes, axis=1).astype(np.float32)
 
 
-def step(
-    table: F32, variant: Variant, data: dict[str, F32], random: np.random.Generator, free: bool
-) -> F32:
+def step(table: F32, variant: Variant, data: dict[str, F32], random: np.random.Generator, free: bool) -> F32:
     """One round of Lloyd's algorithm on a sample of every data set: a better table. ``free``: rows do not
     move with their mirror images."""
     encoder = Encoder(variant, table, CELLS)

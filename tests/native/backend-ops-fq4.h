@@ -1,4 +1,4 @@
-// FQ4 and FQ4_64 cases for upstream's test-backend-ops: see backend-ops-cases.h.
+// Cases of FQ4 and its relatives for upstream's test-backend-ops: see backend-ops-cases.h.
 
 #pragma once
 
@@ -37,8 +37,7 @@ static void ggml_ext_backend_ops_fq4_fusion_cases(std::vector<std::unique_ptr<te
 }
 
 // Rows that FQ4 does not take.
-static void ggml_ext_backend_ops_fq4_64_cases(std::vector<std::unique_ptr<test_case>> & cases) {
-    const ggml_type type = GGML_TYPE_FQ4_64;
+static void ggml_ext_backend_ops_fq4_64_cases(ggml_type type, std::vector<std::unique_ptr<test_case>> & cases) {
     for (int n : { 1, 2, 7, 8, 9, 33 }) {
         for (int k : { 64, 192, 576, 1152 }) {
             cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 33, n, k, { 1, 1 }, { 1, 1 }));
@@ -50,10 +49,25 @@ static void ggml_ext_backend_ops_fq4_64_cases(std::vector<std::unique_ptr<test_c
     cases.emplace_back(new test_cpy(type, GGML_TYPE_F32, { 576, 5, 3, 2 }));
 }
 
+static void ggml_ext_backend_ops_fq3_cases(std::vector<std::unique_ptr<test_case>> & cases) {
+    const ggml_type type = GGML_TYPE_FQ3;
+    for (int n : { 1, 2, 7, 8, 9, 33 }) {
+        for (int k : { 256, 768, 1024 }) {
+            cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 33, n, k, { 1, 1 }, { 1, 1 }));
+        }
+        cases.emplace_back(new test_mul_mat(type, GGML_TYPE_F32, 16, n, 512, { 2, 3 }, { 2, 2 }));
+        cases.emplace_back(new test_mul_mat_id(type, GGML_TYPE_F32, 8, 3, false, 33, n, 512));
+    }
+    cases.emplace_back(new test_get_rows(type, 768, 80, 7, 2, 3, true));
+    cases.emplace_back(new test_cpy(type, GGML_TYPE_F32, { 512, 5, 3, 2 }));
+}
+
 static void ggml_ext_backend_ops_fq4_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     ggml_ext_backend_ops_fq4_mul_mat_cases(cases);
     ggml_ext_backend_ops_fq4_fusion_cases(cases);
-    ggml_ext_backend_ops_fq4_64_cases(cases);
+    ggml_ext_backend_ops_fq3_cases(cases);
+    ggml_ext_backend_ops_fq4_64_cases(GGML_TYPE_FQ4_64, cases);
+    ggml_ext_backend_ops_fq4_64_cases(GGML_TYPE_FQ3_64, cases);
     cases.emplace_back(new test_get_rows(GGML_TYPE_FQ4, 256, 5, 4, 1, 1, false));
     cases.emplace_back(new test_get_rows(GGML_TYPE_FQ4, 768, 80, 7, 2, 3, true));
     cases.emplace_back(new test_cpy(GGML_TYPE_FQ4, GGML_TYPE_F32, { 512, 5, 3, 2 }));

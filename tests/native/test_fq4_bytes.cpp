@@ -3,6 +3,8 @@
 // gives other ones.
 
 #include "check.h"
+#include "fq3/fq3.h"
+#include "fq3_64/fq3_64.h"
 #include "fq4/fq4.h"
 #include "ggml-cpu.h"
 
@@ -33,7 +35,13 @@ uint64_t fnv1a(const std::vector<uint8_t> & bytes) {
     return hash;
 }
 
-void test(const float * importance, uint64_t expected) {
+struct Type {
+    const char * name;
+    size_t       row_bytes;  // of 1024 weights
+    size_t (*quantize)(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+};
+
+void test(const Type & type, const float * importance, uint64_t expected) {
     const int64_t      rows = 64, n = 1024;
     std::vector<float> x = weights(rows * n, 7);
     // Every other row: pairs of v and -v. A row of the table and its mirror image then cost the same but for rounding,
@@ -41,10 +49,10 @@ void test(const float * importance, uint64_t expected) {
     for (int64_t i = 0; i < rows * n; i += 2) {
         x[i + 1] = i / n % 2 ? -x[i] : x[i + 1];
     }
-    std::vector<uint8_t> data(rows * n / QK_FQ4 * sizeof(ggml_ext_block_fq4));
-    ggml_ext_fq4_quantize(x.data(), data.data(), rows, n, importance);
+    std::vector<uint8_t> data(rows * type.row_bytes);
+    type.quantize(x.data(), data.data(), rows, n, importance);
     const uint64_t hash = fnv1a(data);
-    CHECK(hash == expected, "%s importances: hash %016" PRIx64 ", expected %016" PRIx64,
+    CHECK(hash == expected, "%s, %s importances: hash %016" PRIx64 ", expected %016" PRIx64, type.name,
           importance ? "with" : "without", hash, expected);
 }
 
@@ -52,11 +60,18 @@ void test(const float * importance, uint64_t expected) {
 
 int main() {
     ggml_cpu_init();
-    test(nullptr, 0x8b7d4a81bfc2858f);
+    const Type fq4    = { "FQ4", 4 * sizeof(ggml_ext_block_fq4), ggml_ext_fq4_quantize };
+    const Type fq3    = { "FQ3", 4 * sizeof(ggml_ext_block_fq3), ggml_ext_fq3_quantize };
+    const Type fq3_64 = { "FQ3_64", 16 * sizeof(ggml_ext_block_fq3_64), ggml_ext_fq3_64_quantize };
+    test(fq4, nullptr, 0x8b7d4a81bfc2858f);
+    test(fq3, nullptr, 0x37101200bca4dd46);
+    test(fq3_64, nullptr, 0x567d887b33c5fb40);
     std::vector<float> importance = weights(1024, 8);
     for (size_t i = 0; i < importance.size(); i++) {
         importance[i] = i % 2 ? importance[i - 1] : importance[i] * importance[i];
     }
-    test(importance.data(), 0x64486d5f69101f7a);
+    test(fq4, importance.data(), 0x64486d5f69101f7a);
+    test(fq3, importance.data(), 0x0130a02f7aace957);
+    test(fq3_64, importance.data(), 0x050a0d32529ef309);
     return check_done();
 }

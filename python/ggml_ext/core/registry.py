@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
-OWN_TYPES = ("fq4", "fq4_64")
+OWN_TYPES = ("fq4", "fq4_64", "fq3", "fq3_64")
 """Types that stock llama.cpp refuses."""
 
 SOURCE_TYPES = (*FLOAT_TYPES, "q8_0")

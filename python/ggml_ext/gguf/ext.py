@@ -1,8 +1,9 @@
-"""The extension of GGUF: tensor types FQ4 and FQ4_64 for the ``gguf`` package, keys under ``ggml_ext.``.
+"""The extension of GGUF: tensor types FQ4, FQ4_64, FQ3 and FQ3_64 for the ``gguf`` package, keys under
+``ggml_ext.``.
 
-Importing this module makes gguf.GGUFReader and gguf.GGUFWriter handle tensors of both (as uint8 arrays whose
-last dimension is bytes, as for gguf's own quantised types). docs/gguf.md specifies the format; fq4.py and
-fq4_64.py are the types in plain numpy, keys.py the table of keys.
+Importing this module makes gguf.GGUFReader and gguf.GGUFWriter handle tensors of these (as uint8 arrays whose
+last dimension is bytes, as for gguf's own quantised types). docs/gguf.md specifies the format; fq4.py,
+fq4_64.py, fq3.py and fq3_64.py are the types in plain numpy, keys.py the table of keys.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 import gguf
 
 from ggml_ext.core.errors import GgmlExtError
-from ggml_ext.gguf import fq4, fq4_64
+from ggml_ext.gguf import fq3, fq3_64, fq4, fq4_64
 from ggml_ext.gguf.fq4 import dequantize, dot_q8_k, quantize, quantize_blocks
 from ggml_ext.gguf.header import Header
 from ggml_ext.gguf.keys import FORMAT_VERSION, KEYS, PREFIX, check_values, typed_keys, value_of
 
 __all__ = [
     "FORMAT_VERSION",
+    "FQ3",
+    "FQ3_64",
     "FQ4",
     "FQ4_64",
     "KEYS",
@@ -104,6 +107,8 @@ def _register(name: str, number: int, block: int, size: int) -> gguf.GGMLQuantiz
 
 FQ4 = _register("FQ4", 200, fq4.BLOCK, fq4.BLOCK_BYTES)
 FQ4_64 = _register("FQ4_64", 201, fq4_64.BLOCK, fq4_64.BLOCK_BYTES)
+FQ3 = _register("FQ3", 202, fq3.BLOCK, fq3.BLOCK_BYTES)
+FQ3_64 = _register("FQ3_64", 203, fq3_64.BLOCK, fq3_64.BLOCK_BYTES)
 
 
 def validate_keys(source: gguf.GGUFReader | Header) -> None:

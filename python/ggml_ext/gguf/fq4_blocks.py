@@ -1,9 +1,8 @@
-"""Blocks of weights d * TABLE[s, q] in plain numpy: slow, readable, bit for bit what the C code in ggml_ext/fq4,
-fq4_64, fq3 and fq3_64 computes. fq4.py, fq4_64.py, fq3.py and fq3_64.py are the types; docs/gguf.md is the
-specification.
+"""Blocks of weights d * TABLE[s, q] in plain numpy: slow, readable, bit for bit what the C code of the types
+computes. fq4.py, fq4_64.py, fq3.py and fq3_64.py are the types; docs/gguf.md is the specification.
 
 A block begins with its scale d, then has the row indices s of its sub-blocks of 16 weights: that of sub-block
-b is the low nibble of s[b // 2] for even b, the high nibble for odd b. Codes q follow, see Nibbles and Planes.
+b is the low nibble of s[b // 2] for even b, the high nibble for odd b. Codes q follow, see Nibbles, Planes.
 
 Every float operation is a float32 one in the order of the C source; sums therefore run one term at a time.
 """
@@ -28,8 +27,8 @@ from ggml_ext.gguf.fq4_search import (
     refit_d,
 )
 
-# First guesses of d: with an fp16 scale factor * absmax / 127; with a scale of one byte consecutive scales from
-# that of a factor on. Then the number of least-squares refits. docs/fq4.md, fq4_64.md and fq3.md, "candidates".
+# First guesses of d: with an fp16 scale factor * absmax / 127; with a scale of one byte consecutive scales
+# from that of a factor on. Then the number of least-squares refits. docs/fq4.md, fq4_64.md, "candidates".
 _FACTORS = np.array([0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3], np.float32)
 _FIRST_FACTOR = np.float32(0.95)
 _N_GUESSES = 8

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 _SLAB_WEIGHTS = 4 * 1024 * 1024
 _FIRST_EXTENDED_ID = 200  # ggml's own ids lie below
-_FILE_TYPES = {"fq4": 200, "fq4_64": 201}  # the patched llama.cpp's names for files that are mostly of one
+# The patched llama.cpp's names for files that are mostly of one.
+_FILE_TYPES = {"fq4": 200, "fq4_64": 201, "fq3": 202, "fq3_64": 203}
 
 Importances = NDArray[np.float32]
 

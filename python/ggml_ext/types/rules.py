@@ -35,12 +35,15 @@ STOCK_MIXES = frozenset((
 # fmt: on
 
 # Row length no multiple of the type's block: the type of smaller blocks that takes its place
-# (tensor_type_fallback). FQ4 goes where Q4_K goes but for rows that FQ4_64 fits.
+# (tensor_type_fallback). FQ4 goes where Q4_K goes but for rows that FQ4_64 fits, FQ3 where Q3_K goes but for
+# those that FQ3_64 fits.
 _FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
     **dict.fromkeys(("q2_0", "q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
     "fq4": "fq4_64",
     "fq4_64": "q5_0",
+    "fq3": "fq3_64",
+    "fq3_64": "q4_0",
     "q4_k": "q5_0",
     "q5_k": "q5_1",
     "q6_k": "q8_0",

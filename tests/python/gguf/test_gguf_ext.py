@@ -37,6 +37,7 @@ def test_fq4_is_a_type_of_the_gguf_package() -> None:
     assert FQ4.name == "FQ4"
     assert FQ4 in list(types)
     assert gguf.GGML_QUANT_SIZES[FQ4] == (256, 138)
+    assert [types(number).name for number in range(200, 204)] == ["FQ4", "FQ4_64", "FQ3", "FQ3_64"]
 
 
 def test_tensors_survive_writing_and_reading(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from ggml_ext.runtime import native
 TYPES = (
     "fq4",
     "fq4_64",
+    "fq3",
+    "fq3_64",
     "q4_0",
     "q4_1",
     "q5_0",

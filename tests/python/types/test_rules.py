@@ -20,6 +20,7 @@ from ggml_ext.types.rules import (
 
 _BLOCKS = {
     "fq4_64": 64,
+    "fq3_64": 64,
     "f32": 1,
     "f16": 1,
     "bf16": 1,
@@ -88,6 +89,10 @@ def test_one_architecture_has_names_of_its_own() -> None:
         ("fq4", 576, "fq4_64"),
         ("fq4", 288, "q5_0"),
         ("fq4_64", 288, "q5_0"),
+        ("fq3", 512, "fq3"),
+        ("fq3", 576, "fq3_64"),
+        ("fq3", 288, "q4_0"),
+        ("fq3_64", 288, "q4_0"),
         ("q4_k", 288, "q5_0"),
         ("q6_k", 288, "q8_0"),
         ("iq4_xs", 96, "iq4_nl"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_ext.gguf import fq4, fq4_64
+from ggml_ext.gguf import fq3, fq3_64, fq4, fq4_64, fq4_blocks
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -109,9 +109,9 @@ def rescale(type_name: str, data: Bytes, factor: float | Floats) -> Bytes:
     layout = _LAYOUTS[type_name]
     out = data.copy()
     blocks = out.reshape(-1, layout.n_bytes)
-    if type_name == "fq4_64":
-        scale = fq4_64.SCALES[blocks[:, 0]] * np.asarray(factor, np.float32).reshape(-1)
-        blocks[:, 0] = fq4_64.round_d(scale)
+    if type_name in ("fq4_64", "fq3_64"):
+        scale = fq4_blocks.SCALES[blocks[:, 0]] * np.asarray(factor, np.float32).reshape(-1)
+        blocks[:, 0] = fq4_blocks.round_d(scale)
     for at in layout.scales:
         scale = _half(blocks, at).astype(np.float32) * np.asarray(factor, np.float32).reshape(-1)
         blocks[:, at : at + 2] = scale.clip(-65504, 65504).astype("<f2")[:, None].view(np.uint8)
@@ -261,19 +261,29 @@ def _unpack_e2m1(codes: Bytes) -> Bytes:
     return np.where(codes == 8, 0, codes)  # the negative zero
 
 
-# --- FQ4, FQ4_64: docs/gguf.md
+# --- FQ4, FQ4_64, FQ3, FQ3_64: docs/gguf.md
 
 
-def _fq4_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
-    rows = np.stack([blocks[:, 2:10] & 15, blocks[:, 2:10] >> 4], 2).reshape(-1, 16)
-    scale = np.repeat(_half(blocks, 0).astype(np.float32)[:, None], 16, 1)
-    return scale, np.zeros_like(scale), rows
+def _table_layout(layout: fq4_blocks.BlockType, scales: tuple[int, ...]) -> _Layout:
+    """Of a type whose weights are d T[s][q]."""
 
+    def parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
+        records = layout.blocks(blocks)
+        rows = layout.rows(records)
+        scale = np.repeat(layout.scales(records)[:, None], rows.shape[1], 1)
+        return scale, np.zeros_like(scale), rows
 
-def _fq4_64_parameters(blocks: Bytes) -> tuple[Floats, Floats, Bytes]:
-    rows = np.stack([blocks[:, 1:3] & 15, blocks[:, 1:3] >> 4], 2).reshape(-1, 4)
-    scale = np.repeat(fq4_64.SCALES[blocks[:, 0]][:, None], 4, 1)
-    return scale, np.zeros_like(scale), rows
+    def unpack(blocks: Bytes) -> Bytes:
+        return layout.codes(layout.blocks(blocks))
+
+    def pack(blocks: Bytes, codes: Bytes) -> None:
+        records = layout.blocks(blocks).copy()
+        layout.set_codes(records, codes)
+        blocks[:] = records.view(np.uint8).reshape(blocks.shape)
+
+    books = layout.table.values.astype(np.float32)
+    codes = np.arange(books.shape[1], dtype=np.uint8)
+    return _Layout(layout.block, layout.n_bytes, 16, books, codes, scales, parameters, unpack, pack)
 
 
 def _packed(
@@ -296,8 +306,6 @@ def _steps(first: int, last: int) -> Floats:
 
 _CODES4, _CODES5, _CODES6 = (np.arange(n, dtype=np.uint8) for n in (16, 32, 64))
 _Q6_STEPS = _steps(-32, 32)
-_FQ4_ROWS: Floats = fq4.TABLE.astype(np.float32)
-
 
 _mxfp4_nibbles, _pack_mxfp4 = _packed(1, 17, 16)
 _nvfp4_nibbles, _pack_nvfp4 = _packed(4, 36, 8)
@@ -313,8 +321,10 @@ def _unpack_nvfp4(blocks: Bytes) -> Bytes:
 
 # fmt: off
 _LAYOUTS = {
-    "fq4": _Layout(256, 138, 16, _FQ4_ROWS, _CODES4, (0,), _fq4_parameters, *_packed(10, 138, 64)),
-    "fq4_64": _Layout(64, 35, 16, _FQ4_ROWS, _CODES4, (), _fq4_64_parameters, *_packed(3, 35, 32)),
+    "fq4": _table_layout(fq4.LAYOUT, (0,)),
+    "fq4_64": _table_layout(fq4_64.LAYOUT, ()),
+    "fq3": _table_layout(fq3.LAYOUT, (0,)),
+    "fq3_64": _table_layout(fq3_64.LAYOUT, ()),
     "q4_0": _Layout(32, 18, 32, _steps(-8, 8), _CODES4, (0,), _d_parameters, *_packed(2, 18, 16)),
     "q4_1": _Layout(32, 20, 32, _steps(0, 16), _CODES4, (0, 2), _minimum_parameters, *_packed(4, 20, 16)),
     "q5_0": _Layout(32, 22, 32, _steps(-16, 16), _CODES5, (0,), _d_parameters, *_fifth_bits(2)),

@@ -42,7 +42,7 @@ def weight_noise(type_name: str) -> tuple[float, int]:
 
 
 # Types whose finest scale covers 16 weights; the others' covers 32.
-_GROUPS_OF_16 = ("fq4", "fq4_64", "q2_k", "q3_k", "q6_k", "nvfp4")
+_GROUPS_OF_16 = ("fq4", "fq4_64", "fq3", "fq3_64", "q2_k", "q3_k", "q6_k", "nvfp4")
 
 
 @dataclass(frozen=True)
