@@ -26,7 +26,7 @@ static bool is_plain_copy(const ggml_tensor * op) {
            ggml_is_contiguous(op) && ggml_is_contiguous(op->src[0]);
 }
 
-// Also the types of ours that have no kernels here: FQ4_64.
+// Also the types of ours that have no kernels here: FQ4_64, FQ3 and FQ3_64.
 static bool needs_us(const ggml_tensor * op) {
     if (op->op == GGML_OP_EXT || op->type >= GGML_TYPE_FQ4) {
         return true;

@@ -63,13 +63,13 @@ GGML_EXT_API int64_t ggml_ext_quantize(int32_t type, const float * src, void * d
 // [ggml-base]
 GGML_EXT_API int64_t ggml_ext_dequantize(int32_t type, const void * src, float * dst, int64_t nrows, int64_t n_per_row);
 
-// Names, separated by commas, of the dot-product paths of FQ4 and FQ4_64 that this processor can run, fastest
+// Names, separated by commas, of the dot-product paths of FQ4, FQ4_64, FQ3 and FQ3_64 that this processor can run, fastest
 // first; the last is always "generic". [ggml-cpu]
 GGML_EXT_API const char * ggml_ext_cpu_paths(void);
 
 // Dot product of one quantised row with n floats as llama.cpp computes it: the floats are rounded
 // to the type's activation type first. path: a name from ggml_ext_cpu_paths(), or NULL for the one
-// in use; only FQ4 and FQ4_64 have more than one. Returns 0 or an error. [ggml-cpu]
+// in use; only these types have more than one. Returns 0 or an error. [ggml-cpu]
 GGML_EXT_API int32_t ggml_ext_cpu_dot(int32_t type, const char * path, const void * row, const float * x, int64_t n,
                                       float * result);
 
