@@ -1,6 +1,6 @@
-// The search for table rows and codes, shared by the encoders of the types whose weights are d * T[s][q]: T a table of 16
-// rows, of 16 values in FQ4 and FQ4_64, of 8 in FQ3 and FQ3_64. Every float operation is a
-// single-precision one in the order written; encode's source is compiled without contraction.
+// The search for scales, table rows and codes, shared by the encoders of the types whose weights are d * T[s][q]: T a
+// table of 16 rows, of 16 values in FQ4 and FQ4_64, of 8 in FQ3 and FQ3_64. Every float operation is a single-precision one in
+// the order written; encode's source is compiled without contraction.
 //
 // A block is n_subs sub-blocks of 16 weights, 16 n_subs weights in all.
 
@@ -47,7 +47,7 @@ struct ggml_ext_fq4_encoder {
     int                           block;       // weights
     size_t                        block_size;  // bytes
     // Finds the best d, rows and cells of a block; d stays 0 for weights that are too small for any scale. `best` comes with
-    // the costs of nothing. False for a block that the type cannot hold.
+    // d = 0 at infinite cost. False for a block that the type cannot hold.
     bool (*search)(const float * x, const float * weight, struct ggml_ext_fq4_choice * best);
     void (*pack)(const struct ggml_ext_fq4_choice * choice, void * block);
     // Makes a block of zeros one whose d is NaN, which ggml_validate_row_data reports.

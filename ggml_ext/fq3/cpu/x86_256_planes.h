@@ -1,9 +1,13 @@
 // Codes in two planes for fq4/cpu/x86_256_body.h: nibbles as FQ4's, the weights 32 v .. 32 v + 31 low in q[v], those FQ4_RUN
-// further high.
+// further high. Their bits 3 and 7 are 0, and a row of the table lies there twice: vpshufb ignores all else but bits 0 to 2.
 
 FQ4_INLINE __m256i fq4_join(__m256i low, __m256i high) {
     return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(0x33)),
                            _mm256_and_si256(high, _mm256_set1_epi8(0x44)));
+}
+
+FQ4_INLINE __m256i fq4_index(__m256i q) {
+    return q;
 }
 
 #if FQ4_QK == 64

@@ -45,20 +45,24 @@ FQ4_INLINE void fq4_nibbles(const fq4_block * x, __m256i q[FQ4_VECTORS / 2]) {
         __asm__("" : "+x"(q[h]));  // or GCC loads it twice
     }
 }
+
+// What vpshufb takes of low nibbles.
+FQ4_INLINE __m256i fq4_index(__m256i q) {
+    return _mm256_and_si256(q, _mm256_set1_epi8(15));
+}
 #endif
 
 // Loads are what bounds a dot product with one column, so the row indices come in one.
 FQ4_INLINE void fq4_decode_row(const fq4_block * x, __m256i * w) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const int     run  = FQ4_RUN / 32;
-    uint64_t      s    = 0;
-    __m256i       q[FQ4_VECTORS / 2];
+    const int run = FQ4_RUN / 32;
+    uint64_t  s   = 0;
+    __m256i   q[FQ4_VECTORS / 2];
     memcpy(&s, x->s, sizeof(x->s));
     fq4_nibbles(x, q);
     for (int h = 0; h < FQ4_VECTORS / 2; h++) {
         const int v = 2 * run * (h / run) + h % run;
-        w[v]        = _mm256_shuffle_epi8(fq4_rows(s, v), _mm256_and_si256(q[h], mask));
-        w[v + run]  = _mm256_shuffle_epi8(fq4_rows(s, v + run), _mm256_and_si256(_mm256_srli_epi16(q[h], 4), mask));
+        w[v]        = _mm256_shuffle_epi8(fq4_rows(s, v), fq4_index(q[h]));
+        w[v + run]  = _mm256_shuffle_epi8(fq4_rows(s, v + run), fq4_index(_mm256_srli_epi16(q[h], 4)));
     }
 }
 
