@@ -112,6 +112,10 @@ GGML_EXT_API int32_t ggml_ext_gptq_grid(const struct ggml_ext_grid * grid, int64
 GGML_EXT_API int32_t ggml_ext_gptq_fq4(int64_t nrows, const float * w, const float * u, const float * u_inv, void * dst,
                                        int64_t stride, float * err, float * cost);
 
+// The same for one FQ4_64 block: n = 64, blocks of 35 bytes, any stride from that on. [ggml-base]
+GGML_EXT_API int32_t ggml_ext_gptq_fq4_64(int64_t nrows, const float * w, const float * u, void * dst, int64_t stride,
+                                          float * err, float * cost);
+
 // Coordinate descent on (q - w) h (q - w)^T, row by row: each weight in turn takes the level that is best while
 // the others stay. w [nrows][n], h [n][n] symmetric, levels [nrows][n] in and out. Stops after `sweeps` passes over
 // a row or when a pass changes nothing. Returns the number of changes or an error. [ggml-base]

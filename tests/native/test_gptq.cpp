@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "fq4/fq4.h"
+#include "fq4_64/fq4_64.h"
 #include "ggml-ext.h"
 
 #include <cmath>
@@ -65,8 +66,29 @@ void check_errors(const char * what, const float * w, const float * q, const flo
     CHECK(std::fabs(sum - cost) < 1e-4 * sum + 1e-12, "%s: cost %g, not %g", what, cost, sum);
 }
 
-void test_fq4(int nrows, int64_t stride) {
-    const int            n     = QK_FQ4;
+// A type whose scale and table rows are chosen with the codes.
+struct joint_type {
+    const char * name;
+    int          n;      // weights per block
+    int64_t      bytes;  // per block
+    void (*decode)(const void * block, float * q, int64_t n);
+    int32_t (*round)(int64_t nrows, const float * w, const float * u, const float * u_inv, void * dst, int64_t stride,
+                     float * err, float * cost);
+    float too_large;
+};
+
+int32_t round_fq4_64(int64_t nrows, const float * w, const float * u, const float *, void * dst, int64_t stride,
+                     float * err, float * cost) {
+    return ggml_ext_gptq_fq4_64(nrows, w, u, dst, stride, err, cost);
+}
+
+const joint_type joint_types[] = {
+    { "fq4",    QK_FQ4,    138, ggml_ext_fq4_dequantize_row,    ggml_ext_gptq_fq4, 6.1e6f },
+    { "fq4_64", QK_FQ4_64, 35,  ggml_ext_fq4_64_dequantize_row, round_fq4_64,      2.1e4f },
+};
+
+void test_joint(const joint_type & type, int nrows, int64_t stride) {
+    const int            n     = type.n;
     floats               w     = normal((size_t) nrows * n, 0.05f);
     const floats         u     = factor(n);
     const floats         u_inv = inverse_of_upper(u, n);
@@ -76,22 +98,26 @@ void test_fq4(int nrows, int64_t stride) {
     for (int j = 0; j < n; j++) {
         w[j] = 0.0f;  // a block of zeros
     }
-    CHECK(
-        ggml_ext_gptq_fq4(nrows, w.data(), u.data(), u_inv.data(), blocks.data(), stride, err.data(), cost.data()) == 0,
-        "%d rows", nrows);
+    auto round = [&](int rows) {
+        return type.round(rows, w.data(), u.data(), u_inv.data(), blocks.data(), stride, err.data(), cost.data());
+    };
+    CHECK(round(nrows) == 0, "%s: %d rows", type.name, nrows);
     for (int row = 0; row < nrows; row++) {
-        float q[QK_FQ4];
-        ggml_ext_fq4_dequantize_row(blocks.data() + row * stride, q, n);
-        check_errors("fq4", w.data() + (size_t) row * n, q, err.data() + (size_t) row * n, u, n, cost[row]);
-        for (int64_t i = (int64_t) sizeof(ggml_ext_block_fq4); i < stride; i++) {
-            CHECK(blocks[row * stride + i] == 0xAA, "row %d: byte %d behind the block was written", row, (int) i);
+        floats q(n);
+        type.decode(blocks.data() + row * stride, q.data(), n);
+        check_errors(type.name, w.data() + (size_t) row * n, q.data(), err.data() + (size_t) row * n, u, n, cost[row]);
+        for (int64_t i = type.bytes; i < stride; i++) {
+            CHECK(blocks[row * stride + i] == 0xAA, "%s: row %d: byte %d behind the block was written", type.name, row,
+                  (int) i);
         }
     }
-    CHECK(cost[0] == 0.0f, "zeros cost %g", cost[0]);
-    w[n - 1] = NAN;
-    CHECK(ggml_ext_gptq_fq4(1, w.data(), u.data(), u_inv.data(), blocks.data(), stride, err.data(), cost.data()) ==
-              GGML_EXT_E_FINITE,
-          "NaN");
+    CHECK(cost[0] == 0.0f, "%s: zeros cost %g", type.name, cost[0]);
+    for (float bad : { NAN, INFINITY, type.too_large, -type.too_large }) {
+        w[n - 1] = bad;
+        CHECK(round(1) == GGML_EXT_E_FINITE, "%s: %g", type.name, bad);
+    }
+    w[n - 1] = 1e-7f;  // too small for any scale
+    CHECK(round(1) == 0 && cost[0] == 0.0f && err[n - 1] == 0.0f, "%s: a tiny weight costs %g", type.name, cost[0]);
 }
 
 struct levels {
@@ -179,16 +205,22 @@ void test_refusals() {
               "gptq");
         CHECK(ggml_ext_descend(&bad, 1, w.data(), u.data(), 1, at.chosen.data()) == GGML_EXT_E_SHAPE, "descend");
     }
-    CHECK(ggml_ext_gptq_fq4(1, w.data(), u.data(), u.data(), at.chosen.data(), 137, err.data(), cost.data()) ==
-              GGML_EXT_E_SHAPE,
-          "stride");
+    for (const joint_type & type : joint_types) {
+        const auto round = [&](int64_t nrows, int64_t stride) {
+            return type.round(nrows, w.data(), u.data(), u.data(), at.chosen.data(), stride, err.data(), cost.data());
+        };
+        CHECK(round(1, type.bytes - 1) == GGML_EXT_E_SHAPE, "%s: stride", type.name);
+        CHECK(round(-1, type.bytes) == GGML_EXT_E_SHAPE, "%s: rows", type.name);
+    }
 }
 
 }  // namespace
 
 int main() {
     for (int nrows : { 1, 3, 17 }) {
-        test_fq4(nrows, (int64_t) sizeof(ggml_ext_block_fq4) + 6 * (nrows % 2));
+        for (const joint_type & type : joint_types) {
+            test_joint(type, nrows, type.bytes + 6 * (nrows % 2));
+        }
         test_grid(nrows, 48, 16, 16, 3);
         test_grid(nrows, 33, 11, 64, 1);
         test_grid(nrows, 5, 1, 2, 2);

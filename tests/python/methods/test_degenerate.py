@@ -26,7 +26,7 @@ from ggml_ext.methods.calibrate.block_file import block_path, load
 from ggml_ext.methods.calibrate.plan import Request
 from ggml_ext.methods.rounding import round_matrix
 from ggml_ext.methods.rounding.hessian import Hessian, choose_shrinkage, noise_left, shrink
-from ggml_ext.methods.rounding.kernels import gptq_fq4
+from ggml_ext.methods.rounding.kernels import gptq_joint
 from ggml_ext.methods.sites import ActivationSpec, SiteStats
 from ggml_ext.methods.transforms import TransformRequest, flatquant, solve
 from ggml_ext.observe.observer import LARGEST_TOKEN
@@ -108,8 +108,10 @@ def test_importances_beyond_a_float_make_no_zeros(importance: float) -> None:
     assert np.square(back - w).mean() < 0.01 * np.square(w).mean()
     assert np.isnan(fq4.dequantize(fq4.quantize(w, importances))).all()
     u = np.eye(256, dtype=np.float32) * 1e-30
-    with pytest.raises(GgmlExtError, match="GGML_EXT_E_FINITE"):
-        gptq_fq4(w, u, np.linalg.inv(u), 1)
+    for type_name, n in (("fq4", 256), ("fq4_64", 64)):
+        part = u[:n, :n]
+        with pytest.raises(GgmlExtError, match="GGML_EXT_E_FINITE"):
+            gptq_joint(type_name, w[:, :n], part, np.linalg.inv(part), 1)
 
 
 def test_moments_that_are_none_are_refused_in_a_line() -> None:

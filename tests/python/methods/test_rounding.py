@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.core.registry import ROUNDINGS
+from ggml_ext.gguf import fq4, fq4_blocks
 from ggml_ext.methods.rounding import gptq, grid, relative_error, round_matrix
 from ggml_ext.methods.rounding.hessian import Hessian
-from ggml_ext.methods.rounding.kernels import descend, gptq_fq4, gptq_grid
+from ggml_ext.methods.rounding.kernels import descend, gptq_grid, gptq_joint
 from ggml_ext.runtime import native
 
+JOINT = (("fq4", 256), ("fq4_64", 64))  # scale and rows are chosen with the codes; weights per block
 TYPES = (
     "fq4",
     "fq4_64",
@@ -136,16 +138,67 @@ def test_gptq_on_a_grid_equals_a_dense_implementation(rows: int, groups: int, gr
     assert np.allclose(cost, np.square(err).sum(1), rtol=1e-4)
 
 
-def test_gptq_of_fq4_packs_what_it_measured() -> None:
-    """The blocks decode to weights whose errors are the ones reported; the refit and the candidates help."""
-    w, u = _weights(33, 256, 3), _factor(_hessian(256, 3))
+@pytest.mark.parametrize(("type_name", "n"), JOINT)
+def test_joint_gptq_packs_what_it_measured(type_name: str, n: int) -> None:
+    """The blocks decode to weights whose errors are the ones reported; the search for scales helps."""
+    w, u = _weights(33, n, 3), _factor(_hessian(n, 3))
     u_inv = np.linalg.inv(u).astype(np.float32)
-    blocks, err, cost = gptq_fq4(w, u.astype(np.float32), u_inv, 1)
-    difference = w - native.dequantize("fq4", blocks, 256)
+    blocks, err, cost = gptq_joint(type_name, w, u.astype(np.float32), u_inv, 1)
+    difference = w - native.dequantize(type_name, blocks, n)
     assert np.allclose(err @ u, difference, atol=2e-4 * np.abs(w).max())
-    plain = native.quantize("fq4", w)
-    _, _, fixed_scales = gptq_grid(grid.decode("fq4", plain), w, u.astype(np.float32), 1)
+    assert np.allclose(cost, np.square(err).sum(1), rtol=1e-4)
+    plain = native.quantize(type_name, w)
+    _, _, fixed_scales = gptq_grid(grid.decode(type_name, plain), w, u.astype(np.float32), 1)
     assert cost.mean() < 0.95 * fixed_scales.mean()
+
+
+def _joint_rows(w: NDArray[np.float64], d: float, u: NDArray[np.float64]) -> tuple[list[int], float]:
+    """For one block and its scale: the table's row of each sub-block, every one tried with GPTQ's feedback,
+    and the sum of e_j^2."""
+    left, rows, total = w.copy(), [], 0.0
+    for first in range(0, len(w), 16):
+        here, best = slice(first, first + 16), None
+        for row, levels in enumerate(fq4.TABLE):
+            values = np.broadcast_to(d * levels.astype(float), (1, 16, 16))
+            codes = _dense_gptq(left[None, here], values, u[here, here])
+            difference = left[here] - values[0, 0, codes[0]]
+            err = np.linalg.solve(u[here, here].T, difference)
+            if best is None or err @ err < best[0]:
+                best = (err @ err, row, err)
+        assert best is not None
+        total += best[0]
+        rows.append(best[1])
+        left[first + 16 :] -= best[2] @ u[here, first + 16 :]
+    return rows, total
+
+
+@pytest.mark.parametrize(("type_name", "n"), JOINT)
+def test_joint_gptq_takes_the_rows_of_a_dense_implementation(type_name: str, n: int) -> None:
+    """Rows and cost of the scale that was taken; float32 against float64, so a tie may end otherwise."""
+    w, u = _weights(4, n, 11), _factor(_hessian(n, 11))
+    blocks, _, cost = gptq_joint(type_name, w, u.astype(np.float32), np.linalg.inv(u).astype(np.float32), 1)
+    found = grid.decode(type_name, blocks)
+    expected = [_joint_rows(w[r].astype(float), float(found.scale[r, 0]), u) for r in range(len(w))]
+    assert (found.book == [rows for rows, _ in expected]).mean() > 0.9
+    assert np.allclose(cost, [total for _, total in expected], rtol=0.02)
+
+
+def test_gptq_of_fq4_64_takes_the_best_scale_within_reach() -> None:
+    """No scale within five of the one taken is better, whether the weights' largest matters or not."""
+    w, h = _weights(3, 64, 12), _hessian(64, 12)
+    w[1, 5] = 0.5  # far larger than its neighbours, in a channel that hardly counts
+    h[5] *= 1e-3
+    h[:, 5] *= 1e-3
+    u = _factor(h, 1e-6)
+    blocks, _, cost = gptq_joint("fq4_64", w, u.astype(np.float32), u, 1)
+    for row, total in enumerate(cost):
+        at = int(blocks[row, 0])
+        near = [
+            _joint_rows(w[row].astype(float), float(fq4_blocks.SCALES[d]), u)[1]
+            for d in range(at - 5, at + 6)
+        ]
+        assert total <= min(near) * 1.02
+    assert fq4_blocks.SCALES[blocks[1, 0]] < 0.5 * 0.5 / 127
 
 
 @settings(max_examples=20, deadline=None)
@@ -174,7 +227,7 @@ def test_gptq_beats_importances_on_the_output(type_name: str) -> None:
     assert errors["gptq"] < 0.8 * min(errors["rtn"], errors["imatrix"])
 
 
-@pytest.mark.parametrize("type_name", ["fq4", "q4_k", "q4_0"])
+@pytest.mark.parametrize("type_name", ["fq4", "fq4_64", "q4_k", "q4_0"])
 def test_gptq_does_not_depend_on_threads(type_name: str) -> None:
     w, h = _weights(200, 512, 6), Hessian(_hessian(512, 6))
     assert np.array_equal(gptq.encode(w, type_name, h, threads=1), gptq.encode(w, type_name, h, threads=3))

@@ -16,7 +16,7 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.methods.rounding import grid as grids
 from ggml_ext.methods.rounding.grid import Bytes, Floats
 from ggml_ext.methods.rounding.hessian import Hessian
-from ggml_ext.methods.rounding.kernels import descend, gptq_fq4, gptq_grid
+from ggml_ext.methods.rounding.kernels import descend, gptq_grid, gptq_joint, joint_block
 from ggml_ext.runtime import native
 
 _COLUMNS = 256  # per step, or one block where blocks are larger
@@ -50,7 +50,7 @@ def encode(
     factors = hessian.factors
     left = w.astype(np.float32, copy=True)
     data = np.empty((rows, native.row_size(type_name, n)), np.uint8)
-    for first, last in _steps(n, grids.block_size(type_name)):
+    for first, last in _steps(n, type_name):
         at = slice(native.row_size(type_name, first) if first else 0, native.row_size(type_name, last))
         u, u_inv = factors.block(first, last)
         data[:, at], err = _round_columns(left[:, first:last], type_name, u, u_inv, threads)
@@ -60,8 +60,9 @@ def encode(
     return _polish(w, type_name, data, hessian, threads)
 
 
-def _steps(n: int, block: int) -> Iterator[tuple[int, int]]:
-    step = max(block, _COLUMNS // block * block)
+def _steps(n: int, type_name: str) -> Iterator[tuple[int, int]]:
+    block = grids.block_size(type_name)
+    step = joint_block(type_name) or max(block, _COLUMNS // block * block)
     for first in range(0, n, step):
         yield first, min(first + step, n)
 
@@ -69,8 +70,8 @@ def _steps(n: int, block: int) -> Iterator[tuple[int, int]]:
 def _round_columns(
     w: Floats, type_name: str, u: Floats, u_inv: Floats, threads: int
 ) -> tuple[Bytes, NDArray[np.float32]]:
-    if type_name == "fq4":
-        data, err, _ = gptq_fq4(w, u, u_inv, threads)
+    if joint_block(type_name):
+        data, err, _ = gptq_joint(type_name, w, u, u_inv, threads)
         return data, err
     best_data, best_err, best_cost = _rounded(w, type_name, _encoded(w, type_name, None, threads), u, threads)
 

@@ -14,7 +14,8 @@ from ggml_ext.core.errors import GgmlExtError
 from ggml_ext.methods.rounding.grid import Bytes, Floats, Grid
 from ggml_ext.runtime import native
 
-_FQ4_BLOCK, _FQ4_BYTES = 256, 138
+# Types whose scale and table rows are chosen jointly with the codes: weights and bytes per block.
+_JOINT = {"fq4": (256, 138), "fq4_64": (64, 35)}
 _CHUNK_ROWS = 64
 
 
@@ -45,25 +46,36 @@ def gptq_grid(grid: Grid, w: Floats, u: Floats, threads: int) -> tuple[Bytes, Fl
     return levels, err, cost
 
 
-def gptq_fq4(w: Floats, u: Floats, u_inv: Floats, threads: int) -> tuple[Bytes, Floats, Floats]:
-    """Rounds blocks w [rows, 256] to FQ4, scale and table rows chosen jointly with the codes.
+def joint_block(type_name: str) -> int:
+    """Weights per block of a type that ``gptq_joint`` knows, 0 for others."""
+    return _JOINT.get(type_name, (0, 0))[0]
 
-    u, u_inv float32 [256, 256]: the factor and its inverse. Returns blocks uint8 [rows, 138], errors,
-    costs. Raises GgmlExtError for NaN, Inf and weights beyond FQ4's range.
+
+def gptq_joint(
+    type_name: str, w: Floats, u: Floats, u_inv: Floats, threads: int
+) -> tuple[Bytes, Floats, Floats]:
+    """Rounds w [rows, n], one block per row, to FQ4 or FQ4_64, scale and table rows chosen jointly with the
+    codes.
+
+    u, u_inv float32 [n, n]: the factor and its inverse, which FQ4's refits of the scale read. Returns blocks
+    uint8 [rows, block bytes], errors, costs. Raises GgmlExtError for NaN, Inf and weights beyond the type's
+    range.
     """
+    block_bytes = _JOINT[type_name][1]
     w, u, u_inv = (np.ascontiguousarray(array, np.float32) for array in (w, u, u_inv))
-    blocks, err = np.empty((len(w), _FQ4_BYTES), np.uint8), np.empty(w.shape, np.float32)
+    inverse = [native.floats(u_inv)] if type_name == "fq4" else []
+    blocks, err = np.empty((len(w), block_bytes), np.uint8), np.empty(w.shape, np.float32)
     cost = np.empty(len(w), np.float32)
 
     def part(rows: slice) -> int:
         return native.call(
-            "ggml_ext_gptq_fq4",
+            f"ggml_ext_gptq_{type_name}",
             rows.stop - rows.start,
             native.floats(w[rows]),
             native.floats(u),
-            native.floats(u_inv),
+            *inverse,
             native.bytes_(blocks[rows]),
-            _FQ4_BYTES,
+            block_bytes,
             native.floats(err[rows]),
             native.floats(cost[rows]),
         )
