@@ -1,6 +1,7 @@
 #include "common.cuh"
 #include "common/views.h"
 #include "ext-cuda.h"
+#include "fq4/mul_mat_match.h"
 #include "hooks/ggml-ext-hooks.h"
 
 static const ggml_ext_cuda_feature * const features[] = {
@@ -26,7 +27,7 @@ static bool is_plain_copy(const ggml_tensor * op) {
            ggml_is_contiguous(op) && ggml_is_contiguous(op->src[0]);
 }
 
-// Also the types of ours that have no kernels here: FQ4_64, FQ3 and FQ3_64.
+// Also the types of ours that have no kernels here: FQ3 and FQ3_64.
 static bool needs_us(const ggml_tensor * op) {
     if (op->op == GGML_OP_EXT || op->type >= GGML_TYPE_FQ4) {
         return true;
@@ -51,7 +52,7 @@ ggml_ext_cuda_answer ggml_ext_cuda_supports(int device, const ggml_tensor * op) 
 }
 
 bool ggml_ext_cuda_owns(const ggml_tensor * product) {
-    return product->src[0]->type == GGML_TYPE_FQ4;
+    return ggml_ext_fq4_has_kernels(product->src[0]->type);
 }
 
 int ggml_ext_cuda_fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i) {

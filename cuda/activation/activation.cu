@@ -16,16 +16,16 @@ struct activation_slot {
     bool                     filled;
 };
 
-static activation_slot find_slot(ggml_backend_cuda_context & ctx, const ggml_tensor * x) {
-    GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[0] % GGML_EXT_ACTIVATION_GROUP == 0);
+static activation_slot find_slot(ggml_backend_cuda_context & ctx, const ggml_tensor * x, int group) {
+    GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[0] % group == 0);
     const int64_t k      = x->ne[0];
     const int64_t n_rows = ggml_nrows(x);
-    GGML_ASSERT(n_rows * (k / GGML_EXT_ACTIVATION_GROUP) < INT32_MAX);
+    GGML_ASSERT(n_rows * (k / group) < INT32_MAX);
     const size_t codes_size  = GGML_PAD(k * n_rows, 256);
-    const size_t scales_size = k / GGML_EXT_ACTIVATION_GROUP * n_rows * sizeof(float);
+    const size_t scales_size = k / group * n_rows * sizeof(float);
 
     ggml_ext_activation_slots & slots  = ggml_ext_cuda_state_of(ctx).streams[ctx.curr_stream_no];
-    const auto                  found  = slots.find(x, std::max<size_t>(codes_size + scales_size, 1), allocate);
+    const auto                  found  = slots.find(x, group, std::max<size_t>(codes_size + scales_size, 1), allocate);
     char *                      buffer = static_cast<char *>(found.buffer);
     return {
         { reinterpret_cast<int8_t *>(buffer), reinterpret_cast<float *>(buffer + codes_size), k, n_rows },
@@ -33,8 +33,8 @@ static activation_slot find_slot(ggml_backend_cuda_context & ctx, const ggml_ten
     };
 }
 
-ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx, const ggml_tensor * x) {
-    const activation_slot slot = find_slot(ctx, x);
+ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx, const ggml_tensor * x, int group) {
+    const activation_slot slot = find_slot(ctx, x, group);
     if (slot.filled || ggml_is_empty(x)) {
         return slot.activation;
     }
@@ -44,8 +44,8 @@ ggml_ext_cuda_activation ggml_ext_cuda_quantized(ggml_backend_cuda_context & ctx
         x->ne[0],          ggml_nrows(x),     uint32_t(x->ne[1]), uint32_t(x->ne[2]),
         int64_t(x->nb[1]), int64_t(x->nb[2]), int64_t(x->nb[3]),
     };
-    const auto plan   = ggml_ext_activation_plan(shape, x->data);
-    const auto kernel = plan.aligned ? ggml_ext_activation_kernel<true> : ggml_ext_activation_kernel<false>;
+    const auto plan   = ggml_ext_activation_plan(shape, group, x->data);
+    const auto kernel = ggml_ext_activation_kernel_of(group, plan.aligned);
     CUDA_CHECK(ggml_ext_cuda_launch_overlapped(kernel, dim3(plan.n_blocks), dim3(GGML_EXT_ACTIVATION_THREADS), 0,
                                                ctx.stream(), (const char *) x->data, slot.activation.codes,
                                                slot.activation.scales, shape));
@@ -57,5 +57,5 @@ ggml_ext_cuda_activation ggml_ext_cuda_quantized_reserve(ggml_backend_cuda_conte
     if (codes_only) {
         ggml_ext_cuda_state_of(ctx).unwritten.insert(x);
     }
-    return find_slot(ctx, x).activation;
+    return find_slot(ctx, x, GGML_EXT_ACTIVATION_GROUP).activation;
 }

@@ -21,9 +21,10 @@ class ggml_ext_activation_slots {
 
     // `allocate` gives device memory. A buffer that is too small stays allocated, since captured CUDA graphs may
     // point to it; each one is at least twice its predecessor, so all of those take less than what is in use.
-    template <typename F> found find(const ggml_tensor * x, size_t size, const F & allocate) {
-        const key k      = describe(x);
-        slot *    oldest = slots;
+    template <typename F> found find(const ggml_tensor * x, int group, size_t size, const F & allocate) {
+        key k         = describe(x);
+        k.group       = group;
+        slot * oldest = slots;
         calls++;
         for (slot & s : slots) {
             if (k.tensor && same(s.holds, k)) {
@@ -57,6 +58,7 @@ class ggml_ext_activation_slots {
     struct key {
         const ggml_tensor * tensor = nullptr;  // nullptr: never found again
         const void *        data   = nullptr;
+        int                 group  = 0;        // values that share a scale
         int64_t             ne[GGML_MAX_DIMS];
         size_t              nb[GGML_MAX_DIMS];
     };
@@ -84,8 +86,8 @@ class ggml_ext_activation_slots {
     }
 
     static bool same(const key & a, const key & b) {
-        return a.tensor == b.tensor && a.data == b.data && std::memcmp(a.ne, b.ne, sizeof(a.ne)) == 0 &&
-               std::memcmp(a.nb, b.nb, sizeof(a.nb)) == 0;
+        return a.tensor == b.tensor && a.data == b.data && a.group == b.group &&
+               std::memcmp(a.ne, b.ne, sizeof(a.ne)) == 0 && std::memcmp(a.nb, b.nb, sizeof(a.nb)) == 0;
     }
 
     slot                slots[n_slots];

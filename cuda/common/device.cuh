@@ -292,18 +292,20 @@ template <int WIDTH = 32> __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Over all 32 lanes.
-__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+template <int WIDTH = 32> __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #if GGML_EXT_CUDA_ARCH >= 800
-    return __reduce_max_sync(0xffffffffu, x);
-#else
-#    pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, x, offset);
-        x                    = other > x ? other : x;
-    }
-    return x;
+    if constexpr (WIDTH == 32) {
+        return __reduce_max_sync(0xffffffffu, x);
+    } else
 #endif
+    {
+#pragma unroll
+        for (int offset = WIDTH / 2; offset > 0; offset /= 2) {
+            const uint32_t other = __shfl_xor_sync(0xffffffffu, x, offset);
+            x                    = other > x ? other : x;
+        }
+        return x;
+    }
 }
 
 }  // namespace ggml_ext

@@ -23,7 +23,7 @@ constexpr int64_t fq4_lone_step_clocks(int columns) {
     return 1000 + (13 * columns > 900 ? 13 * columns : 900);
 }
 
-constexpr int     fq4_min_range_steps = 4;   // of a thread block's range
+constexpr int     fq4_min_range_steps = 4;   // of 256 weights, of a thread block's range
 constexpr int64_t fq4_bytes_per_clock = 20;  // that parts of tiles are written and read with
 constexpr int64_t fq4_launch_clocks   = 4000;
 

@@ -1,7 +1,7 @@
 #include "common.cuh"
 #include "dequantize.cuh"
 #include "ext-cuda.h"
-#include "fq4/fq4.h"
+#include "mul_mat_match.h"
 
 // Four values are written at a time.
 static bool aligned_rows(const ggml_tensor * y) {
@@ -10,7 +10,7 @@ static bool aligned_rows(const ggml_tensor * y) {
 }
 
 static bool whole_blocks(const ggml_tensor * x) {
-    return x->type == GGML_TYPE_FQ4 && x->nb[0] == sizeof(ggml_ext_block_fq4);
+    return ggml_ext_fq4_has_kernels(x->type) && x->nb[0] == ggml_type_size(x->type);
 }
 
 static bool known_type(ggml_type type) {
@@ -23,12 +23,25 @@ static void copy_strides(int64_t (&to)[4], const ggml_tensor * tensor) {
     }
 }
 
-template <typename T> static void launch(ggml_backend_cuda_context & ctx, const ggml_ext_fq4_dequantize_args & args) {
-    const int64_t n_warps  = args.n_rows * args.n_blocks;
+template <typename L, typename T>
+static void launch(ggml_backend_cuda_context & ctx, const ggml_ext_fq4_dequantize_args & args) {
+    const int64_t n_warps  = (args.n_rows * args.n_blocks * L::weights + 255) / 256;
     const int64_t n_blocks = (n_warps + ggml_ext_fq4_dequantize_warps - 1) / ggml_ext_fq4_dequantize_warps;
     const int64_t most     = ggml_cuda_info().devices[ctx.device].nsm * 16;  // 64 warps per SM
-    CUDA_CHECK(ggml_ext_cuda_launch(ggml_ext_fq4_dequantize_kernel<T>, dim3(std::min(n_blocks, most)),
+    CUDA_CHECK(ggml_ext_cuda_launch(ggml_ext_fq4_dequantize_kernel<L, T>, dim3(std::min(n_blocks, most)),
                                     dim3(32 * ggml_ext_fq4_dequantize_warps), 0, ctx.stream(), args));
+}
+
+template <typename L>
+static void launch_to(ggml_type type, ggml_backend_cuda_context & ctx, const ggml_ext_fq4_dequantize_args & args) {
+    switch (type) {
+        case GGML_TYPE_F32:
+            return launch<L, float>(ctx, args);
+        case GGML_TYPE_F16:
+            return launch<L, half>(ctx, args);
+        default:
+            return launch<L, nv_bfloat16>(ctx, args);
+    }
 }
 
 // Rows of `shape`: y, or x where that differs and both are contiguous.
@@ -41,7 +54,7 @@ static void dequantize(ggml_backend_cuda_context & ctx, const ggml_tensor * x, c
     args.x                            = (const char *) x->data;
     args.ids                          = ids ? (const char *) ids->data : nullptr;
     args.y                            = (char *) y->data;
-    args.n_blocks                     = shape->ne[0] / QK_FQ4;
+    args.n_blocks                     = shape->ne[0] / ggml_blck_size(x->type);
     args.ne1                          = shape->ne[1];
     args.ne2                          = shape->ne[2];
     args.n_rows                       = ggml_nrows(shape);
@@ -56,14 +69,8 @@ static void dequantize(ggml_backend_cuda_context & ctx, const ggml_tensor * x, c
         args.nb_y[2]       = args.nb_y[1] * shape->ne[1];
         args.nb_y[3]       = args.nb_y[2] * shape->ne[2];
     }
-    switch (y->type) {
-        case GGML_TYPE_F32:
-            return launch<float>(ctx, args);
-        case GGML_TYPE_F16:
-            return launch<half>(ctx, args);
-        default:
-            return launch<nv_bfloat16>(ctx, args);
-    }
+    x->type == GGML_TYPE_FQ4 ? launch_to<ggml_ext::fq4_layout>(y->type, ctx, args) :
+                               launch_to<ggml_ext::fq4_64_layout>(y->type, ctx, args);
 }
 
 static bool get_rows_applies(int, const ggml_tensor * op) {

@@ -1,4 +1,4 @@
-// FQ4 blocks to F32, F16 or BF16: rows picked by index (GET_ROWS) or all of them (CPY).
+// Blocks of FQ4 or FQ4_64 to F32, F16 or BF16: rows picked by index (GET_ROWS) or all of them (CPY).
 
 #pragma once
 
@@ -16,7 +16,7 @@ struct ggml_ext_fq4_dequantize_args {
     int64_t      nb_x[4], nb_ids[4], nb_y[4];  // bytes; [0] is not used by x and y, nb_ids[0] is the step of i1
 };
 
-constexpr int ggml_ext_fq4_dequantize_warps = 4;  // of a thread block; a warp decodes one block of weights at a time
+constexpr int ggml_ext_fq4_dequantize_warps = 4;  // of a thread block; a warp decodes 256 weights at a time
 
 namespace ggml_ext {
 
@@ -47,30 +47,29 @@ __device__ __forceinline__ void fq4_write_four(T * y, float d, const uint4 & row
     *reinterpret_cast<fq4_four<T> *>(y) = out;
 }
 
-// Lane l has bytes 4 l .. 4 l + 3 of q.
-template <typename T>
-__device__ __forceinline__ void fq4_dequantize_block(const char * block, T * y, int lane, const uint4 (&table)[16]) {
-    const int      half_ = lane / 16, sub = lane % 16 / 4;
-    const char *   s      = block + GGML_EXT_FQ4_S + 4 * half_ + sub / 2;
-    const float    d      = __half2float(*reinterpret_cast<const half *>(block));
-    const uint32_t codes  = fq4_split(fq4_word(block + GGML_EXT_FQ4_Q + 4 * lane));
-    const int      nibble = sub % 2 * 4;
-    T *            first  = y + 128 * half_ + 4 * (lane % 16);
-    fq4_write_four(first, d, table[s[0] >> nibble & 15], codes, 0);
-    fq4_write_four(first + 64, d, table[s[2] >> nibble & 15], codes, 1);
+// Word `word` of a block's q: four weights of the low nibbles, four of the high ones.
+template <typename L, typename T>
+__device__ __forceinline__ void fq4_dequantize_word(const char * block, T * y, int word, const uint4 (&table)[16]) {
+    const int      first = fq4_first_weight<L>(word / 4) + word % 4 * 4;
+    const float    d     = L::scale(block);
+    const uint32_t codes = fq4_split(L::word(block + L::q + 4 * word));
+    fq4_write_four(y + first, d, table[fq4_row_of<L>(block, first / 16)], codes, 0);
+    fq4_write_four(y + first + L::run, d, table[fq4_row_of<L>(block, (first + L::run) / 16)], codes, 1);
 }
 
 }  // namespace ggml_ext
 
-// Warps walk over all blocks of all rows.
-template <typename T> static __global__ void ggml_ext_fq4_dequantize_kernel(const ggml_ext_fq4_dequantize_args a) {
+// Warps walk over all blocks of all rows, as many at a time as they have words for.
+template <typename L, typename T>
+static __global__ void ggml_ext_fq4_dequantize_kernel(const ggml_ext_fq4_dequantize_args a) {
+    constexpr int    words = L::weights / 8, n_together = 32 / words;
     __shared__ uint4 table[16];
     ggml_ext::fq4_load_table(table);
     __syncthreads();
     const int     lane    = threadIdx.x % 32;
     const int64_t n_warps = int64_t(gridDim.x) * ggml_ext_fq4_dequantize_warps;
     const int64_t warp    = int64_t(blockIdx.x) * ggml_ext_fq4_dequantize_warps + threadIdx.x / 32;
-    for (int64_t i = warp; i < a.n_rows * a.n_blocks; i += n_warps) {
+    for (int64_t i = warp * n_together + lane / words; i < a.n_rows * a.n_blocks; i += n_warps * n_together) {
         const int64_t row = i / a.n_blocks, block = i % a.n_blocks;
         const int64_t i1 = row % a.ne1, i2 = row / a.ne1 % a.ne2, i3 = row / (a.ne1 * a.ne2);
         int64_t       source = i1;
@@ -79,7 +78,7 @@ template <typename T> static __global__ void ggml_ext_fq4_dequantize_kernel(cons
         }
         const char * x = a.x + source * a.nb_x[1] + i2 * a.nb_x[2] + i3 * a.nb_x[3];
         char *       y = a.y + i1 * a.nb_y[1] + i2 * a.nb_y[2] + i3 * a.nb_y[3];
-        ggml_ext::fq4_dequantize_block(x + block * GGML_EXT_FQ4_BLOCK_BYTES, reinterpret_cast<T *>(y) + 256 * block,
-                                       lane, table);
+        ggml_ext::fq4_dequantize_word<L>(x + block * L::bytes, reinterpret_cast<T *>(y) + L::weights * block,
+                                         lane % words, table);
     }
 }

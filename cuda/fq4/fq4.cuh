@@ -1,18 +1,73 @@
-// FQ4 blocks in device code: the table and its look-up. ggml_ext/fq4/fq4.h has the layout of a block.
+// Blocks of FQ4 and FQ4_64 in device code: their layouts, the table and its look-up. ggml_ext/fq4/fq4.h and
+// fq4_64/fq4_64.h have the layouts in full.
 //
-// A block is 138 bytes, so every second one starts at an odd multiple of 2: words of it are read as two halves
-// (ggml_ext_fq4_word), or through shared memory.
+// A block is 138 or 35 bytes, so it starts at a multiple of 2, or anywhere: words of it are put together from parts
+// (word()), or shifted after a way through shared memory.
+//
+// Kernels are templates over the layout, L. A part of a block is 16 bytes of q: their low nibbles are one sub-block, their
+// high ones the sub-block `run` weights on.
 
 #pragma once
 
 #include "common/device.cuh"
 #include "fq4/table.h"
 
-constexpr int GGML_EXT_FQ4_BLOCK_BYTES = 138;
-constexpr int GGML_EXT_FQ4_S           = 2;   // offset of s[8]
-constexpr int GGML_EXT_FQ4_Q           = 10;  // offset of q[128]
-
 namespace ggml_ext {
+
+struct fq4_layout {
+    static constexpr int weights   = 256;
+    static constexpr int bytes     = 138;
+    static constexpr int alignment = 2;   // of a block
+    static constexpr int run       = 64;  // weights in the low nibbles of consecutive bytes
+    static constexpr int s         = 2;   // offset of s[8]
+    static constexpr int q         = 10;  // offset of q[128]
+
+    static __device__ __forceinline__ float scale(const char * block) {
+        return __half2float(*reinterpret_cast<const half *>(block));
+    }
+
+    // A word of four bytes at an address that is a multiple of 2.
+    static __device__ __forceinline__ uint32_t word(const char * p) {
+        const uint16_t * halves = reinterpret_cast<const uint16_t *>(p);
+        return halves[0] | uint32_t(halves[1]) << 16;
+    }
+};
+
+struct fq4_64_layout {
+    static constexpr int weights   = 64;
+    static constexpr int bytes     = 35;
+    static constexpr int alignment = 1;
+    static constexpr int run       = 32;
+    static constexpr int s         = 1;  // offset of s[2]
+    static constexpr int q         = 3;  // offset of q[32]
+
+    // The scale of a block whose first byte is d. 1 .. 254 are bits 20-27 of consecutive floats, from 1.125 2^-24 on.
+    static __device__ __forceinline__ float scale_of(uint32_t d) {
+        const float value = __uint_as_float((d + ((127 - 24) << 3)) << 20);
+        return d == 0 ? 0.0f : d == 255 ? __uint_as_float(0x7fc00000) : value;
+    }
+
+    static __device__ __forceinline__ float scale(const char * block) {
+        return scale_of(*reinterpret_cast<const uint8_t *>(block));
+    }
+
+    // A word of four bytes at any address.
+    static __device__ __forceinline__ uint32_t word(const char * p) {
+        const uint8_t * b = reinterpret_cast<const uint8_t *>(p);
+        return b[0] | uint32_t(b[1]) << 8 | uint32_t(b[2]) << 16 | uint32_t(b[3]) << 24;
+    }
+};
+
+// The first weight of a part's low nibbles.
+template <typename L> __device__ __forceinline__ int fq4_first_weight(int part) {
+    constexpr int parts = L::run / 16;  // of two runs
+    return part / parts * (2 * L::run) + part % parts * 16;
+}
+
+// The table's row of sub-block `sub`.
+template <typename L> __device__ __forceinline__ int fq4_row_of(const char * block, int sub) {
+    return reinterpret_cast<const uint8_t *>(block)[L::s + sub / 2] >> (sub % 2 * 4) & 15;
+}
 
 #define GGML_EXT_FQ4_SAME(t)   t
 #define GGML_EXT_FQ4_VALUES(s) GGML_EXT_FQ4_ROW_##s(GGML_EXT_FQ4_SAME)
@@ -67,11 +122,4 @@ __device__ __forceinline__ uint32_t fq4_split(uint32_t q) {
     const uint32_t high = q >> 4 & 0x0f0f0f0f;
     return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
 }
-
-// A word of four bytes at an address that is a multiple of 2.
-__device__ __forceinline__ uint32_t fq4_word(const void * p) {
-    const uint16_t * halves = static_cast<const uint16_t *>(p);
-    return halves[0] | uint32_t(halves[1]) << 16;
-}
-
 }  // namespace ggml_ext

@@ -1,4 +1,4 @@
-// MUL_MAT and MUL_MAT_ID with FQ4 weights: which kernel takes which product, and fusion with what follows.
+// MUL_MAT and MUL_MAT_ID with FQ4 or FQ4_64 weights: which kernel takes which product, and fusion with what follows.
 
 #include "activation/activation.cuh"
 #include "common.cuh"
@@ -18,7 +18,7 @@ static ggml_ext_fq4_vec_args vec_args(ggml_backend_cuda_context & ctx, const ggm
     const ggml_tensor *            x    = product->src[0];
     const ggml_tensor *            y    = product->src[1];
     const ggml_tensor *            ids  = product->op == GGML_OP_MUL_MAT_ID ? product->src[2] : nullptr;
-    const ggml_ext_cuda_activation acts = ggml_ext_cuda_quantized(ctx, y);
+    const ggml_ext_cuda_activation acts = ggml_ext_cuda_quantized(ctx, y, ggml_blck_size(x->type));
     ggml_ext_fq4_vec_args          args = {};
     args.x                              = (const char *) x->data;
     args.codes                          = acts.codes;
@@ -26,7 +26,7 @@ static ggml_ext_fq4_vec_args vec_args(ggml_backend_cuda_context & ctx, const ggm
     args.n_act_rows                     = acts.n_rows;
     args.dst                            = (char *) dst->data;
     args.n_rows                         = x->ne[1];
-    args.n_blocks                       = x->ne[0] / QK_FQ4;
+    args.n_blocks                       = x->ne[0] / ggml_blck_size(x->type);
     args.ne11                           = y->ne[1];
     args.nb01                           = x->nb[1];
     args.nb02                           = x->nb[2];
@@ -65,7 +65,8 @@ static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_ext_fq4_vec_args args   = vec_args(ctx, dst, dst);
     const int64_t         n_cols = args.ids ? 1 : dst->ne[1];
     for (; args.first_col < n_cols; args.first_col += GGML_EXT_FQ4_VEC_MAX_COLS) {
-        ggml_ext_cuda_fq4_vec(ctx, std::min<int64_t>(GGML_EXT_FQ4_VEC_MAX_COLS, n_cols - args.first_col), args);
+        ggml_ext_cuda_fq4_vec(ctx, dst->src[0]->type,
+                              std::min<int64_t>(GGML_EXT_FQ4_VEC_MAX_COLS, n_cols - args.first_col), args);
     }
 }
 
@@ -103,7 +104,7 @@ static int fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i) {
         args.glu_alpha = ggml_get_op_params_f32(f.dst, 2);
         args.glu_limit = ggml_get_op_params_f32(f.dst, 3);
     }
-    ggml_ext_cuda_fq4_vec(ctx, 1, args);
+    ggml_ext_cuda_fq4_vec(ctx, f.product->src[0]->type, 1, args);
     return f.following;
 }
 

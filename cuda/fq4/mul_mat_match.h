@@ -1,9 +1,8 @@
-// Which products of FQ4 weights the CUDA kernels take, and which runs of graph nodes they take at once. Host code that
+// Which products of FQ4 and FQ4_64 weights the CUDA kernels take, and which runs of graph nodes they take at once. Host code that
 // needs no device, so that a test on a CPU can show it graphs.
 
 #pragma once
 
-#include "fq4/fq4.h"
 #include "ggml-impl.h"
 #include "ggml.h"
 
@@ -16,7 +15,11 @@ struct ggml_ext_fq4_fusion {
     ggml_tensor *       dst;
 };
 
-// MUL_MAT and MUL_MAT_ID of FQ4 weights whose rows are whole blocks one after the other. Row sizes stay below what the
+inline bool ggml_ext_fq4_has_kernels(ggml_type type) {
+    return type == GGML_TYPE_FQ4 || type == GGML_TYPE_FQ4_64;
+}
+
+// MUL_MAT and MUL_MAT_ID of such weights whose rows are whole blocks one after the other. Row sizes stay below what the
 // kernels' 32-bit offsets inside a group of rows can hold.
 inline bool ggml_ext_fq4_is_product(const ggml_tensor * op) {
     if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
@@ -24,7 +27,7 @@ inline bool ggml_ext_fq4_is_product(const ggml_tensor * op) {
     }
     const ggml_tensor * x = op->src[0];
     const ggml_tensor * y = op->src[1];
-    return x->type == GGML_TYPE_FQ4 && x->nb[0] == sizeof(ggml_ext_block_fq4) && x->nb[1] < (1u << 29) &&
+    return ggml_ext_fq4_has_kernels(x->type) && x->nb[0] == ggml_type_size(x->type) && x->nb[1] < (1u << 29) &&
            ggml_row_size(x->type, x->ne[0]) < (1u << 29) && x->ne[1] < (1 << 30) && ggml_nrows(y) < (1 << 30) &&
            y->type == GGML_TYPE_F32 && y->nb[0] == sizeof(float) && op->type == GGML_TYPE_F32 &&
            op->nb[0] == sizeof(float) && (op->op == GGML_OP_MUL_MAT || op->src[2]->type == GGML_TYPE_I32);

@@ -2,6 +2,7 @@
 #include "common.cuh"
 #include "common/architecture.h"
 #include "common/device.cuh"
+#include "mul_mat_match.h"
 #include "tiles.h"
 #include "tiles_dp4a.cuh"
 #include "tiles_experts.cuh"
@@ -18,12 +19,12 @@ static ggml_ext_fq4_tiling choose_tiling(int device, const ggml_tensor * dst) {
     const int64_t       n_batches = experts ? 1 : dst->ne[2] * dst->ne[3];
     const int64_t       n_experts = experts ? weights->ne[2] : 0;
     const int64_t       m         = weights->ne[1];
+    const int           block     = int(ggml_blck_size(weights->type));
     if (!ggml_ext_cuda_has_tensor_cores(device)) {
         return ggml_ext_fq4_dp4a_tiling(m, n, n_batches, n_experts);
     }
-    return experts ? ggml_ext_fq4_choose_expert_tiling(m, n, n_experts, info.smpbo) :
-                     ggml_ext_fq4_choose_tiling(m, weights->ne[0] / GGML_EXT_FQ4_BLOCK_WEIGHTS, n, n_batches, info.nsm,
-                                                info.smpbo);
+    return experts ? ggml_ext_fq4_choose_expert_tiling(m, block, n, n_experts, info.smpbo) :
+                     ggml_ext_fq4_choose_tiling(m, weights->ne[0] / block, block, n, n_batches, info.nsm, info.smpbo);
 }
 
 // Numbers that the kernels hold in 32 bits.
@@ -33,7 +34,7 @@ static bool fits(const ggml_tensor * dst) {
     const int64_t       columns   = ggml_nrows(dst) / 16 + dst->ne[2] * dst->ne[3] + weights->ne[2];
     return ggml_nrows(dst) < INT_MAX && ggml_nrows(dst->src[1]) < INT_MAX && weights->ne[0] < INT_MAX &&
            weights->ne[1] < INT_MAX && weights->ne[2] < INT_MAX &&
-           columns < INT_MAX / row_tiles / (weights->ne[0] / GGML_EXT_FQ4_BLOCK_WEIGHTS);
+           columns < INT_MAX / row_tiles / (weights->ne[0] / ggml_blck_size(weights->type));
 }
 
 bool ggml_ext_cuda_fq4_tiles_applies(int device, const ggml_tensor * dst) {
@@ -46,8 +47,8 @@ bool ggml_ext_cuda_fq4_tiles_applies(int device, const ggml_tensor * dst) {
         return false;
     }
     const bool types =
-        weights->type == GGML_TYPE_FQ4 && activations->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32;
-    if (!types || weights->nb[0] != GGML_EXT_FQ4_BLOCK_BYTES || activations->nb[0] != sizeof(float) ||
+        ggml_ext_fq4_has_kernels(weights->type) && activations->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32;
+    if (!types || weights->nb[0] != ggml_type_size(weights->type) || activations->nb[0] != sizeof(float) ||
         dst->nb[0] != sizeof(float) || ggml_is_empty(weights) || ggml_is_empty(dst) || !fits(dst)) {
         return false;
     }
@@ -67,7 +68,7 @@ static ggml_ext_fq4_product describe(const ggml_tensor * dst, const ggml_ext_cud
     p.nb2                        = weights->nb[2];
     p.nb3                        = weights->nb[3];
     p.m                          = weights->ne[1];
-    p.n_blocks                   = weights->ne[0] / GGML_EXT_FQ4_BLOCK_WEIGHTS;
+    p.n_blocks                   = weights->ne[0] / ggml_blck_size(weights->type);
     p.k                          = weights->ne[0];
     p.codes                      = x.codes;
     p.scales                     = x.scales;
@@ -89,28 +90,30 @@ static ggml_ext_fq4_product describe(const ggml_tensor * dst, const ggml_ext_cud
     return p;
 }
 
+template <typename L>
 static cudaError_t launch(const ggml_ext_fq4_product & p, const ggml_ext_fq4_tiling & t, bool tensor_cores,
                           cudaStream_t stream) {
     if (!tensor_cores) {
-        return ggml_ext_cuda_launch(ggml_ext_fq4_tiles_dp4a, dim3(p.n_ranges), dim3(GGML_EXT_FQ4_DP4A_THREADS), 0,
+        return ggml_ext_cuda_launch(ggml_ext_fq4_tiles_dp4a<L>, dim3(p.n_ranges), dim3(GGML_EXT_FQ4_DP4A_THREADS), 0,
                                     stream, p);
     }
     switch (t.columns) {
         case 16:
-            return ggml_ext_fq4_tiles_launch<16>(p, t.split, stream);
+            return ggml_ext_fq4_tiles_launch<L, 16>(p, t.split, stream);
         case 32:
-            return ggml_ext_fq4_tiles_launch<32>(p, t.split, stream);
+            return ggml_ext_fq4_tiles_launch<L, 32>(p, t.split, stream);
         case 64:
-            return ggml_ext_fq4_tiles_launch<64>(p, t.split, stream);
+            return ggml_ext_fq4_tiles_launch<L, 64>(p, t.split, stream);
         default:
-            return ggml_ext_fq4_tiles_launch<128>(p, t.split, stream);
+            return ggml_ext_fq4_tiles_launch<L, 128>(p, t.split, stream);
     }
 }
 
 void ggml_ext_cuda_fq4_tiles(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_ext_fq4_tiling t      = choose_tiling(ctx.device, dst);
-    ggml_ext_fq4_product      p      = describe(dst, ggml_ext_cuda_quantized(ctx, dst->src[1]), t);
-    cudaStream_t              stream = ctx.stream();
+    const ggml_ext_fq4_tiling t = choose_tiling(ctx.device, dst);
+    ggml_ext_fq4_product      p =
+        describe(dst, ggml_ext_cuda_quantized(ctx, dst->src[1], ggml_blck_size(dst->src[0]->type)), t);
+    cudaStream_t stream = ctx.stream();
 
     ggml_cuda_pool_alloc<float>                    partial(ctx.pool());
     ggml_cuda_pool_alloc<int32_t>                  pairs(ctx.pool());
@@ -127,5 +130,7 @@ void ggml_ext_cuda_fq4_tiles(ggml_backend_cuda_context & ctx, ggml_tensor * dst)
                                         ids->nb[1] / sizeof(int32_t), ids->ne[1], ids->ne[0], t.columns, pairs.get(),
                                         tiles.get(), t.column_tiles));
     }
-    CUDA_CHECK(launch(p, t, ggml_ext_cuda_has_tensor_cores(ctx.device), stream));
+    const bool tensor_cores = ggml_ext_cuda_has_tensor_cores(ctx.device);
+    CUDA_CHECK(dst->src[0]->type == GGML_TYPE_FQ4 ? launch<ggml_ext::fq4_layout>(p, t, tensor_cores, stream) :
+                                                    launch<ggml_ext::fq4_64_layout>(p, t, tensor_cores, stream));
 }

@@ -1,7 +1,7 @@
-// Products of FQ4 weights and many columns of int8 activations on tensor cores, sm_75 and newer.
+// Products of FQ4 or FQ4_64 weights and many columns of int8 activations on tensor cores, sm_75 and newer.
 //
 // A thread block of four warps has a tile of 128 rows; a warp keeps the operands of its own 32 rows and one block
-// (256 weights) in registers (tiles_decode.cuh), so decoded weights never pass through shared memory, and multiplies
+// (256 weights, or 64) in registers (tiles_decode.cuh), so decoded weights never pass through shared memory, and multiplies
 // them with all columns of the tile, eight at a time. The int32 sums of a block start from the bits of magic = 1.5 2^23
 // (numerics.h): |sum| <= 256 127 127 < 2^22, and
 //
@@ -12,7 +12,8 @@
 // Shared memory: the table; per warp, one block of its 32 rows as it lies in memory, refilled as soon as it is decoded;
 // activations in slices of up to 64 columns, one slot more than a step has slices, so that a slice is copied one step
 // ahead; its column's 256 codes as 16 chunks of 16 bytes, chunk c at c ^ (4 (column % 2)): a quarter-warp reads chunks
-// 4 i .. 4 i + 3 of two columns, 8 different bank groups.
+// 4 i .. 4 i + 3 of two columns, 8 different bank groups. FQ4_64: 64 codes as 4 chunks, chunk c at c ^ (2 (column / 2 % 2)):
+// half a warp reads half of the chunks of four columns, 8 bytes a lane, 16 different pairs of banks.
 
 #pragma once
 
@@ -32,23 +33,32 @@ struct fq4_part {
     int      unused;
 };
 
-template <int COLUMNS> struct fq4_tile_shape {
+template <typename L, int COLUMNS> struct fq4_tile_shape {
     static constexpr int slice    = COLUMNS < 64 ? COLUMNS : 64;
     static constexpr int n_slices = COLUMNS / slice;
     static constexpr int n_slots  = n_slices + 1;
 
+    static constexpr int n_chunks  = L::weights / 16;                     // of a column
+    static constexpr int raw_words = ggml_ext_fq4_raw_words(L::weights);  // of a warp
+
+    // Where chunk c of a column lies.
+    static __device__ __forceinline__ int place(int column, int c) {
+        return L::weights == 256 ? c ^ column % 2 * 4 : c ^ (column & 2);
+    }
+
     // Offsets in shared memory.
     static constexpr int raw        = sizeof(fq4_spread);
-    static constexpr int codes      = raw + 4 * FQ4_RAW_WORDS * 4;
-    static constexpr int scales     = codes + n_slots * slice * 256;
+    static constexpr int codes      = raw + 4 * raw_words * 4;
+    static constexpr int scales     = codes + n_slots * slice * L::weights;
     static constexpr int result     = scales + n_slots * slice * 4;
     static constexpr int activation = result + COLUMNS * 8;
     static constexpr int part       = activation + COLUMNS * 4;
-    static_assert(part + sizeof(fq4_part) == ggml_ext_fq4_tile_shared(COLUMNS), "the launchers' size");
+    static_assert(part + sizeof(fq4_part) == ggml_ext_fq4_tile_shared(COLUMNS, L::weights), "the launchers' size");
 };
 
-// Copies block `block` of the warp's rows. n_rows may be <= 0; rows past it keep what they had.
-__device__ __forceinline__ void fq4_copy_rows(uint32_t * raw, const char * weights, int64_t nb1, int n_rows) {
+// Copies a block of the warp's rows. n_rows may be <= 0; rows past it keep what they had.
+__device__ __forceinline__ void fq4_copy_rows(fq4_layout, uint32_t * raw, const char * weights, int64_t nb1,
+                                              int n_rows) {
     const int     lane   = threadIdx.x % 32;
     // Rows of equal parity are a multiple of 4 bytes apart.
     const auto    word   = [](const char * p) { return reinterpret_cast<const char *>(uintptr_t(p) & ~uintptr_t(3)); };
@@ -60,14 +70,14 @@ __device__ __forceinline__ void fq4_copy_rows(uint32_t * raw, const char * weigh
         const char * from_odd  = odd + 4 * lane;
 #pragma unroll
         for (int r = 0; r < 32; r += 2) {
-            cp_async<4>(raw + fq4_raw_row(r) + lane, from_even);
-            cp_async<4>(raw + fq4_raw_row(r + 1) + lane, from_odd);
+            cp_async<4>(raw + fq4_raw_row<fq4_layout>(r) + lane, from_even);
+            cp_async<4>(raw + fq4_raw_row<fq4_layout>(r + 1) + lane, from_odd);
             from_even += stride;
             from_odd += stride;
         }
     } else {
         for (int r = 0; r < n_rows; r++) {
-            cp_async<4>(raw + fq4_raw_row(r) + lane, (r % 2 ? odd : even) + r / 2 * stride + 4 * lane);
+            cp_async<4>(raw + fq4_raw_row<fq4_layout>(r) + lane, (r % 2 ? odd : even) + r / 2 * stride + 4 * lane);
         }
     }
     // The last three words of a row, for lane = row.
@@ -75,23 +85,52 @@ __device__ __forceinline__ void fq4_copy_rows(uint32_t * raw, const char * weigh
         const char * from = (lane % 2 ? odd : even) + lane / 2 * stride + 128;
 #pragma unroll
         for (int w = 0; w < 3; w++) {
-            cp_async<4>(raw + fq4_raw_row(lane) + 32 + w, from + 4 * w);
+            cp_async<4>(raw + fq4_raw_row<fq4_layout>(lane) + 32 + w, from + 4 * w);
+        }
+    }
+}
+
+__device__ __forceinline__ void fq4_copy_rows(fq4_64_layout, uint32_t * raw, const char * weights, int64_t nb1,
+                                              int n_rows) {
+    const int    lane  = threadIdx.x % 32;
+    const auto   start = [](const char * p) { return int(uintptr_t(p) % 4); };
+    // Words 0-7 of four rows at a time: every fourth row starts alike.
+    const char * own   = weights + lane / 8 * nb1;
+    const char * from  = own - start(own) + lane % 8 * 4;
+#pragma unroll
+    for (int r = 0; r < 32; r += 4) {
+        if (r + lane / 8 < n_rows) {
+            cp_async<4>(raw + fq4_raw_row<fq4_64_layout>(r + lane / 8) + lane % 8, from);
+        }
+        from += 4 * nb1;
+    }
+    // The last words of a row, for lane = row: one or two hold bytes of it.
+    if (lane < n_rows) {
+        const char * row  = weights + lane * nb1;
+        const char * rest = row - start(row) + 32;
+        uint32_t *   to   = raw + fq4_raw_row<fq4_64_layout>(lane) + 8;
+        cp_async<4>(to, rest);
+        if (start(row) > 36 - fq4_64_layout::bytes) {
+            cp_async<4>(to + 1, rest + 4);
         }
     }
 }
 
 // Copies block `block` of `slice` columns, whose activations are named at `activation`, to a slot.
-template <int COLUMNS>
+template <typename L, int COLUMNS>
 __device__ __forceinline__ void fq4_copy_slice(char * shared, int slot, const int32_t * activation,
                                                const ggml_ext_fq4_product & p, int block) {
-    using shape      = fq4_tile_shape<COLUMNS>;
-    const int chunk  = threadIdx.x % 16;
-    const int column = threadIdx.x / 16;  // and every eighth from here on
-    char *    to     = shared + shape::codes + slot * shape::slice * 256 + column * 256 + (chunk ^ column % 2 * 4) * 16;
-    const int8_t * at = p.codes + int64_t(block) * 256 + chunk * 16;
+    using shape           = fq4_tile_shape<L, COLUMNS>;
+    constexpr int at_once = GGML_EXT_FQ4_TILE_THREADS / shape::n_chunks;  // columns
+    const int     chunk   = threadIdx.x % shape::n_chunks;
+    const int     column  = threadIdx.x / shape::n_chunks;                // and every at_once-th from here on
+    char * to = shared + shape::codes + (slot * shape::slice + column) * L::weights + shape::place(column, chunk) * 16;
+    const int8_t * at = p.codes + int64_t(block) * L::weights + chunk * 16;
+    if (at_once <= shape::slice || column < shape::slice) {
 #pragma unroll
-    for (int i = 0; i < shape::slice / 8; i++) {
-        cp_async<16>(to + i * 8 * 256, at + int64_t(activation[column + 8 * i]) * p.k);
+        for (int i = 0; i < (shape::slice + at_once - 1) / at_once; i++) {
+            cp_async<16>(to + i * at_once * L::weights, at + int64_t(activation[column + at_once * i]) * p.k);
+        }
     }
     if (threadIdx.x < shape::slice) {
         float * scales = reinterpret_cast<float *>(shared + shape::scales) + slot * shape::slice;
@@ -99,30 +138,49 @@ __device__ __forceinline__ void fq4_copy_slice(char * shared, int slot, const in
     }
 }
 
+// The operands of the 64 k number i, for mma 0 and 1. own: the lane's first bytes of its column.
+__device__ __forceinline__ void fq4_load_codes(fq4_layout, uint32_t (&b)[2][2], const char * own, int i) {
+    // Chunk 4 i + t, swizzled.
+    const bool  odd = threadIdx.x / 4 % 2;
+    const uint4 x   = *reinterpret_cast<const uint4 *>(own + i / 2 * 128 + (i % 2 ? (odd ? -64 : 64) : 0));
+    b[0][0]         = x.x;
+    b[0][1]         = x.y;
+    b[1][0]         = x.z;
+    b[1][1]         = x.w;
+}
+
+__device__ __forceinline__ void fq4_load_codes(fq4_64_layout, uint32_t (&b)[2][2], const char * own, int) {
+    // 8 bytes of a chunk of the first run, and of the chunk two on, swizzled.
+    const bool  swapped = threadIdx.x / 8 % 2;
+    const uint2 low     = *reinterpret_cast<const uint2 *>(own);
+    const uint2 high    = *reinterpret_cast<const uint2 *>(own + (swapped ? -32 : 32));
+    b[0][0]             = low.x;
+    b[0][1]             = low.y;
+    b[1][0]             = high.x;
+    b[1][1]             = high.y;
+}
+
 // sums[16 rows][8 columns][element of mma's d] += the block's products with the columns of a slot.
-template <int COLUMNS, int SLICE>
-__device__ __forceinline__ void fq4_multiply_slice(float (&sums)[2][COLUMNS / 8][4], const fq4_fragments & f,
+template <typename L, int COLUMNS, int SLICE>
+__device__ __forceinline__ void fq4_multiply_slice(float (&sums)[2][COLUMNS / 8][4], const fq4_fragments<L> & f,
                                                    const char * codes, const float * scales) {
     const int32_t start[4] = { magic_bits, magic_bits, magic_bits, magic_bits };
     const int     g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    constexpr int slice = fq4_tile_shape<COLUMNS>::slice;
-    const char *  own   = codes + g * 256 + (t ^ g % 2 * 4) * 16;
+    using shape         = fq4_tile_shape<L, COLUMNS>;
+    constexpr int slice = shape::slice;
+    // Chunk t of FQ4, half of chunk t / 2 of FQ4_64.
+    const char *  own   = codes + g * L::weights +
+                       (L::weights == 256 ? shape::place(g, t) * 16 : shape::place(g, t / 2) * 16 + t % 2 * 8);
     // Two groups of 8 columns at a time: four independent chains of mma.
 #pragma unroll
     for (int n = 0; n < slice / 8; n += 2) {
         int32_t products[2][2][4];  // [8 columns][16 rows]
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < L::weights / 64; i++) {
             uint32_t b[2][2][2];  // [8 columns][mma]
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                // Chunk 4 i + t, swizzled.
-                const uint4 x = *reinterpret_cast<const uint4 *>(own + (n + c) * 8 * 256 + i / 2 * 128 +
-                                                                 (i % 2 ? (g % 2 ? -64 : 64) : 0));
-                b[c][0][0]    = x.x;
-                b[c][0][1]    = x.y;
-                b[c][1][0]    = x.z;
-                b[c][1][1]    = x.w;
+                fq4_load_codes(L(), b[c], own + (n + c) * 8 * L::weights, i);
             }
 #pragma unroll
             for (int half_mma = 0; half_mma < 2; half_mma++) {
@@ -155,23 +213,21 @@ __device__ __forceinline__ void fq4_multiply_slice(float (&sums)[2][COLUMNS / 8]
 }
 
 // sums = the part's blocks of its tile. All threads of the block come here together.
-template <int COLUMNS>
+template <typename L, int COLUMNS>
 __device__ __forceinline__ void fq4_multiply_tile(float (&sums)[2][COLUMNS / 8][4], char * shared,
                                                   const fq4_part & part, const ggml_ext_fq4_product & p) {
-    using shape           = fq4_tile_shape<COLUMNS>;
+    using shape           = fq4_tile_shape<L, COLUMNS>;
     const int       first = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4;
-    uint32_t *      raw        = reinterpret_cast<uint32_t *>(shared + shape::raw) + threadIdx.x / 32 * FQ4_RAW_WORDS;
+    uint32_t *      raw = reinterpret_cast<uint32_t *>(shared + shape::raw) + threadIdx.x / 32 * shape::raw_words;
     const int32_t * activation = reinterpret_cast<const int32_t *>(shared + shape::activation);
     const int       begin      = part.first_block;
     const auto      n_rows     = [&] { return part.tile.n_rows - first; };
-    const auto      weights    = [&](int block) {
-        return part.tile.weights + first * p.nb1 + int64_t(block) * GGML_EXT_FQ4_BLOCK_BYTES;
-    };
+    const auto      weights = [&](int block) { return part.tile.weights + first * p.nb1 + int64_t(block) * L::bytes; };
 
-    // See fq4_decode; a block is 2 more than a multiple of 4 bytes, so all bits flip from one to the next.
-    unsigned odd = 0;
+    // See fq4_decode.
+    unsigned starts = 0;
     for (int i = 0; i < 4; i++) {
-        odd |= unsigned(uintptr_t(weights(begin) + (8 * i + g) * p.nb1) >> 1 & 1) << i;
+        starts |= unsigned(uintptr_t(weights(begin) + (8 * i + g) * p.nb1) & 3) << 8 * i;
     }
 #pragma unroll
     for (int rows = 0; rows < 2; rows++) {
@@ -185,36 +241,36 @@ __device__ __forceinline__ void fq4_multiply_tile(float (&sums)[2][COLUMNS / 8][
     }
 
     // Group number j of cp_async has slice j, counted over the blocks, and for the first slice of a block its rows.
-    fq4_copy_rows(raw, weights(begin), p.nb1, n_rows());
+    fq4_copy_rows(L(), raw, weights(begin), p.nb1, n_rows());
 #pragma unroll
     for (int s = 0; s < shape::n_slices; s++) {
-        fq4_copy_slice<COLUMNS>(shared, s, activation + s * shape::slice, p, begin);
+        fq4_copy_slice<L, COLUMNS>(shared, s, activation + s * shape::slice, p, begin);
         cp_async_commit();
     }
-    fq4_fragments f;
-    int           slot = 0;
-    const auto    step = [&](auto slice, int block) {
+    fq4_fragments<L> f;
+    int              slot = 0;
+    const auto       step = [&](auto slice, int block) {
         constexpr int s = decltype(slice)::value;
         // Slice s and, for s = 0, the rows are here; and all warps have left the slice before, whose slot is filled next.
         cp_async_wait<shape::n_slices - 1>();
         __syncthreads();
         const bool more = block + 1 < part.end_block, active = n_rows() > 0;
         if (more) {
-            fq4_copy_slice<COLUMNS>(shared, slot ? slot - 1 : shape::n_slices, activation + s * shape::slice, p,
-                                       block + 1);
+            fq4_copy_slice<L, COLUMNS>(shared, slot ? slot - 1 : shape::n_slices, activation + s * shape::slice, p,
+                                             block + 1);
         }
         if (s == 0 && active) {
-            fq4_decode(f, raw, *reinterpret_cast<const fq4_spread *>(shared), odd);
-            odd = ~odd;
+            fq4_decode(f, raw, *reinterpret_cast<const fq4_spread *>(shared), starts);
+            starts = (starts + L::bytes % 4 * 0x01010101) & 0x03030303;
             __syncwarp();
             if (more) {
-                fq4_copy_rows(raw, weights(block + 1), p.nb1, n_rows());
+                fq4_copy_rows(L(), raw, weights(block + 1), p.nb1, n_rows());
             }
         }
         cp_async_commit();
         if (active) {
-            fq4_multiply_slice<COLUMNS, s>(
-                sums, f, shared + shape::codes + slot * shape::slice * 256,
+            fq4_multiply_slice<L, COLUMNS, s>(
+                sums, f, shared + shape::codes + slot * shape::slice * L::weights,
                 reinterpret_cast<const float *>(shared + shape::scales) + slot * shape::slice);
         }
         slot = slot == shape::n_slices ? 0 : slot + 1;
@@ -255,12 +311,12 @@ __device__ __forceinline__ void fq4_store_part(const float (&sums)[2][COLUMNS / 
 
 }  // namespace ggml_ext
 
-// Thread block i computes range i (see ggml_ext_fq4_product). ggml_ext_fq4_tile_shared(COLUMNS) bytes.
-template <int COLUMNS>
+// Thread block i computes range i (see ggml_ext_fq4_product). ggml_ext_fq4_tile_shared(COLUMNS, L::weights) bytes.
+template <typename L, int COLUMNS>
 static __global__ void __launch_bounds__(GGML_EXT_FQ4_TILE_THREADS, ggml_ext_fq4_tile_residents(COLUMNS))
 ggml_ext_fq4_tiles_kernel(const ggml_ext_fq4_product p) {
     using namespace ggml_ext;
-    using shape = fq4_tile_shape<COLUMNS>;
+    using shape = fq4_tile_shape<L, COLUMNS>;
     GGML_EXT_DYNAMIC_SHARED(char, shared);
     int32_t *  activation = reinterpret_cast<int32_t *>(shared + shape::activation);
     int64_t *  result     = reinterpret_cast<int64_t *>(shared + shape::result);
@@ -288,7 +344,7 @@ ggml_ext_fq4_tiles_kernel(const ggml_ext_fq4_product p) {
         }
         __syncthreads();
         float sums[2][COLUMNS / 8][4];
-        fq4_multiply_tile<COLUMNS>(sums, shared, part, p);
+        fq4_multiply_tile<L, COLUMNS>(sums, shared, part, p);
         fq4_store_part<COLUMNS>(sums, part, result, p);
         __syncthreads();  // all threads have used what the next tile overwrites
     }

@@ -1,4 +1,5 @@
 #include "tiles.cuh"
 #include "tiles_instances.h"
 
-GGML_EXT_FQ4_TILES_INSTANCE(16)
+GGML_EXT_FQ4_TILES_INSTANCE(ggml_ext::fq4_layout, 16)
+GGML_EXT_FQ4_TILES_INSTANCE(ggml_ext::fq4_64_layout, 16)

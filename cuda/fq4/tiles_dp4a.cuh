@@ -1,4 +1,4 @@
-// Products of FQ4 weights and many columns of int8 activations without tensor cores: sm_61 to sm_74. A tile is 64 rows
+// Products of FQ4 or FQ4_64 weights and many columns of int8 activations without tensor cores: sm_61 to sm_74. A tile is 64 rows
 // and 32 columns; a block of each row is decoded once into shared memory.
 
 #pragma once
@@ -30,12 +30,14 @@ static __device__ __forceinline__ int ggml_ext_fq4_dp4a(uint32_t a, uint32_t b, 
 }
 
 // Thread block i computes tile i.
+template <typename L>
 static __global__ void __launch_bounds__(GGML_EXT_FQ4_DP4A_THREADS) ggml_ext_fq4_tiles_dp4a(
     const ggml_ext_fq4_product p) {
     using namespace ggml_ext;
     constexpr int       ROWS = GGML_EXT_FQ4_DP4A_ROWS, COLUMNS = GGML_EXT_FQ4_TILE_DP4A;
-    // 64 words of a block and one of padding: words i of different rows lie in different banks.
-    __shared__ uint32_t weights[ROWS][65], codes[COLUMNS][65];
+    // The words of a block and one of padding: words i of different rows lie in different banks.
+    constexpr int       WORDS = L::weights / 4;
+    __shared__ uint32_t weights[ROWS][WORDS + 1], codes[COLUMNS][WORDS + 1];
     __shared__ float    weight_scales[ROWS], scales[COLUMNS];
     __shared__ uint4    table[16];
     __shared__ int32_t  activation[COLUMNS];
@@ -52,28 +54,30 @@ static __global__ void __launch_bounds__(GGML_EXT_FQ4_DP4A_THREADS) ggml_ext_fq4
     for (int block = 0; block < p.n_blocks; block++) {
         __syncthreads();
         if (row < tile.n_rows) {
-            const char * from  = tile.weights + row * p.nb1 + int64_t(block) * GGML_EXT_FQ4_BLOCK_BYTES;
-            weight_scales[row] = __half2float(*reinterpret_cast<const half *>(from));
-            const uint32_t s   = fq4_word(from + GGML_EXT_FQ4_S + 4 * half_row);
-            for (int i = 0; i < 4; i++) {
-                const uint4 low = table[s >> 4 * i & 15], high = table[s >> (4 * i + 16) & 15];
-                for (int w = 4 * i; w < 4 * i + 4; w++) {
-                    const uint32_t split = fq4_split(fq4_word(from + GGML_EXT_FQ4_Q + 64 * half_row + 4 * w));
-                    weights[row][32 * half_row + w]      = fq4_lookup(low, split, 0);
-                    weights[row][32 * half_row + 16 + w] = fq4_lookup(high, split, 1);
+            const char * from   = tile.weights + row * p.nb1 + int64_t(block) * L::bytes;
+            weight_scales[row]  = L::scale(from);
+            constexpr int PARTS = L::weights / 64;  // of half a row
+            for (int part = PARTS * half_row; part < PARTS * (half_row + 1); part++) {
+                const int   first = fq4_first_weight<L>(part);
+                const uint4 low   = table[fq4_row_of<L>(from, first / 16)];
+                const uint4 high  = table[fq4_row_of<L>(from, (first + L::run) / 16)];
+                for (int w = 0; w < 4; w++) {
+                    const uint32_t split                   = fq4_split(L::word(from + L::q + 16 * part + 4 * w));
+                    weights[row][first / 4 + w]            = fq4_lookup(low, split, 0);
+                    weights[row][(first + L::run) / 4 + w] = fq4_lookup(high, split, 1);
                 }
             }
         }
-        for (int i = threadIdx.x; i < COLUMNS * 64; i += GGML_EXT_FQ4_DP4A_THREADS) {
-            const int8_t * from   = p.codes + (int64_t(activation[i / 64]) * p.n_blocks + block) * 256;
-            codes[i / 64][i % 64] = reinterpret_cast<const uint32_t *>(from)[i % 64];
+        for (int i = threadIdx.x; i < COLUMNS * WORDS; i += GGML_EXT_FQ4_DP4A_THREADS) {
+            const int8_t * from         = p.codes + (int64_t(activation[i / WORDS]) * p.n_blocks + block) * L::weights;
+            codes[i / WORDS][i % WORDS] = reinterpret_cast<const uint32_t *>(from)[i % WORDS];
         }
         if (threadIdx.x < COLUMNS) {
             scales[threadIdx.x] = p.scales[block * p.n_activations + activation[threadIdx.x]];
         }
         __syncthreads();
         int products[4][4] = {};
-        for (int w = 0; w < 64; w++) {
+        for (int w = 0; w < WORDS; w++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// A product with FQ4 weights, cut into tiles: what the kernels get, and how the launchers choose the cut. Plain C++, so
+// A product with FQ4 or FQ4_64 weights, cut into tiles: what the kernels get, and how the launchers choose the cut. Plain C++, so
 // that tests launch what a device would.
 
 #pragma once
@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-
-constexpr int GGML_EXT_FQ4_BLOCK_WEIGHTS = 256;
 
 // Rows of weights in a tile; a warp has 32 of them.
 constexpr int GGML_EXT_FQ4_TILE_ROWS    = 128;
@@ -24,14 +22,14 @@ struct ggml_ext_fq4_expert_tile {
 };
 
 struct ggml_ext_fq4_product {
-    // Row r of matrix (i2, i3) starts at weights + r nb1 + i2 nb2 + i3 nb3 and is n_blocks blocks long. Any even address.
-    // The kernels read whole words of 4 aligned bytes: up to 2 bytes before and after a block, which is inside an
+    // Row r of matrix (i2, i3) starts at weights + r nb1 + i2 nb2 + i3 nb3 and is n_blocks blocks long. Any even address,
+    // FQ4_64's any at all. The kernels read whole words of 4 aligned bytes: up to 3 bytes before and after a block, which is inside an
     // allocation of the CUDA backend (aligned to 128 bytes, and its size rounded up to 256).
     const char * weights;
     int64_t      nb1, nb2, nb3;
     int32_t      m;         // rows of a matrix
     int32_t      n_blocks;  // of a row, > 0
-    int32_t      k;         // 256 n_blocks
+    int32_t      k;         // weights of a row
 
     // As ggml_ext_cuda_activation.
     const int8_t * codes;
@@ -80,11 +78,17 @@ struct ggml_ext_fq4_tiling {
     bool split;     // ranges may start inside a tile
 };
 
-// Shared memory of a thread block: see tiles.cuh.
-constexpr size_t ggml_ext_fq4_tile_shared(int columns) {
+// Words that a warp's 32 rows of one block of `weights` take in shared memory: see tiles_decode.cuh.
+constexpr int ggml_ext_fq4_raw_words(int weights) {
+    return 32 * (weights == 256 ? 36 : 11);
+}
+
+// Shared memory of a thread block whose steps are blocks of `weights`: see tiles.cuh.
+constexpr size_t ggml_ext_fq4_tile_shared(int columns, int weights) {
     const int slice   = columns < 64 ? columns : 64;
     const int n_slots = columns / slice + 1;
-    return 2048 + 4 * 32 * 144 + size_t(n_slots) * slice * (256 + 4) + size_t(columns) * (4 + 8) + 32;
+    return 2048 + 4 * 4 * ggml_ext_fq4_raw_words(weights) + size_t(n_slots) * slice * (weights + 4) +
+           size_t(columns) * (4 + 8) + 32;
 }
 
 // Thread blocks of one multiprocessor: as many as registers allow (the kernels' launch bounds) ...
@@ -92,59 +96,63 @@ constexpr int ggml_ext_fq4_tile_residents(int columns) {
     return columns >= 64 ? 2 : 3;
 }
 // ... and shared memory.
-inline int ggml_ext_fq4_tile_residents(int columns, size_t shared_limit) {
+inline int ggml_ext_fq4_tile_residents(int columns, int weights, size_t shared_limit) {
     return std::max(1, std::min(ggml_ext_fq4_tile_residents(columns),
-                                ggml_ext::blocks_by_shared(shared_limit, ggml_ext_fq4_tile_shared(columns))));
+                                ggml_ext::blocks_by_shared(shared_limit, ggml_ext_fq4_tile_shared(columns, weights))));
 }
 
 // Widest tile that leaves two steps' data in a thread block's shared memory.
-inline int ggml_ext_fq4_widest_tile(size_t shared_limit) {
+inline int ggml_ext_fq4_widest_tile(int weights, size_t shared_limit) {
     int columns = 128;
-    while (columns > 16 && ggml_ext_fq4_tile_shared(columns) > shared_limit) {
+    while (columns > 16 && ggml_ext_fq4_tile_shared(columns, weights) > shared_limit) {
         columns /= 2;
     }
     return columns;
 }
 
-// Clocks of a multiprocessor for a step of each of n_ranges thread blocks.
-inline int64_t ggml_ext_fq4_steps_clocks(int columns, int64_t n_ranges, int n_sm) {
+// Clocks of a multiprocessor for a step of each of n_ranges thread blocks, by the weights of a row in it.
+inline int64_t ggml_ext_fq4_steps_clocks(int columns, int weights, int64_t n_ranges, int n_sm) {
     const int64_t beside = (n_ranges + n_sm - 1) / n_sm;
-    return std::max(ggml_ext::fq4_lone_step_clocks(columns), beside * ggml_ext::fq4_step_clocks(columns));
+    return std::max(ggml_ext::fq4_lone_step_clocks(columns), beside * ggml_ext::fq4_step_clocks(columns)) * weights /
+           256;
 }
 
-// How to cut n columns (times n_batches) of an m x (256 n_blocks) matrix on a device of n_sm multiprocessors.
-inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_tiling(int64_t m, int64_t n_blocks, int64_t n, int64_t n_batches,
-                                                      int n_sm, size_t shared_limit) {
+// How to cut n columns (times n_batches) of an m x (n_blocks blocks of `weights`) matrix on a device of n_sm
+// multiprocessors.
+inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_tiling(int64_t m, int64_t n_blocks, int weights, int64_t n,
+                                                      int64_t n_batches, int n_sm, size_t shared_limit) {
     ggml_ext_fq4_tiling t = {};
     t.columns             = 16;
-    while (t.columns < n && t.columns < ggml_ext_fq4_widest_tile(shared_limit)) {
+    while (t.columns < n && t.columns < ggml_ext_fq4_widest_tile(weights, shared_limit)) {
         t.columns *= 2;
     }
     t.row_tiles           = int((m + GGML_EXT_FQ4_TILE_ROWS - 1) / GGML_EXT_FQ4_TILE_ROWS);
     t.column_tiles        = int((n + t.columns - 1) / t.columns * n_batches);
     const int64_t n_tiles = int64_t(t.row_tiles) * t.column_tiles;
-    const int64_t at_once = int64_t(n_sm) * ggml_ext_fq4_tile_residents(t.columns, shared_limit);
+    const int64_t at_once = int64_t(n_sm) * ggml_ext_fq4_tile_residents(t.columns, weights, shared_limit);
 
-    const int64_t rest     = n_tiles % at_once;
-    const int64_t whole    = n_blocks * (n_tiles / at_once * ggml_ext_fq4_steps_clocks(t.columns, at_once, n_sm) +
-                                      (rest ? ggml_ext_fq4_steps_clocks(t.columns, rest, n_sm) : 0));
+    const int64_t rest  = n_tiles % at_once;
+    const int64_t whole = n_blocks * (n_tiles / at_once * ggml_ext_fq4_steps_clocks(t.columns, weights, at_once, n_sm) +
+                                      (rest ? ggml_ext_fq4_steps_clocks(t.columns, weights, rest, n_sm) : 0));
     // A part is written, read, and the result read and written; and there is a launch more.
-    const int64_t n_steps  = n_tiles * n_blocks;
-    const int64_t n_ranges = std::max<int64_t>(1, std::min(at_once, n_steps / ggml_ext::fq4_min_range_steps));
-    const int64_t bytes    = n_ranges * GGML_EXT_FQ4_TILE_ROWS * t.columns * 4 * 4;
-    const int64_t parts = (n_steps + n_ranges - 1) / n_ranges * ggml_ext_fq4_steps_clocks(t.columns, n_ranges, n_sm) +
-                          bytes / (ggml_ext::fq4_bytes_per_clock * n_sm) + ggml_ext::fq4_launch_clocks;
+    const int64_t n_steps = n_tiles * n_blocks;
+    const int64_t n_ranges =
+        std::max<int64_t>(1, std::min(at_once, n_steps * weights / (256 * ggml_ext::fq4_min_range_steps)));
+    const int64_t bytes = n_ranges * GGML_EXT_FQ4_TILE_ROWS * t.columns * 4 * 4;
+    const int64_t parts =
+        (n_steps + n_ranges - 1) / n_ranges * ggml_ext_fq4_steps_clocks(t.columns, weights, n_ranges, n_sm) +
+        bytes / (ggml_ext::fq4_bytes_per_clock * n_sm) + ggml_ext::fq4_launch_clocks;
     t.split    = n_ranges > 1 && parts < whole;
     t.n_ranges = int(t.split ? n_ranges : n_tiles);
     return t;
 }
 
 // The same for n_pairs columns shared out among n_experts in an unknown way: every expert may leave a tile unfilled.
-inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_expert_tiling(int64_t m, int64_t n_pairs, int64_t n_experts,
+inline ggml_ext_fq4_tiling ggml_ext_fq4_choose_expert_tiling(int64_t m, int weights, int64_t n_pairs, int64_t n_experts,
                                                              size_t shared_limit) {
     ggml_ext_fq4_tiling t = {};
     t.columns             = 16;
-    while (t.columns < n_pairs / n_experts && t.columns < ggml_ext_fq4_widest_tile(shared_limit)) {
+    while (t.columns < n_pairs / n_experts && t.columns < ggml_ext_fq4_widest_tile(weights, shared_limit)) {
         t.columns *= 2;
     }
     t.row_tiles    = int((m + GGML_EXT_FQ4_TILE_ROWS - 1) / GGML_EXT_FQ4_TILE_ROWS);

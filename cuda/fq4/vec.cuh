@@ -1,12 +1,12 @@
-// FQ4 matrix times 1 to 8 columns of int8 activations, at the speed of the weights' memory.
+// FQ4 or FQ4_64 matrix times 1 to 8 columns of int8 activations, at the speed of the weights' memory.
 //
 // A thread block owns a range of groups of 4 adjacent rows. The range is a list of items, group by group: 4 rows times
-// 4 blocks (1024 weights) of k each. Its four warps take them in turn, so a group's k is spread over the warps, and each
+// 1024 weights (4 blocks, or 16 of FQ4_64) of k each. Its four warps take them in turn, so a group's k is spread over the warps, and each
 // warp has its own ring of items in shared memory that cp.async fills two items ahead, across groups: no barrier and no
-// row's end interrupts the stream. cp.async takes whole 16-byte units, as rows of FQ4 start at even addresses only; the
+// row's end interrupts the stream. cp.async takes whole 16-byte units, as rows start at even addresses only, or anywhere; the
 // bytes around an item that come with it are other weights of the same allocation.
 //
-// In an item, lane l has part l % 8 of block l / 8 of each row: its 32 activations are in registers for all four rows.
+// In an item, lane l has 16 bytes of q of each row, part l % 8 of block l / 8 (FQ4_64: l % 2 of l / 2): its 32 activations are in registers for all four rows.
 // When a warp's items leave a group, its sums go to shared memory, and every `batch` groups the block adds the four warps'
 // parts in order and finishes the rows (bias, gated linear unit). So the order of all additions is fixed.
 
@@ -21,7 +21,8 @@ namespace ggml_ext {
 constexpr int fq4_vec_threads = 32 * GGML_EXT_FQ4_VEC_WARPS;
 constexpr int fq4_vec_stages  = 3;  // of a ring: one is read, two are under way
 
-// 4 blocks (552 bytes) that start up to 14 bytes into the first unit touch at most 36 units of 16 bytes.
+// 4 blocks (552 bytes) that start up to 14 bytes into the first unit touch at most 36 units of 16 bytes, and so do 16
+// blocks of FQ4_64 (560 bytes) that start up to 15 bytes into it.
 constexpr int fq4_vec_units     = 36;
 constexpr int fq4_vec_row_bytes = 16 * fq4_vec_units;
 
@@ -52,7 +53,7 @@ __device__ __forceinline__ float fq4_vec_apply_glu(const ggml_ext_fq4_vec_args &
 }
 
 // One batch of the product, as pointers.
-struct fq4_vec_problem {
+template <typename L> struct fq4_vec_problem {
     const char *   x;
     const char *   gate;
     const int8_t * codes;   // the first column's; others follow, a row of activations each
@@ -78,7 +79,7 @@ struct fq4_vec_problem {
         }
         x         = a.x + weights;
         gate      = a.gate ? a.gate + weights : nullptr;
-        codes     = a.codes + act_row * a.n_blocks * 256;
+        codes     = a.codes + act_row * a.n_blocks * L::weights;
         scales    = a.scales + act_row;
         bias      = a.bias ? a.bias + bias_at : nullptr;
         gate_bias = a.gate_bias ? a.gate_bias + bias_at : nullptr;
@@ -90,24 +91,25 @@ struct fq4_vec_cursor {
     int group, step;
 };
 
-template <int N_COLS, bool GATE> struct fq4_vec_block {
+template <typename L, int N_COLS, bool GATE> struct fq4_vec_block {
     static constexpr int rows       = GGML_EXT_FQ4_VEC_ROWS;
     static constexpr int batch      = fq4_vec_shared<N_COLS>::batch;
-    static constexpr int item_bytes = GGML_EXT_FQ4_VEC_BLOCKS * GGML_EXT_FQ4_BLOCK_BYTES;  // of a row
+    static constexpr int blocks     = GGML_EXT_FQ4_VEC_WEIGHTS / L::weights;  // of an item's row
+    static constexpr int item_bytes = blocks * L::bytes;
+    static_assert(16 - L::alignment + item_bytes <= fq4_vec_row_bytes, "fits a row of a ring");
     static constexpr int out_rows = GATE ? rows / 2 : rows;  // of dst, per group; with a gate, rows 0, 1: x, 2, 3: gate
 
     const ggml_ext_fq4_vec_args & a;
-    const fq4_vec_problem &       p;
+    const fq4_vec_problem<L> &    p;
     fq4_vec_shared<N_COLS> &      shared;
     const int                     warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const fq4_vec_lane            place;
+    const fq4_vec_lane<L>         place;
     const int                     n_steps;
     const int64_t                 to_gate;  // bytes from x to gate
 
-    __device__ fq4_vec_block(const ggml_ext_fq4_vec_args & a, const fq4_vec_problem & p,
+    __device__ fq4_vec_block(const ggml_ext_fq4_vec_args & a, const fq4_vec_problem<L> & p,
                              fq4_vec_shared<N_COLS> & shared) :
-        a(a), p(p), shared(shared), place(lane),
-        n_steps((a.n_blocks + GGML_EXT_FQ4_VEC_BLOCKS - 1) / GGML_EXT_FQ4_VEC_BLOCKS), to_gate(p.gate - p.x) {}
+        a(a), p(p), shared(shared), place(lane), n_steps((a.n_blocks + blocks - 1) / blocks), to_gate(p.gate - p.x) {}
 
     // The warp's next item.
     __device__ __forceinline__ void advance(fq4_vec_cursor & at) const {
@@ -124,7 +126,7 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
         const auto copy_unit = [&](int r, int unit) {
             const char * row    = row0 + (r % out_rows) * a.nb01 + (r < out_rows ? 0 : to_gate);
             const int    offset = int(reinterpret_cast<uintptr_t>(row) % 16);
-            if (r % out_rows < n_rows && 16 * unit < offset + n_blocks * GGML_EXT_FQ4_BLOCK_BYTES) {
+            if (r % out_rows < n_rows && 16 * unit < offset + n_blocks * L::bytes) {
                 cp_async<16>(to + r * fq4_vec_row_bytes + 16 * unit, row - offset + 16 * unit);
             }
         };
@@ -156,14 +158,14 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
     }
 
     __device__ __forceinline__ void fetch(const fq4_vec_cursor & at, int stage) const {
-        const int    n_blocks = a.n_blocks - at.step * GGML_EXT_FQ4_VEC_BLOCKS;
+        const int    n_blocks = a.n_blocks - at.step * blocks;
         const int    n_rows   = a.n_rows - at.group * out_rows;
         const char * row0     = p.x + int64_t(at.group * out_rows) * a.nb01 + at.step * item_bytes;
         char *       to       = &shared.ring[warp][stage][0][0];
-        if (n_blocks >= GGML_EXT_FQ4_VEC_BLOCKS && n_rows >= out_rows) {
+        if (n_blocks >= blocks && n_rows >= out_rows) {
             fetch_whole(row0, to);
         } else {
-            fetch_some(row0, n_rows, min(n_blocks, GGML_EXT_FQ4_VEC_BLOCKS), to);
+            fetch_some(row0, n_rows, min(n_blocks, blocks), to);
         }
     }
 
@@ -175,7 +177,7 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
     }
 
     __device__ __forceinline__ void multiply(const fq4_vec_cursor & at, int stage, float (&acc)[rows][N_COLS]) const {
-        const int block = at.step * GGML_EXT_FQ4_VEC_BLOCKS + place.block;
+        const int block = at.step * blocks + place.block;
         if (block >= a.n_blocks) {
             return;
         }
@@ -183,14 +185,15 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
         float    scale[N_COLS];
 #pragma unroll
         for (int c = 0; c < N_COLS; c++) {
-            const int8_t * part = p.codes + (int64_t(c) * a.n_blocks + block) * 256 + 128 * place.half + 16 * place.sub;
+            const int8_t * part = p.codes + (int64_t(c) * a.n_blocks + block) * L::weights + place.first;
             fq4_vec_order(__ldg(reinterpret_cast<const uint4 *>(part)), y[c]);
-            fq4_vec_order(__ldg(reinterpret_cast<const uint4 *>(part + 64)), y[c] + 4);
+            fq4_vec_order(__ldg(reinterpret_cast<const uint4 *>(part + L::run)), y[c] + 4);
             scale[c] = __ldg(p.scales + int64_t(block) * a.n_act_rows + c);
         }
 #pragma unroll
         for (int r = 0; r < rows; r++) {
-            fq4_vec_product<N_COLS>(shared.ring[warp][stage][r], offset(at, r), place, shared.table, y, scale, acc[r]);
+            fq4_vec_product<L, N_COLS>(shared.ring[warp][stage][r], offset(at, r), place, shared.table, y, scale,
+                                       acc[r]);
         }
     }
 
@@ -305,7 +308,7 @@ template <int N_COLS, bool GATE> struct fq4_vec_block {
 
 }  // namespace ggml_ext
 
-template <int N_COLS, bool GATE>
+template <typename L, int N_COLS, bool GATE>
 static __global__ void __launch_bounds__(ggml_ext::fq4_vec_threads, ggml_ext_fq4_vec_per_sm(N_COLS))
 ggml_ext_fq4_vec_kernel(const ggml_ext_fq4_vec_args a) {
     using namespace ggml_ext;
@@ -315,7 +318,7 @@ ggml_ext_fq4_vec_kernel(const ggml_ext_fq4_vec_args a) {
     const int first  = int(blockIdx.x) * a.groups_per_block;
     const int last   = min(groups, first + a.groups_per_block);
     for (int64_t batch = blockIdx.y; batch < a.n_batches; batch += gridDim.y) {
-        const fq4_vec_problem problem(a, batch);
-        fq4_vec_block<N_COLS, GATE>(a, problem, *shared).run(first, last);
+        const fq4_vec_problem<L> problem(a, batch);
+        fq4_vec_block<L, N_COLS, GATE>(a, problem, *shared).run(first, last);
     }
 }

@@ -7,7 +7,7 @@
 
 constexpr int GGML_EXT_FQ4_VEC_WARPS = 4;  // of a thread block
 constexpr int GGML_EXT_FQ4_VEC_ROWS = 4;  // weight rows that a warp works on at a time; with a gate, two of each matrix
-constexpr int GGML_EXT_FQ4_VEC_BLOCKS   = 4;  // FQ4 blocks of a row per step of a warp
+constexpr int GGML_EXT_FQ4_VEC_WEIGHTS  = 1024;  // of a row per step of a warp
 constexpr int GGML_EXT_FQ4_VEC_MAX_COLS = 8;
 
 // Thread blocks per SM that run at a time as far as registers go.
@@ -23,8 +23,8 @@ enum ggml_ext_fq4_vec_glu {
     GGML_EXT_FQ4_VEC_SWIGLU_CLAMP,
 };
 
-// y = x * activations: batches of n_rows x (256 n_blocks) weights times a few columns of int8 activations
-// (activation.cuh). Strides are in bytes, those of weights even; rows of weights are whole blocks one after the other.
+// y = x * activations: batches of n_rows x n_blocks blocks of weights times a few columns of int8 activations
+// (activation.cuh). Strides are in bytes, those of FQ4 weights even; rows of weights are whole blocks one after the other.
 //
 // Without ids, batch i is i2 = i % ne2, i3 = i / ne2 of dst; weights i2 / ratio2, i3 / ratio3; columns first_col ..
 // of ne11 activation rows per batch. With ids (one column), batch i is slot i % ne2 of token i / ne2: expert

@@ -1,7 +1,7 @@
 // The inner product of fq4_vec: 32 weights of one lane times up to 8 columns of int8 activations.
 //
 // A lane has 16 bytes of a block's q, four words v0 .. v3: their low nibbles are one sub-block, their high nibbles the
-// sub-block 64 weights on. Two words give two registers of eight codes, one per sub-block, with a shift and a LOP3 each
+// sub-block a run of weights on. Two words give two registers of eight codes, one per sub-block, with a shift and a LOP3 each
 // (fq4_vec_codes). Their nibbles are then in the order v0.0 v1.0 v0.1 v1.1 | v0.2 v1.2 v0.3 v1.3 (byte 0 of v0, of v1,
 // ...), so the activations are brought into that order instead, once for all rows of the warp (fq4_vec_order).
 //
@@ -100,27 +100,40 @@ template <int N_COLS> struct fq4_vec_sums {
     }
 };
 
-// What a lane needs to find its part of each of four adjacent blocks: lane l has bytes 16 (l % 8) .. of q of block l / 8.
-struct fq4_vec_lane {
-    int block, part;  // l / 8, l % 8
-    int half;         // of the block: 0 for weights 0-127, 1 for 128-255
-    int sub;          // its sub-blocks are 8 half + sub and 8 half + 4 + sub
-    int to_row;       // factor that brings the nibble of `sub` to bits 7-10
+// What a lane needs to find its part of each of the adjacent blocks of an item: those of a block lie in adjacent lanes.
+template <typename L> struct fq4_vec_lane {
+    static constexpr int parts = L::weights / 32;  // of a block
+
+    int block, part;
+    int copy;    // of the table
+    int first;   // weight of the part's low nibbles
+    int to_row;  // factor that brings the nibble of its sub-block to bits 7-10
 
     __device__ __forceinline__ explicit fq4_vec_lane(int lane) :
-        block(lane / 8), part(lane % 8), half(lane % 8 / 4), sub(lane % 4), to_row(lane % 2 ? 8 : 128) {}
+        block(lane / parts), part(lane % parts), copy(lane % FQ4_COPIES), first(fq4_first_weight<L>(lane % parts)),
+        to_row(lane % 2 ? 8 : 128) {}
 };
 
-// The four words of a lane's part of q. `blocks`: in shared memory, four blocks that start `offset` (even, below 16)
-// bytes on. Words are read from 4-byte addresses and shifted by 0, 2 or 4 bytes: the first block's part, at 10 + offset,
-// is read from 8 + offset rounded up to a multiple of 4. That way round (and with 5 words where 4 would do) the four
-// blocks' words lie in different banks for every offset.
-__device__ __forceinline__ void fq4_vec_words(const char * blocks, int offset, const fq4_vec_lane & lane,
+// The four words of a lane's part of q. `blocks`: in shared memory, an item's blocks, which start `offset` (below 16)
+// bytes on. Words are read from 4-byte addresses and shifted.
+template <typename L>
+__device__ __forceinline__ void fq4_vec_words(const char * blocks, int offset, const fq4_vec_lane<L> & lane,
                                               uint32_t (&v)[4]) {
-    const int        odd   = offset & 2;
-    const int        start = (GGML_EXT_FQ4_BLOCK_BYTES * lane.block & ~3) + 16 * lane.part + GGML_EXT_FQ4_Q - 2;
-    const unsigned   shift = 8 * ((GGML_EXT_FQ4_BLOCK_BYTES * lane.block & 3) + 2) - 8 * odd;
-    const uint32_t * words = reinterpret_cast<const uint32_t *>(blocks + start + (offset + odd));
+    int      start;
+    unsigned shift;
+    if constexpr (L::alignment == 2) {
+        // By 0, 2 or 4 bytes: the first block's part, at 10 + offset, is read from 8 + offset rounded up to a multiple
+        // of 4. That way round (and with 5 words where 4 would do) the four blocks' words lie in different banks for
+        // every offset.
+        const int odd = offset & 2;
+        start         = (L::bytes * lane.block & ~3) + 16 * lane.part + L::q - 2 + (offset + odd);
+        shift         = 8 * ((L::bytes * lane.block & 3) + 2) - 8 * odd;
+    } else {
+        const int at = L::bytes * lane.block + 16 * lane.part + L::q + offset;
+        start        = at & ~3;
+        shift        = 8 * (at & 3);
+    }
+    const uint32_t * words = reinterpret_cast<const uint32_t *>(blocks + start);
     uint32_t         u[5];
 #pragma unroll
     for (int i = 0; i < 5; i++) {
@@ -134,22 +147,22 @@ __device__ __forceinline__ void fq4_vec_words(const char * blocks, int offset, c
 
 // Byte offset 128 s of table[s], s being the nibble of a byte that belongs to the lane's sub-blocks. A product, as
 // multiply-adds have the pipe with room.
-__device__ __forceinline__ uint32_t fq4_vec_row_offset(uint8_t nibbles, const fq4_vec_lane & lane) {
-    return nibbles * lane.to_row & 0x780;
+__device__ __forceinline__ uint32_t fq4_vec_row_offset(uint8_t nibbles, int to_row) {
+    return nibbles * to_row & 0x780;
 }
 
 // acc[c] += this lane's share of the products of one weight row's block with the columns; scale[c]: the columns'.
-template <int N_COLS>
-__device__ __forceinline__ void fq4_vec_product(const char * blocks, int offset, const fq4_vec_lane & lane,
+template <typename L, int N_COLS>
+__device__ __forceinline__ void fq4_vec_product(const char * blocks, int offset, const fq4_vec_lane<L> & lane,
                                                 const fq4_spread & table, const uint32_t (&y)[N_COLS][8],
                                                 const float (&scale)[N_COLS], float (&acc)[N_COLS]) {
     static_assert(sizeof(table[0]) == 128, "what fq4_vec_row_offset takes for granted");
-    const char *    block = blocks + offset + GGML_EXT_FQ4_BLOCK_BYTES * lane.block;
-    const uint8_t * s     = reinterpret_cast<const uint8_t *>(block) + GGML_EXT_FQ4_S + 4 * lane.half + lane.sub / 2;
-    const float     d     = __half2float(*reinterpret_cast<const half *>(block));
-    const char *    copy  = reinterpret_cast<const char *>(&table[0][lane.part]);
-    const uint4     low   = *reinterpret_cast<const uint4 *>(copy + fq4_vec_row_offset(s[0], lane));
-    const uint4     high  = *reinterpret_cast<const uint4 *>(copy + fq4_vec_row_offset(s[2], lane));
+    const char *    block = blocks + offset + L::bytes * lane.block;
+    const uint8_t * s     = reinterpret_cast<const uint8_t *>(block) + L::s + lane.first / 32;
+    const float     d     = L::scale(block);
+    const char *    copy  = reinterpret_cast<const char *>(&table[0][lane.copy]);
+    const uint4     low   = *reinterpret_cast<const uint4 *>(copy + fq4_vec_row_offset(s[0], lane.to_row));
+    const uint4     high  = *reinterpret_cast<const uint4 *>(copy + fq4_vec_row_offset(s[L::run / 32], lane.to_row));
     uint32_t        v[4];
     fq4_vec_words(blocks, offset, lane, v);
 

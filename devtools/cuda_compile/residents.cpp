@@ -30,11 +30,11 @@ static void attention() {
 int main() {
     attention();
     for (int columns = 1; columns <= GGML_EXT_FQ4_VEC_MAX_COLS; columns++) {
-        std::printf("ggml_ext_fq4_vec_kernel<%d, *>,%d,%d\n", columns, fq4_vec_threads,
+        std::printf("ggml_ext_fq4_vec_kernel<*, %d, *>,%d,%d\n", columns, fq4_vec_threads,
                     ggml_ext_fq4_vec_per_sm(columns));
     }
     for (int columns = 16; columns <= 128; columns *= 2) {
-        std::printf("ggml_ext_fq4_tiles_kernel<%d>,%d,%d\n", columns, GGML_EXT_FQ4_TILE_THREADS,
+        std::printf("ggml_ext_fq4_tiles_kernel<*, %d>,%d,%d\n", columns, GGML_EXT_FQ4_TILE_THREADS,
                     ggml_ext_fq4_tile_residents(columns));
     }
     for (int warps : { 4, GGML_EXT_KRON_MAX_WARPS }) {

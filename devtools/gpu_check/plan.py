@@ -87,7 +87,11 @@ KERNELS = (
     ),
     Kernel(
         "fq4_mul_mat",
-        tuple(Ops("MUL_MAT", rf"type_a=fq4.*m=33,n={n},k=256,") for n in (1, 2, 9, 33)),
+        tuple(
+            Ops("MUL_MAT", rf"type_a={name},.*m=33,n={n},k={k},")
+            for name, k in (("fq4", 256), ("fq4_64", 576))
+            for n in (1, 2, 9, 33)
+        ),
         (
             *(Ops("MUL_MAT", rf"type_a=fq4.*,n=({columns}),k") for columns in _COLUMNS),
             Ops("MUL_MAT_ID", "type_a=fq4"),

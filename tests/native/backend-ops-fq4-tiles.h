@@ -1,9 +1,21 @@
-// FQ4 products with many columns, for upstream's test-backend-ops: tiles of every width, ragged edges, parts of tiles
+// FQ4 and FQ4_64 products with many columns, for upstream's test-backend-ops: tiles of every width, ragged edges, parts of tiles
 // that several thread blocks compute, batches, experts. Upstream's tolerance.
 
 #pragma once
 
+static void ggml_ext_backend_ops_fq4_64_tiles_cases(std::vector<std::unique_ptr<test_case>> & cases) {
+    for (int64_t n : { 9, 16, 17, 33, 65, 129, 300 }) {
+        cases.emplace_back(new test_mul_mat(GGML_TYPE_FQ4_64, GGML_TYPE_F32, 200, n, 576, { 1, 1 }, { 1, 1 }));
+    }
+    cases.emplace_back(new test_mul_mat(GGML_TYPE_FQ4_64, GGML_TYPE_F32, 129, 65, 192, { 2, 3 }, { 2, 1 }));
+    cases.emplace_back(new test_mul_mat(GGML_TYPE_FQ4_64, GGML_TYPE_F32, 1024, 16, 14400, { 1, 1 }, { 1, 1 }));
+    for (int n : { 9, 40, 200 }) {
+        cases.emplace_back(new test_mul_mat_id(GGML_TYPE_FQ4_64, GGML_TYPE_F32, 8, 2, false, 130, n, 320));
+    }
+}
+
 static void ggml_ext_backend_ops_fq4_tiles_cases(std::vector<std::unique_ptr<test_case>> & cases) {
+    ggml_ext_backend_ops_fq4_64_tiles_cases(cases);
     const auto product = [&](int64_t m, int64_t n, int64_t k, std::array<int64_t, 2> batch = { 1, 1 },
                              std::array<int64_t, 2> repeat = { 1, 1 }) {
         cases.emplace_back(new test_mul_mat(GGML_TYPE_FQ4, GGML_TYPE_F32, m, n, k, batch, repeat));

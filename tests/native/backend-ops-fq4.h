@@ -18,21 +18,21 @@ static void ggml_ext_backend_ops_fq4_mul_mat_cases(std::vector<std::unique_ptr<t
     }
 }
 
-static void ggml_ext_backend_ops_fq4_fusion_cases(std::vector<std::unique_ptr<test_case>> & cases) {
-    const ggml_type type = GGML_TYPE_FQ4;
+static void ggml_ext_backend_ops_fq4_fusion_cases(std::vector<std::unique_ptr<test_case>> & cases, ggml_type type,
+                                                  int64_t k) {
     for (ggml_glu_op op : { GGML_GLU_OP_SWIGLU, GGML_GLU_OP_GEGLU, GGML_GLU_OP_SWIGLU_OAI, GGML_GLU_OP_SWIGLU_CLAMP }) {
         for (bool bias : { false, true }) {
             for (int m : { 1, 2 }) {
-                cases.emplace_back(new test_mul_mat_vec_fusion(type, op, m, 33, 512, false, 1, 1, false, bias));
+                cases.emplace_back(new test_mul_mat_vec_fusion(type, op, m, 33, k, false, 1, 1, false, bias));
                 for (bool broadcast : { false, true }) {
-                    cases.emplace_back(new test_mul_mat_vec_fusion(type, op, m, 33, 512, true, 8, 3, broadcast, bias));
+                    cases.emplace_back(new test_mul_mat_vec_fusion(type, op, m, 33, k, true, 8, 3, broadcast, bias));
                 }
             }
         }
     }
     for (bool id : { false, true }) {
         cases.emplace_back(
-            new test_mul_mat_vec_fusion(type, GGML_GLU_OP_SWIGLU, 1, 33, 512, id, 8, 3, false, true, false));
+            new test_mul_mat_vec_fusion(type, GGML_GLU_OP_SWIGLU, 1, 33, k, id, 8, 3, false, true, false));
     }
 }
 
@@ -64,7 +64,8 @@ static void ggml_ext_backend_ops_fq3_cases(std::vector<std::unique_ptr<test_case
 
 static void ggml_ext_backend_ops_fq4_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     ggml_ext_backend_ops_fq4_mul_mat_cases(cases);
-    ggml_ext_backend_ops_fq4_fusion_cases(cases);
+    ggml_ext_backend_ops_fq4_fusion_cases(cases, GGML_TYPE_FQ4, 512);
+    ggml_ext_backend_ops_fq4_fusion_cases(cases, GGML_TYPE_FQ4_64, 576);
     ggml_ext_backend_ops_fq3_cases(cases);
     ggml_ext_backend_ops_fq4_64_cases(GGML_TYPE_FQ4_64, cases);
     ggml_ext_backend_ops_fq4_64_cases(GGML_TYPE_FQ3_64, cases);

@@ -33,6 +33,10 @@ inline void set_scale(uint8_t * block, float d) {
     const float fraction = std::frexp(std::fabs(d), &exponent);
     block[0]             = (uint8_t) (d == 0 ? 0 : 8 * (exponent - 1 + 24) + (int) (16 * fraction) - 8);
 }
+
+inline void set_nan(uint8_t * block) {
+    block[0] = 255;
+}
 #else
 constexpr int BLOCK  = 256;
 constexpr int HEADER = 2;
@@ -47,6 +51,10 @@ inline double scale(const uint8_t * block) {
 inline void set_scale(uint8_t * block, float d) {
     const ggml_fp16_t half = ggml_fp32_to_fp16(d);
     std::memcpy(block, &half, 2);
+}
+
+inline void set_nan(uint8_t * block) {
+    block[0] = block[1] = 0x7f;
 }
 #endif
 

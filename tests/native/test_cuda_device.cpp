@@ -37,7 +37,7 @@ void check_answer(const char * what, const ggml_tensor * op, ggml_ext_cuda_answe
 // The scheduler asks for each weight of a graph, and for views of it. Upstream says yes to all of them.
 void test_leaves() {
     const ggml_context_ptr ctx = new_context();
-    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_FQ4 }) {
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_FQ4, GGML_TYPE_FQ4_64 }) {
         ggml_tensor * weight = ggml_new_tensor_2d(ctx.get(), type, 256, 4);
         check_answer("leaf", weight, GGML_EXT_CUDA_NOT_OURS);
         check_answer("view", ggml_view_1d(ctx.get(), weight, 256, 0), GGML_EXT_CUDA_NOT_OURS);
@@ -48,15 +48,18 @@ void test_leaves() {
 }
 
 void test_products() {
-    const ggml_context_ptr ctx    = new_context();
-    ggml_tensor *          weight = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_FQ4, 256, 4);
-    ggml_tensor *          x      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 256, 3);
-    ggml_tensor *          y      = ggml_mul_mat(ctx.get(), weight, x);
-    check_answer("product", y, GGML_EXT_CUDA_YES);
-    check_answer("f16 product", ggml_mul_mat(ctx.get(), weight, ggml_cast(ctx.get(), x, GGML_TYPE_F16)),
-                 GGML_EXT_CUDA_NO);
-    check_answer("concat", ggml_concat(ctx.get(), weight, weight, 1), GGML_EXT_CUDA_NO);
-    CHECK(ggml_ext_cuda_owns(y), "a product with FQ4 weights");
+    const ggml_context_ptr ctx = new_context();
+    for (ggml_type type : { GGML_TYPE_FQ4, GGML_TYPE_FQ4_64 }) {
+        const int64_t k      = ggml_blck_size(type);
+        ggml_tensor * weight = ggml_new_tensor_2d(ctx.get(), type, k, 4);
+        ggml_tensor * x      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, k, 3);
+        ggml_tensor * y      = ggml_mul_mat(ctx.get(), weight, x);
+        check_answer("product", y, GGML_EXT_CUDA_YES);
+        check_answer("f16 product", ggml_mul_mat(ctx.get(), weight, ggml_cast(ctx.get(), x, GGML_TYPE_F16)),
+                     GGML_EXT_CUDA_NO);
+        check_answer("concat", ggml_concat(ctx.get(), weight, weight, 1), GGML_EXT_CUDA_NO);
+        CHECK(ggml_ext_cuda_owns(y), "a product with %s weights", ggml_type_name(type));
+    }
 }
 
 ggml_tensor * attention(ggml_context * ctx, ggml_type k, ggml_type v, int64_t n_q) {
@@ -228,13 +231,20 @@ int main() {
     const auto        folder = std::filesystem::temp_directory_path();
     const std::string name   = "ggml-ext-test-cuda-device-" + std::to_string(std::random_device{}());
     const std::string plain = folder / (name + ".gguf"), transformed = folder / (name + "-fq.gguf");
+    const std::string plain_64 = folder / (name + "-64.gguf"), transformed_64 = folder / (name + "-64-fq.gguf");
     ggml_ext_bench::write_model(plain, "fq4", n_layers, false, 64);
     ggml_ext_bench::write_model(transformed, "fq4", n_layers, true, 64);
+    ggml_ext_bench::write_model(plain_64, "fq4_64", n_layers, false, 64);
+    ggml_ext_bench::write_model(transformed_64, "fq4_64", n_layers, true, 64);
     test_model(plain, false, GGML_TYPE_Q8_0, "default");
     test_model(plain, false, GGML_TYPE_Q8_0, "half");
+    test_model(plain_64, false, GGML_TYPE_Q8_0, "default");
+    test_model(transformed_64, true, GGML_TYPE_F16, "default");
     test_model(transformed, true, GGML_TYPE_F16, "default");
     test_captured_graphs(plain);
     std::remove(plain.c_str());
     std::remove(transformed.c_str());
+    std::remove(plain_64.c_str());
+    std::remove(transformed_64.c_str());
     return check_done();
 }

@@ -1,11 +1,11 @@
-// FQ4 to F32, F16 and BF16 on CUDA, in the emulator, against ggml_ext_fq4_dequantize_row: bit for bit, as d T[s][q] is
+// FQ4, or FQ4_64, to F32, F16 and BF16 on CUDA, in the emulator, against the type's dequantize_row: bit for bit, as d T[s][q] is
 // one rounding to float and the conversions round to nearest.
 //
 // Would break it: a wrong nibble, table row or element order (random blocks), a wrong row, matrix or stride, writing
 // beyond a row (poison).
 
 #include "check.h"
-#include "fq4-reference.h"
+#include "fq4-layout.h"
 #include "fq4/dequantize.cuh"
 
 namespace {
@@ -45,14 +45,14 @@ template <typename T> void check(int n_blocks, int n_rows, int ne2, int ne3, int
     const int            k = n_blocks * BLOCK, pad = 8;         // unused values after each row of y
     const int            matrices = ne2 * ne3, ne1 = n_ids ? n_ids : n_rows;
     const size_t         x_row = (n_blocks + 1) * BLOCK_BYTES;  // a block between rows
-    std::vector<uint8_t> x(matrices * n_rows * x_row + 2);
-    uint8_t *            x_data = x.data() + 2;
+    std::vector<uint8_t> x(matrices * n_rows * x_row + fq4_reference::layout::alignment);
+    uint8_t *            x_data = x.data() + fq4_reference::layout::alignment;
     std::vector<float>   expected(size_t(matrices) * n_rows * k);
     for (int i = 0; i < matrices * n_rows; i++) {
         for (int b = 0; b < n_blocks; b++) {
             fq4_reference::random_block(rng, 0.01f * float(rng() % 100), x_data + i * x_row + b * BLOCK_BYTES);
         }
-        ggml_ext_fq4_dequantize_row(x_data + i * x_row, &expected[size_t(i) * k], k);
+        fq4_reference::dequantize_row(x_data + i * x_row, &expected[size_t(i) * k], k);
     }
     std::vector<int32_t> ids(matrices * n_ids);
     for (int32_t & id : ids) {
@@ -79,7 +79,7 @@ template <typename T> void check(int n_blocks, int n_rows, int ne2, int ne3, int
     args.nb_ids[0] = 4;
     args.nb_ids[1] = 4 * n_ids;
     args.nb_ids[2] = 4 * n_ids * ne2;
-    ggml_ext_cuda_launch(ggml_ext_fq4_dequantize_kernel<T>, dim3(n_thread_blocks),
+    ggml_ext_cuda_launch(ggml_ext_fq4_dequantize_kernel<fq4_reference::layout, T>, dim3(n_thread_blocks),
                          dim3(32 * ggml_ext_fq4_dequantize_warps), 0, nullptr, args);
 
     for (int m = 0; m < matrices; m++) {

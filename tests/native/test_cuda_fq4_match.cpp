@@ -98,6 +98,16 @@ void check_kinds() {
     }
 }
 
+void glu_of(Graph & g, ggml_tensor * a, ggml_tensor * b) {
+    g.build({ a, b, ggml_swiglu_split(g.ctx, a, b) });
+}
+
+void check_fq4_64() {
+    Graph g(false);
+    glu_of(g, g.product(GGML_TYPE_FQ4_64), g.product(GGML_TYPE_FQ4_64));
+    CHECK(g.find().following == 2, "%d nodes", g.find().following);
+}
+
 void check_bias() {
     for (bool id : { false, true }) {
         Graph         g(id, id ? 8 : 1);
@@ -121,16 +131,13 @@ void refuse(const char * what, bool id, int64_t n_tokens, const std::function<vo
     CHECK(g.find().following == 0, "%s", what);
 }
 
-void glu_of(Graph & g, ggml_tensor * a, ggml_tensor * b) {
-    g.build({ a, b, ggml_swiglu_split(g.ctx, a, b) });
-}
-
 void check_refusals() {
     refuse("two columns", false, 2, [](Graph & g) { glu_of(g, g.product(), g.product()); });
     refuse("nine tokens", true, 9, [](Graph & g) { glu_of(g, g.product(), g.product()); });
     refuse("another type", false, 1,
            [](Graph & g) { glu_of(g, g.product(GGML_TYPE_Q4_0), g.product(GGML_TYPE_Q4_0)); });
     refuse("another type of one", false, 1, [](Graph & g) { glu_of(g, g.product(), g.product(GGML_TYPE_Q4_0)); });
+    refuse("two types with kernels", false, 1, [](Graph & g) { glu_of(g, g.product(), g.product(GGML_TYPE_FQ4_64)); });
     refuse("an intermediate result is an output", false, 1, [](Graph & g) {
         ggml_tensor * a = g.product();
         ggml_set_output(a);
@@ -203,6 +210,7 @@ void check_memory() {
 int main() {
     check_glu();
     check_kinds();
+    check_fq4_64();
     check_bias();
     check_refusals();
     check_sum_as_bias();

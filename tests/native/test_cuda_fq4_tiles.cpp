@@ -1,8 +1,8 @@
-// The CUDA kernels of FQ4 products with many columns in the emulator, cut into tiles as a device would have them, against
+// The CUDA kernels of FQ4 products, or of FQ4_64's, with many columns in the emulator, cut into tiles as a device would have them, against
 // the reference of fq4-reference.h.
 
 #include "check.h"
-#include "fq4-reference.h"
+#include "fq4-layout.h"
 #include "fq4/tiles.cuh"
 #include "fq4/tiles_dp4a.cuh"
 #include "fq4/tiles_experts.cuh"
@@ -37,7 +37,7 @@ struct Case {
     int  n_experts = 0, n_used = 0;
     bool shared = false, skewed = false;
     int  gap      = 0;  // unused blocks between rows
-    int  offset   = 0;  // of the weights, in bytes from a multiple of 16: even
+    int  offset   = 0;  // of the weights, in bytes from a multiple of 16
     int  n_sm     = 0;  // of the device; 0: tiles are not split
     int  n_ranges = 0;  // in place of the number chosen
 
@@ -76,8 +76,8 @@ struct Run {
         }
     }
 
-    // Bytes before, between and after the blocks are 0xff, so that a scale from there is a NaN. Two bytes more than the
-    // blocks need may be read.
+    // Bytes before, between and after the blocks are 0xff, so that a scale from there is a NaN. Up to three bytes more
+    // than the blocks need may be read.
     void make_weights() {
         weights.n_blocks   = c.n_blocks;
         const size_t n_row = size_t(c.n_blocks + c.gap) * BLOCK_BYTES;
@@ -142,8 +142,8 @@ struct Run {
     template <int COLUMNS> static void launch(ggml_ext_fq4_product & p, bool split) {
         std::vector<float> partial(split ? size_t(p.n_ranges) * COLUMNS * GGML_EXT_FQ4_TILE_ROWS : 0, UNWRITTEN);
         p.partial = partial.data();
-        ggml_ext_cuda_launch(ggml_ext_fq4_tiles_kernel<COLUMNS>, dim3(p.n_ranges), dim3(GGML_EXT_FQ4_TILE_THREADS),
-                             ggml_ext_fq4_tile_shared(COLUMNS), nullptr, p);
+        ggml_ext_cuda_launch(ggml_ext_fq4_tiles_kernel<layout, COLUMNS>, dim3(p.n_ranges),
+                             dim3(GGML_EXT_FQ4_TILE_THREADS), ggml_ext_fq4_tile_shared(COLUMNS, BLOCK), nullptr, p);
         if (split) {
             ggml_ext_cuda_launch(ggml_ext_fq4_tiles_join<COLUMNS>, dim3(p.n_ranges, COLUMNS / 8),
                                  dim3(GGML_EXT_FQ4_TILE_THREADS), 0, nullptr, p);
@@ -159,8 +159,8 @@ struct Run {
         const int                             n_sm  = c.n_sm ? c.n_sm : 1;
         const size_t                          limit = size_t(227) * 1024;
         ggml_ext_fq4_tiling                   t     = c.n_experts ?
-                                                          ggml_ext_fq4_choose_expert_tiling(p.m, n_columns, c.n_experts, limit) :
-                                                          ggml_ext_fq4_choose_tiling(p.m, p.n_blocks, p.n, c.ne2 * c.ne3, n_sm, limit);
+                                                          ggml_ext_fq4_choose_expert_tiling(p.m, BLOCK, n_columns, c.n_experts, limit) :
+                                                          ggml_ext_fq4_choose_tiling(p.m, p.n_blocks, BLOCK, p.n, c.ne2 * c.ne3, n_sm, limit);
         if (!tensor_cores) {
             t = ggml_ext_fq4_dp4a_tiling(p.m, c.n_experts ? n_columns : p.n, c.ne2 * c.ne3, c.n_experts);
         } else if (c.n_ranges || !c.n_sm) {
@@ -181,8 +181,8 @@ struct Run {
         p.n_ranges     = t.n_ranges;
         n_splits += t.split;
         if (!tensor_cores) {
-            ggml_ext_cuda_launch(ggml_ext_fq4_tiles_dp4a, dim3(p.n_ranges), dim3(GGML_EXT_FQ4_DP4A_THREADS), 0, nullptr,
-                                 p);
+            ggml_ext_cuda_launch(ggml_ext_fq4_tiles_dp4a<layout>, dim3(p.n_ranges), dim3(GGML_EXT_FQ4_DP4A_THREADS), 0,
+                                 nullptr, p);
             return out;
         }
         const std::map<int, void (*)(ggml_ext_fq4_product &, bool)> launchers = {
@@ -262,7 +262,7 @@ void test_shapes() {
 
 // Rows that begin at every kind of address, with odd and even lengths.
 void test_alignment() {
-    for (int offset = 0; offset < 16; offset += SMALL ? 6 : 2) {
+    for (int offset = 0; offset < 16; offset += (SMALL ? 3 : 1) * layout::alignment) {
         for (int gap : { 0, 1 }) {
             Case c   = { 40, 1 + offset / 2 % 4, 12 };
             c.offset = offset;
@@ -282,7 +282,7 @@ void test_batches() {
 
 void test_split() {
     for (int n_sm : { 7, 12 }) {
-        Case c = { uniform(100, 128), 24, uniform(9, 16) };
+        Case c = { uniform(100, 128), 24 * 256 / BLOCK, uniform(9, 16) };
         c.n_sm = n_sm;
         test_same_bits(c);
     }
@@ -317,7 +317,7 @@ void test_dp4a() {
         test({ uniform(1, 140), uniform(1, 3), n }, false);
     }
     Case c   = { 70, 3, 5 };
-    c.offset = 2;
+    c.offset = layout::alignment;
     c.gap    = 2;
     test(c, false);
 }
@@ -332,12 +332,12 @@ void test_extremes() {
         run.activations.q = run.codes;
         for (int row = 0; row < 2; row++) {  // T[15][15] = 127, T[15][0] = -127
             uint8_t * block = run.aligned() + row * 2 * BLOCK_BYTES;
-            std::memset(block + 2, 0xff, 8);
-            std::memset(block + 10, row ? 0x00 : 0xff, 128);
+            std::memset(block + layout::s, 0xff, layout::q - layout::s);
+            std::memset(block + layout::q, row ? 0x00 : 0xff, BLOCK / 2);
             decode(block, run.weights.d[2 * row], run.weights.q.data() + 2 * row * BLOCK);
         }
-        run.aligned()[5 * BLOCK_BYTES + 1] = run.aligned()[5 * BLOCK_BYTES] = 0x7f;   // d of row 2's second block
-        run.weights.d[5]                                                    = NAN;
+        set_nan(run.aligned() + 5 * BLOCK_BYTES);                                     // row 2's second block
+        run.weights.d[5]                  = NAN;
         run.scales[run.n_activations + 3] = std::numeric_limits<float>::quiet_NaN();  // column 3, second block
         run.activations.d[3 * 2 + 1]      = NAN;
         run.check(run.compute(tensor_cores), "extremes");

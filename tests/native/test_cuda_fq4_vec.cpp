@@ -1,5 +1,5 @@
-// The matrix-vector kernel of FQ4 in the emulator, with the launch configuration that a device of a few SMs would get,
-// against sums in double over weights decoded anew. Weights lie between NaN blocks at every even address modulo 16;
+// The matrix-vector kernel of FQ4, or of FQ4_64, in the emulator, with the launch configuration that a device of a few SMs would get,
+// against sums in double over weights decoded anew. Weights lie between NaN blocks at every address modulo 16 that blocks start at;
 // outputs are poisoned and their padding is checked.
 //
 // Would break it: a wrong nibble, table row or order of activations (every bit of the random blocks counts), an item of
@@ -8,7 +8,7 @@
 // or unit.
 
 #include "check.h"
-#include "fq4-reference.h"
+#include "fq4-layout.h"
 #include "fq4/vec.cuh"
 
 #include <memory>
@@ -17,7 +17,9 @@ namespace {
 
 using fq4_reference::BLOCK;
 using fq4_reference::BLOCK_BYTES;
+using fq4_reference::layout;
 using fq4_reference::Product;
+using fq4_reference::remainder_of;
 using fq4_reference::Rows;
 
 constexpr float POISON = -1e30f;
@@ -90,13 +92,13 @@ struct Case {
     int  glu  = GGML_EXT_FQ4_VEC_SWIGLU;
     int  ne02 = 1, ne03 = 1, ratio2 = 1, ratio3 = 1;
     int  n_experts = 0, n_used = 0, n_tokens = 0;
-    bool shared_input = false;          // of a token's experts
-    int  gap_blocks = 0, remainder = 0;
-    int  first_col = 0, more_cols = 0;  // columns that this launch leaves alone
+    bool shared_input = false;           // of a token's experts
+    int  gap_blocks = 0, remainder = 0;  // see remainder_of
+    int  first_col = 0, more_cols = 0;   // columns that this launch leaves alone
 };
 
 template <int N_COLS, bool GATE> void launch(const ggml_ext_fq4_vec_plan & plan, const ggml_ext_fq4_vec_args & args) {
-    ggml_ext_cuda_launch(ggml_ext_fq4_vec_kernel<N_COLS, GATE>, dim3(plan.grid_x, plan.grid_y),
+    ggml_ext_cuda_launch(ggml_ext_fq4_vec_kernel<layout, N_COLS, GATE>, dim3(plan.grid_x, plan.grid_y),
                          dim3(ggml_ext::fq4_vec_threads), sizeof(ggml_ext::fq4_vec_shared<N_COLS>), nullptr, args);
 }
 
@@ -139,8 +141,8 @@ void check(const Case & t) {
     const int64_t ne11      = id ? (t.shared_input ? 1 : t.n_used) : t.first_col + t.n_cols + t.more_cols;
     const int64_t act_rows  = id ? ne11 * t.n_tokens : ne11 * n_batches;
 
-    const Weights      x(matrices * t.n_rows, t.n_blocks, t.gap_blocks, t.remainder);
-    const Weights      gate(matrices * t.n_rows, t.n_blocks, t.gap_blocks, (t.remainder + 6) % 16);
+    const Weights      x(matrices * t.n_rows, t.n_blocks, t.gap_blocks, remainder_of(t.remainder));
+    const Weights      gate(matrices * t.n_rows, t.n_blocks, t.gap_blocks, remainder_of(t.remainder + 7));
     const Activations  acts(act_rows, t.n_blocks);
     const int64_t      pad   = 5;                                  // unused floats after each column of dst
     const int64_t      nb1   = (t.n_rows + pad) * 4;
@@ -274,16 +276,16 @@ void check_columns() {
         t.first_col  = 1;
         t.more_cols  = 2;
         t.gap_blocks = n_cols % 2;
-        t.remainder  = 2 * n_cols % 16;
+        t.remainder  = n_cols;
         check(t);
     }
 }
 
 void check_shapes() {
-    for (int n_blocks : { 1, 2, 3, 4, 5, 14, 17 }) {
+    for (int n_blocks : { 1, 2, 3, 4, 5, 14, 17, 70 }) {
         for (int n_rows : { 1, 2, 7 }) {
             Case t      = shape(n_rows, n_blocks, 1, 1);
-            t.remainder = 2 * (n_blocks + n_rows) % 16;
+            t.remainder = n_blocks + n_rows;
             check(t);
         }
     }

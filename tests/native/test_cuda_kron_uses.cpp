@@ -75,6 +75,15 @@ int main() {
         b.add(ggml_mul_mat(b.ctx, b.weight(), ggml_new_tensor_2d(b.ctx, GGML_TYPE_F32, 256, 3)));
         product(b);
     });
+    check("a product of other groups too", 1, false, [&](builder & b) {
+        product(b);
+        b.add(ggml_mul_mat(b.ctx, b.weight(GGML_TYPE_FQ4_64), b.kron));
+    });
+    check("a product of other groups between", 1, false, [&](builder & b) {
+        product(b);
+        b.add(ggml_mul_mat(b.ctx, b.weight(GGML_TYPE_FQ4_64), ggml_new_tensor_2d(b.ctx, GGML_TYPE_F32, 256, 3)));
+        product(b);
+    });
     check("another transform between", 1, false, [&](builder & b) {
         product(b);
         b.add(ggml_ext_kron(b.ctx, ggml_new_tensor_2d(b.ctx, GGML_TYPE_F32, 256, 3), nullptr, nullptr, 16, 1.0f));

@@ -183,10 +183,10 @@ ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
     return buffer_type();
 }
 
-bool has_fq4(const ggml_tensor * op) {
-    bool found = op->type == GGML_TYPE_FQ4;
+bool has_type_of_ours(const ggml_tensor * op) {
+    bool found = op->type >= GGML_TYPE_FQ4;
     for (const ggml_tensor * source : op->src) {
-        found = found || (source && source->type == GGML_TYPE_FQ4);
+        found = found || (source && source->type >= GGML_TYPE_FQ4);
     }
     return found;
 }
@@ -203,7 +203,7 @@ bool upstream_supports(const ggml_tensor * op) {
     if (op->op == GGML_OP_FLASH_ATTN_EXT && op->src[1]->type != op->src[2]->type) {
         return false;
     }
-    return !has_fq4(op) && op->op != GGML_OP_EXT &&
+    return !has_type_of_ours(op) && op->op != GGML_OP_EXT &&
            ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
 }
 
