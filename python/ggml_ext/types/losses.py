@@ -40,7 +40,8 @@ PROBE = "q4_0"
 """The type whose loss is measured: every row of a multiple of 32 can have it."""
 
 WINDOWS, CTX = 4, 256
-"""Windows of the text and their length. Every second position from _FIRST on is scored."""
+"""Windows of the text and their length, at most. Every second position from _FIRST on is scored, of short windows
+from a quarter on."""
 
 _FIRST, _STEP = 32, 2
 _WORDS = 1024  # the base's likeliest tokens, between which divergences are taken
@@ -163,7 +164,7 @@ class _Judge:
             self._tokens[:, 0] = model.bos
         self._positions = np.tile(np.arange(ctx, dtype=np.int32), n)
         self._sequences = np.repeat(np.arange(n, dtype=np.int32), ctx)
-        self._scored = (self._positions >= _FIRST) & (self._positions % _STEP == 0)
+        self._scored = (self._positions >= min(_FIRST, ctx // 4)) & (self._positions % _STEP == 0)
         model.start(n_ctx=ctx, n_seq=n, n_batch=n * ctx, n_outputs=int(self._scored.sum()))
         logits = self._logits()
         self._words = np.argpartition(logits, -min(_WORDS, logits.shape[1]), axis=1)[:, -_WORDS:]
