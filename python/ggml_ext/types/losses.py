@@ -40,8 +40,8 @@ PROBE = "q4_0"
 """The type whose loss is measured: every row of a multiple of 32 can have it."""
 
 WINDOWS, CTX = 4, 256
-"""Windows of the text and their length, at most. Every second position from _FIRST on is scored, of short windows
-from a quarter on."""
+"""Windows of the text and their length, at most. Every second position from _FIRST on is scored, of short
+windows from a quarter on."""
 
 _FIRST, _STEP = 32, 2
 _WORDS = 1024  # the base's likeliest tokens, between which divergences are taken
