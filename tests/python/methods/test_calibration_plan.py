@@ -122,11 +122,11 @@ def test_the_library_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.M
     library = tmp_path / "library.so"
     library.write_bytes(b"code")
     monkeypatch.setattr(plans.paths, "library", lambda _name: library)
-    before = plans._versions()
+    before = plans.versions()
     os.utime(library, (1, 1))
-    assert plans._versions() == before
+    assert plans.versions() == before
     library.write_bytes(b"edoc")
-    assert plans._versions() != before
+    assert plans.versions() != before
 
 
 def test_plans_of_an_earlier_version_are_refused(folder: Path, tmp_path: Path) -> None:
