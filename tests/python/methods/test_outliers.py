@@ -31,8 +31,8 @@ CTX, SAMPLES = 256, 24
 STEPS = 24  # of the 80 that flatquant's factors are learned in: enough here, and much quicker
 KEEP = ["^token_embd", r"^output\."]
 BOUNDS = {"flat4": 0.00130, "flat4-m": 0.00068, "stock4": 0.00114, "w4a4": 0.0118}
-"""Mean KL divergence in nats, 1.17 times what was measured: 0.00111, 0.00057, 0.00097 and 0.0101. Recipes of a size
-are not here: what is kept as it is takes more than their bits of so small a model."""
+"""Mean KL divergence in nats, 1.17 times what was measured: 0.00111, 0.00057, 0.00097 and 0.0101. Recipes
+of a size are not here: what is kept takes more than their bits of so small a model."""
 
 
 @pytest.fixture(scope="module")
